@@ -44,12 +44,13 @@ from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHe
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import MultiScaleRoIAlign
 
-from tailfin.config import Recipe, load_recipe
+from tailfin.config import load_recipe
 from tailfin.engine import detector_step
 from tailfin.models import build_detector
 from tailfin.models.backbone import resnet_fpn
 from tailfin.models.faster_rcnn import FasterRCNN
 from tailfin.models.images import batch_images
+from tailfin.schema.recipe import Recipe
 from tailfin.stats import ClassStats
 
 SMALL, LARGE = "fod/faster_rcnn_r18_softmax", "lvis_v1/faster_rcnn_r50_softmax"

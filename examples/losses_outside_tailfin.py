@@ -18,10 +18,10 @@ from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 
 from tailfin import ClassStats, losses
-from tailfin.config import Data, DataFiles
 from tailfin.data.dataset import TrainingDataset, open_source
 from tailfin.data.synth import make_synthetic
 from tailfin.models.roi_heads import BoxPredictor, RoIHeads
+from tailfin.schema.data import Data, DataFiles
 
 
 def main(name: str, steps: int = 8) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from tailfin import evaluation
 from tailfin.checkpoint import load_model_file
-from tailfin.config import Recipe, load_recipe, recipe_from_file
+from tailfin.config import load_recipe, recipe_from_file
 from tailfin.data.dataset import Source, to_test_size
 from tailfin.data.images import read_image, to_rgb
 from tailfin.data.index import image_folder, open_index
@@ -28,6 +28,7 @@ from tailfin.errors import UserError
 from tailfin.evaluation.results import merge_shards
 from tailfin.files import existing_file
 from tailfin.inference import counts_by_id
+from tailfin.schema.recipe import Recipe
 from tailfin.stats import ClassStats
 
 Picture = str | Path | Image.Image | np.ndarray | Tensor
@@ -79,7 +80,7 @@ class Detector:
         return results
 
     def _limits(self, score_threshold: float | None, max_dets: int | None) -> _Limits:
-        return _Limits(self.model.roi_heads, score_threshold, max_dets)
+        return _Limits(self.model.limits, score_threshold, max_dets)
 
 
 class _Limits:

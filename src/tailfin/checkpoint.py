@@ -22,9 +22,10 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from tailfin.config import Recipe, check_recipe, dump_recipe, parse_yaml
+from tailfin.config import check_recipe, dump_recipe, parse_yaml
 from tailfin.errors import UserError
 from tailfin.files import existing_file, ordinary_mode, read_json, write_json
+from tailfin.schema.recipe import Recipe
 from tailfin.stats import ClassStats
 
 FORMAT = "tailfin-1"

@@ -12,13 +12,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from tailfin.config import Recipe
 from tailfin.data.dataset import TrainingDataset, open_source
 from tailfin.errors import UserError
 from tailfin.models import build_detector
 from tailfin.report.draw import draw_detections
 from tailfin.run import batch_plan
 from tailfin.schedule import learning_rate
+from tailfin.schema.recipe import Recipe
 from tailfin.stats import ClassStats
 
 SHOWN = 16  # pictures of the batch

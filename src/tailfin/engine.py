@@ -26,13 +26,14 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from tailfin.checkpoint import load_resume_point, save_resume_point
-from tailfin.config import Recipe, Schedule
 from tailfin.data.dataset import TrainingDataset, training_loader
 from tailfin.errors import UserError
 from tailfin.losses.base import ClassificationLoss
 from tailfin.progress import Progress
 from tailfin.samplers.plan import BatchPlan
 from tailfin.schedule import build_optimizer, learning_rate
+from tailfin.schema.recipe import Recipe
+from tailfin.schema.training import Schedule
 from tailfin.stop_signals import Interrupted, StopSignals
 from tailfin.training_log import TrainingLog
 
@@ -117,7 +118,7 @@ def fit(accelerator: Accelerator, stage: Stage) -> nn.Module:
                 break
             rate = learning_rate(iteration, total, milestones, schedule)
             for group in optimizer.param_groups:
-                group["lr"] = rate
+                group["lr"] = rate * group["lr_scale"]
             seed_iteration(recipe.seed, iteration, accelerator.process_index)
             for loss_module in told:
                 loss_module.at_epoch(plan.epoch_at(iteration))

@@ -15,12 +15,12 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from tailfin.config import Data
 from tailfin.data.dataset import Source, evaluation_loader
 from tailfin.data.index import AnnotationIndex
 from tailfin.errors import UserError, nearest
 from tailfin.evaluation import ResultWriter, TrainCounts
 from tailfin.progress import Progress
+from tailfin.schema.data import Data
 from tailfin.stats import ClassStats
 
 

@@ -27,7 +27,7 @@ from torch import nn
 
 from tailfin import evaluation
 from tailfin.checkpoint import file_hash, load_model_file, load_weights, resume_point, save_model
-from tailfin.config import Recipe, dump_recipe, recipe_from_file
+from tailfin.config import dump_recipe, recipe_from_file
 from tailfin.data.dataset import Source, TrainingDataset, open_source
 from tailfin.engine import Stage, Step, check_shares, detector_step, fit
 from tailfin.errors import UserError
@@ -37,6 +37,7 @@ from tailfin.inference import category_ids_for, counts_by_id, infer
 from tailfin.models import build_detector
 from tailfin.progress import Progress
 from tailfin.samplers.plan import BatchPlan
+from tailfin.schema.recipe import Recipe
 from tailfin.stats import ClassStats
 
 T = TypeVar("T")
@@ -87,15 +88,27 @@ class Run:
         return model
 
     def stage(
-        self, name: str, model: nn.Module, *, step: Step = detector_step, recipe: Recipe | None = None
+        self,
+        name: str,
+        model: nn.Module,
+        *,
+        step: Step = detector_step,
+        recipe: Recipe | None = None,
+        dataset: TrainingDataset | None = None,
+        plan: BatchPlan | None = None,
+        product: str = "",
     ) -> nn.Module:
-        """Train `model` as the next stage, or load it where the stage is already finished; returns the plain model.
+        """Train `model` as the next stage, or load it where the stage is already finished; returns the plain detector.
 
-        `recipe` is the stage's own (another schedule, loss or sampler); by default the run's.
+        Args:
+            recipe: the stage's own (another schedule, loss or sampler); by default the run's.
+            dataset, plan: other samples or another order than the recipe's own.
+            product: the submodule of `model` that the stage is for (a detector in the shell that trains it); that alone
+                is saved, measured and returned. By default the whole model.
         """
         recipe = self.final_recipe = recipe or self.recipe
-        dataset = TrainingDataset(self.train, recipe.data, recipe.seed)
-        plan = batch_plan(recipe, dataset, self.stats)
+        dataset = dataset or TrainingDataset(self.train, recipe.data, recipe.seed)
+        plan = plan or batch_plan(recipe, dataset, self.stats)
         check_shares(recipe.schedule, self.accelerator.num_processes)
         if self.stages_done == 0:  # not earlier: a mistake in data, weights or model leaves no half-begun run behind
             self._begin()
@@ -103,6 +116,7 @@ class Run:
         folder = self.out / "stages" / f"{self.stages_done}-{name}"
         finished = folder / "model.safetensors"
         if finished.exists():
+            model = model.get_submodule(product)
             load_weights(model, load_model_file(finished).weights, str(finished))
             self.say(f"stage {name}: finished before, {finished}")
             model.to(self.accelerator.device)
@@ -114,7 +128,7 @@ class Run:
             best = folder / "best.safetensors"
 
             def keep_best(measured: nn.Module) -> None:
-                save_model(best, measured, recipe, self.stats, parents=self.parents)
+                save_model(best, measured.get_submodule(product), recipe, self.stats, parents=self.parents)
 
             model = fit(
                 self.accelerator,
@@ -126,10 +140,13 @@ class Run:
                     dataset,
                     plan,
                     step,
-                    evaluate=(lambda m, iteration: self.measure(m)) if self.val is not None else None,
+                    evaluate=(lambda m, iteration: self.measure(m.get_submodule(product)))
+                    if self.val is not None
+                    else None,
                     save_best=keep_best if recipe.evaluation.select == "best" else None,
                 ),
             )
+            model = model.get_submodule(product)
             if best.exists():
                 load_weights(model, load_model_file(best).weights, str(best))
             on_main(self.accelerator, lambda: save_model(finished, model, recipe, self.stats, parents=self.parents))

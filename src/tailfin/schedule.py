@@ -9,19 +9,28 @@ from typing import Any
 import torch
 from torch import nn
 
-from tailfin.config import Schedule
+from tailfin.schema.training import Schedule
 
 
 def build_optimizer(model: nn.Module, schedule: Schedule) -> torch.optim.Optimizer:
-    """SGD or AdamW over the parameters that train; `norm_decay: false` spares norm layers from weight decay."""
+    """SGD or AdamW over the parameters that train; `norm_decay: false` spares norm layers from weight decay.
+
+    A group's `lr_scale` multiplies the rate of the iteration: `schedule.lr_scales` maps a part of a parameter's name
+    (the first one that it holds) to its factor.
+    """
     norms = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
     spared: set[int] = set()
     if not schedule.norm_decay:
         spared = {id(p) for module in model.modules() if isinstance(module, norms) for p in module.parameters()}
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    groups: list[dict[str, Any]] = [{"params": [p for p in trainable if id(p) not in spared]}]
-    if any(id(p) in spared for p in trainable):
-        groups.append({"params": [p for p in trainable if id(p) in spared], "weight_decay": 0.0})
+    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    by_kind: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for name, parameter in trainable:
+        scale = next((factor for part, factor in schedule.lr_scales.items() if part in name), 1.0)
+        by_kind.setdefault((scale, id(parameter) in spared), []).append(parameter)
+    groups: list[dict[str, Any]] = [
+        {"params": parameters, "lr_scale": scale, **({"weight_decay": 0.0} if without_decay else {})}
+        for (scale, without_decay), parameters in by_kind.items()
+    ]
     if schedule.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=schedule.lr, weight_decay=schedule.weight_decay)
     return torch.optim.SGD(groups, lr=schedule.lr, momentum=schedule.momentum, weight_decay=schedule.weight_decay)

@@ -12,8 +12,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from tailfin.config import Recipe
 from tailfin.samplers.plan import BatchPlan
+from tailfin.schema.recipe import Recipe
 
 
 class TrainingLog:

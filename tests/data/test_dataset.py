@@ -10,7 +10,6 @@ import pytest
 import torch
 from PIL import Image
 
-from tailfin.config import Data, DataFiles, Sampler
 from tailfin.data.dataset import (
     EvaluationDataset,
     TrainingDataset,
@@ -21,6 +20,8 @@ from tailfin.data.dataset import (
 )
 from tailfin.errors import UserError
 from tailfin.samplers import BatchPlan
+from tailfin.schema.data import Data, DataFiles
+from tailfin.schema.training import Sampler
 from tailfin.stats import ClassStats
 
 CONFIG = Data(resize="square", sizes=(64,), workers=0)

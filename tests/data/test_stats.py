@@ -15,11 +15,12 @@ from typer.testing import CliRunner, Result
 
 from tailfin import losses
 from tailfin.cli.data import app
-from tailfin.config import Recipe, load_recipe, split_override
+from tailfin.config import load_recipe, split_override
 from tailfin.data.index import open_index
 from tailfin.data.stats_report import advice, figure, rfs_threshold, sparkline, summarize
 from tailfin.errors import UserError
 from tailfin.samplers.repeat_factor import category_factors
+from tailfin.schema.recipe import Recipe
 from tailfin.stats import ClassStats, frequency_groups, gini, imbalance_factor
 
 

@@ -8,7 +8,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tailfin.config import Data
 from tailfin.data.transforms import (
     MIN_SIDE,
     augment,
@@ -18,6 +17,7 @@ from tailfin.data.transforms import (
     resize,
     shortest_edge_size,
 )
+from tailfin.schema.data import Data
 
 quick = settings(max_examples=60, deadline=None)
 BRIGHT = 120  # between the background (20) and the rectangle (220)

@@ -18,10 +18,10 @@ from safetensors.torch import load_file
 import tailfin
 from tailfin import api, checkpoint, engine
 from tailfin import run as run_module
-from tailfin.config import Schedule
 from tailfin.data.dataset import TrainingDataset
 from tailfin.errors import UserError
 from tailfin.schedule import build_optimizer, learning_rate
+from tailfin.schema.training import Schedule
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
 from tailfin import losses
-from tailfin.config import Recipe, check_recipe
+from tailfin.config import check_recipe
 from tailfin.losses import ClassificationLoss
 from tailfin.models import build_detector
 from tailfin.models.backbone import resnet_fpn
 from tailfin.models.faster_rcnn import build_faster_rcnn
 from tailfin.models.images import MEAN, STD, batch_images
+from tailfin.schema.recipe import Recipe
 from tailfin.stats import ClassStats
 
 STATS = ClassStats(image_count=[30, 12, 3], instance_count=[50, 20, 4], num_images=40)

@@ -12,8 +12,9 @@ from types import ModuleType
 import pytest
 import torch
 
-from tailfin.config import Recipe, check_recipe
+from tailfin.config import check_recipe
 from tailfin.models.faster_rcnn import FasterRCNN
+from tailfin.schema.recipe import Recipe
 
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "training_speed.py"
 CLASSES = 7

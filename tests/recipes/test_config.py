@@ -10,16 +10,9 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tailfin.config import (
-    Recipe,
-    check_recipe,
-    dump_recipe,
-    load_recipe,
-    parse_yaml,
-    recipe_from_file,
-    split_override,
-)
+from tailfin.config import check_recipe, dump_recipe, load_recipe, parse_yaml, recipe_from_file, split_override
 from tailfin.errors import UserError
+from tailfin.schema.recipe import Recipe
 
 START = "detector: {norm: bn, frozen_layers: 0}\n"  # what a random start needs; else the defaults
 

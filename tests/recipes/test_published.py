@@ -7,10 +7,11 @@ from collections import Counter
 import pytest
 
 from tailfin import losses, recipes
-from tailfin.config import Recipe, load_recipe
+from tailfin.config import load_recipe
 from tailfin.errors import UserError
 from tailfin.recipes import Blocked, Runnable
 from tailfin.recipes.published import DATASETS, DETECTORS, METHODS, NO_CODE, PRETRAINING, PRETRAINING_NAMES
+from tailfin.schema.recipe import Recipe
 
 ROWS = {row.id: row for row in recipes.rows()}
 RUNS = {row_id: recipes.resolve(row_id) for row_id in ROWS}

@@ -11,10 +11,11 @@ from typer.testing import CliRunner
 
 from tailfin import ClassStats, losses, recipes
 from tailfin.cli.recipes import app
-from tailfin.config import Recipe, load_recipe, parse_yaml
+from tailfin.config import load_recipe, parse_yaml
 from tailfin.errors import UserError
 from tailfin.models import build_detector
 from tailfin.recipes import Runnable
+from tailfin.schema.recipe import Recipe
 
 ROWS = {row.id: row for row in recipes.rows()}
 RUNS = {row_id: recipes.resolve(row_id) for row_id in ROWS}

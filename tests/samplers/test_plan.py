@@ -11,11 +11,11 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from tailfin.config import Sampler
 from tailfin.data.index import AnnotationIndex, open_index
 from tailfin.errors import UserError
 from tailfin.samplers import BatchPlan, category_factors, class_aware_order, image_factors
 from tailfin.samplers.repeat_factor import training_labels
+from tailfin.schema.training import Sampler
 from tailfin.stats import ClassStats
 
 SAMPLERS = ["plain", "rfs", "irfs", "dynamic", "class_aware"]

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from tailfin.config import Evaluation, recipe_from_file
+from tailfin.config import recipe_from_file
 from tailfin.errors import UserError, nearest
 from tailfin.evaluation import (
     IOU_TYPES,
@@ -24,6 +24,7 @@ from tailfin.evaluation import (
 )
 from tailfin.evaluation import evaluate as evaluate_results
 from tailfin.files import existing_file, write_json
+from tailfin.schema.recipe import Evaluation
 
 # Detections per image that a model is run with. COCO's own limit is per class, but published numbers come from
 # detectors that keep 100 per image.

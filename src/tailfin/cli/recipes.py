@@ -11,10 +11,11 @@ from rich.table import Table
 from rich.text import Text
 
 from tailfin import recipes
-from tailfin.config import Recipe, dump_recipe, load_recipe
+from tailfin.config import dump_recipe, load_recipe
 from tailfin.errors import UserError, nearest
 from tailfin.files import write_atomic
 from tailfin.recipes import Blocked, Row, Runnable
+from tailfin.schema.recipe import Recipe
 
 app = typer.Typer(help="List, show and copy recipes and published rows.", no_args_is_help=True)
 

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from tailfin.config import Data, DataFiles
 from tailfin.data.copy_paste import box_paste, copy_paste
 from tailfin.data.images import read_image
 from tailfin.data.index import AnnotationIndex, image_folder, image_path, open_index
 from tailfin.data.transforms import augment, resize, shortest_edge_size
 from tailfin.errors import UserError
 from tailfin.samplers.plan import BatchPlan, Key
+from tailfin.schema.data import Data, DataFiles
 
 Batch = tuple[list[Tensor], list[dict[str, Tensor]]]
 

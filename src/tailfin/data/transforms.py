@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
-from tailfin.config import Data
+from tailfin.schema.data import Data
 
 MIN_SIDE = 1.0  # pixels of the transformed picture; thinner boxes are dropped after a crop
 Sample = dict[str, Tensor]

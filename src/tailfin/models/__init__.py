@@ -2,31 +2,45 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tailfin import losses
 from tailfin.checkpoint import FORMAT, load_weights, read_safetensors
-from tailfin.config import Recipe
 from tailfin.errors import UserError
 from tailfin.files import existing_file
+from tailfin.losses.base import ClassificationLoss
 from tailfin.models.backbone import imagenet_state, resnet_fpn
 from tailfin.models.extra_rows import HallucinatedRows
-from tailfin.models.faster_rcnn import FasterRCNN, build_faster_rcnn
+from tailfin.models.faster_rcnn import build_faster_rcnn
 from tailfin.modules.hallucination import FeatureHallucination
+from tailfin.schema.detectors import FasterRCNN
+from tailfin.schema.recipe import Recipe
 from tailfin.stats import ClassStats
 
 
-def build_detector(recipe: Recipe, stats: ClassStats, *, start: bool = True) -> tuple[FasterRCNN, list[str]]:
+def build_detector(recipe: Recipe, stats: ClassStats, *, start: bool = True) -> tuple[nn.Module, list[str]]:
     """The recipe's detector for the classes of `stats`, and lines that say what it starts from.
 
     `start` false leaves the weights random: what a model file will fill, without a download.
     """
-    weights = recipe.weights if start else "none"
-    body, whole = _starting_weights(recipe, weights)
+    source = recipe.weights if start else "none"
+    body, whole = _starting_weights(recipe, source)
+    loss = losses.build(recipe.loss.name, stats, **recipe.loss.options)
+    model = BUILDERS[recipe.detector.name](recipe, stats, loss, body, source)
+    if whole is not None:
+        return model, load_weights(model, whole, source)
+    return model, [f"backbone: {source}"] if body is not None else ["random start"]
+
+
+def _faster_rcnn(
+    recipe: Recipe, stats: ClassStats, loss: ClassificationLoss, body: dict[str, Tensor] | None, source: str
+) -> nn.Module:
     config = recipe.detector
+    assert isinstance(config, FasterRCNN)
     backbone = resnet_fpn(
         recipe.backbone,
         norm=config.norm,
@@ -35,18 +49,28 @@ def build_detector(recipe: Recipe, stats: ClassStats, *, start: bool = True) -> 
         pool=config.fpn_pool,
         frozen_layers=config.frozen_layers,
         state=body,
-        source=weights,
+        source=source,
     )
-    loss = losses.build(recipe.loss.name, stats, **recipe.loss.options)
     model = build_faster_rcnn(backbone, loss, config, recipe.evaluation, channels_last=recipe.schedule.channels_last)
     if recipe.hallucination is not None:
         options = recipe.hallucination.model_dump()
         independent = options.pop("independent_boxes")
         module = FeatureHallucination(stats.num_classes, config.head_channels, **options)
         model.roi_heads.extra_rows = HallucinatedRows(module, loss, independent_boxes=independent)
-    if whole is not None:
-        return model, load_weights(model, whole, weights)
-    return model, [f"backbone: {weights}"] if body is not None else ["random start"]
+    return model
+
+
+def _deformable_detr(
+    recipe: Recipe, stats: ClassStats, loss: ClassificationLoss, body: dict[str, Tensor] | None, source: str
+) -> nn.Module:
+    from tailfin.models.deformable_detr import build_deformable_detr  # transformers takes seconds to import
+
+    return build_deformable_detr(recipe, loss, body, source)
+
+
+Builder = Callable[[Recipe, ClassStats, ClassificationLoss, dict[str, Tensor] | None, str], nn.Module]
+# by `detector.name`; the last arguments are the weights of the ResNet body, where there are any, and their source
+BUILDERS: dict[str, Builder] = {"faster_rcnn": _faster_rcnn, "deformable_detr": _deformable_detr}
 
 
 def _starting_weights(recipe: Recipe, weights: str) -> tuple[dict[str, Tensor] | None, dict[str, Tensor] | None]:

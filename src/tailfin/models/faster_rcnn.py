@@ -17,13 +17,13 @@ from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.faster_rcnn import TwoMLPHead
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 
-from tailfin.config import Detector as DetectorConfig
-from tailfin.config import Evaluation
 from tailfin.losses.base import ClassificationLoss
 from tailfin.models.images import batch_images
 from tailfin.models.roi_align import PyramidRoIAlign
 from tailfin.models.roi_heads import BoxPredictor, RoIHeads, Targets
 from tailfin.modules.cosine import NormedLinear
+from tailfin.schema.detectors import FasterRCNN as FasterRCNNConfig
+from tailfin.schema.recipe import Evaluation
 
 
 class FasterRCNN(nn.Module):
@@ -62,6 +62,11 @@ class FasterRCNN(nn.Module):
         for name, value in rpn_losses.items():
             losses[name.replace("loss_objectness", "loss_rpn_objectness")] = self.rpn_loss_weight * value
         return losses
+
+    @property
+    def limits(self) -> nn.Module:
+        """Where `score_threshold` and `max_dets` are."""
+        return self.roi_heads
 
     def parts(self) -> dict[str, nn.Module]:
         """Parts that a stage may train, by the names of a recipe's `second.trains`."""
@@ -108,7 +113,7 @@ class _Float32RPNHead(RPNHead):
 def build_faster_rcnn(
     backbone: BackboneWithFPN,
     loss: ClassificationLoss,
-    config: DetectorConfig,
+    config: FasterRCNNConfig,
     evaluation: Evaluation,
     *,
     channels_last: bool = False,

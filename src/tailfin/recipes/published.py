@@ -18,7 +18,7 @@ import json
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import msgspec
 
@@ -307,8 +307,8 @@ def _overrides(row: Row) -> tuple[list[str], list[str]]:
 def _missing_parts(row: Row, recipe: str) -> list[str]:
     """What the row needs that tailfin does not have: its pre-training, and whatever keeps its recipe from existing."""
     from tailfin import losses
-    from tailfin.config import Detector
     from tailfin.recipes import names
+    from tailfin.schema.detectors import DETECTORS as BUILT
 
     available = names()
     missing = []
@@ -323,7 +323,7 @@ def _missing_parts(row: Row, recipe: str) -> list[str]:
         missing.append(method.part)
     if row.detector is None:
         missing.append("a detector, which the paper does not state")
-    elif row.detector not in get_args(Detector.model_fields["name"].annotation):
+    elif row.detector not in BUILT:
         missing.append(DETECTORS[row.detector])
     if not any(name.startswith(f"{row.dataset}/") for name in available):
         missing.append(f"recipes for {DATASETS[row.dataset]}")

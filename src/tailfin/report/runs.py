@@ -16,9 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from tailfin.config import Recipe, recipe_from_file
+from tailfin.config import recipe_from_file
 from tailfin.errors import UserError, nearest
 from tailfin.files import read_json
+from tailfin.schema.recipe import Recipe
 
 # Columns of metrics.jsonl that are not parts of the loss.
 NOT_LOSSES = frozenset(

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from tailfin.config import Sampler
 from tailfin.data.index import AnnotationIndex
 from tailfin.errors import UserError
 from tailfin.samplers.class_aware import class_aware_order
 from tailfin.samplers.repeat_factor import category_factors, image_factors, round_factors, training_labels
+from tailfin.schema.training import Sampler
 from tailfin.stats import ClassStats
 
 Key = tuple[int, int, int]  # (epoch, image row, how often the image came before in this epoch)

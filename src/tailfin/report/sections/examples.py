@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from tailfin.config import Recipe
 from tailfin.data.images import read_image
 from tailfin.data.index import AnnotationIndex, image_folder, image_path, open_index
 from tailfin.errors import UserError
@@ -26,6 +25,7 @@ from tailfin.report.draw import Color, draw_detections
 from tailfin.report.matching import IOU, Detections, Verdict, intersection, judge, read_detections
 from tailfin.report.page import Section, color, count, defined, group_name, render
 from tailfin.report.runs import Run
+from tailfin.schema.recipe import Recipe
 
 SCORE = 0.3  # detections from this score on are drawn, and the best one in any case
 _PICTURES = 12

@@ -1,0 +1,58 @@
+"""`data`: files, and how pictures are turned into batches."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from tailfin.schema.base import Count, Fraction, Positive, Section, Size
+
+
+class DataFiles(Section):
+    """An annotation file and its image folder; `images` empty means the folder rule of the documentation."""
+
+    annotations: str = ""
+    images: str = ""
+
+
+class Data(Section):
+    """Files, and how pictures are turned into batches. Relative paths start at `root`."""
+
+    root: str = ""
+    train: DataFiles = DataFiles()
+    val: DataFiles = DataFiles()
+    synthesize: Literal["", "demo"] = ""  # make the embedded synthetic set where `train` and `val` do not exist
+
+    # training pictures keep their aspect. "multiscale": one of `sizes` becomes the short side; "square": they fit into
+    # a square of `sizes[0]`; "jitter" (large-scale jitter): a random scale in `jitter_scale` of it, then a crop to it
+    resize: Literal["multiscale", "square", "jitter"] = "multiscale"
+    sizes: tuple[Size, ...] = (640, 672, 704, 736, 768, 800)
+    max_size: Size = 1333
+    jitter_scale: tuple[Positive, Positive] = (0.1, 2.0)
+    flip: Fraction = 0.5
+    color_jitter: Annotated[float, Field(ge=0, lt=1)] = 0.0  # strength of brightness, contrast and saturation changes
+    copy_paste: bool = False  # simple copy-paste: objects of a second picture, with their masks where the file has them
+    # test pictures: short side and bound of the long side; 0 takes the largest training size
+    test_size: Annotated[int, Field(ge=0)] = 0
+    test_max_size: Annotated[int, Field(ge=0)] = 0
+
+    group_by_aspect: bool = True  # batches hold only upright or only wide pictures
+    keep_empty: bool = False  # train on images without annotations too
+    workers: Annotated[int, Field(ge=0)] = 2
+    max_pixels: Count = 64_000_000  # a larger picture is refused
+
+    @model_validator(mode="after")
+    def _check(self) -> Data:
+        if not self.sizes:
+            raise ValueError("sizes must name at least one size")
+        if self.jitter_scale[0] > self.jitter_scale[1]:
+            raise ValueError("jitter_scale must be (smaller, larger)")
+        return self
+
+    @property
+    def inference_size(self) -> tuple[int, int]:
+        """(short side, bound of the long side) at test time."""
+        short = self.test_size or max(self.sizes)
+        bound = self.test_max_size or (short if self.resize != "multiscale" else self.max_size)
+        return short, max(short, bound)

@@ -1,0 +1,91 @@
+"""`detector`: one section per detector, told apart by `detector.name`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Discriminator, Field, Tag, model_validator
+
+from tailfin.schema.base import Count, Fraction, NotNegative, Positive, Section
+
+
+class FasterRCNN(Section):
+    """Faster R-CNN's parts; defaults are detection practice for LVIS and COCO at batch 16."""
+
+    name: Literal["faster_rcnn"] = "faster_rcnn"
+    norm: Literal["frozen_bn", "bn", "gn"] = "frozen_bn"  # of the backbone; a random start needs "bn" or "gn"
+    frozen_layers: Annotated[int, Field(ge=0, le=5)] = 2  # of stem, layer1..layer4, from below; 2 = stem and layer1
+    fpn_channels: Count = 256
+    fpn_layers: Annotated[tuple[Annotated[int, Field(ge=1, le=4)], ...], Field(min_length=1)] = (1, 2, 3, 4)
+    fpn_pool: bool = True  # one more level, pooled from the last
+    anchor_sizes: tuple[Count, ...] = (32, 64, 128, 256, 512)  # one per level, in pixels
+    anchor_ratios: tuple[Positive, ...] = (0.5, 1.0, 2.0)
+    rpn_batch: Count = 256
+    rpn_fg_fraction: Fraction = 0.5
+    rpn_fg_iou: Fraction = 0.7
+    rpn_bg_iou: Fraction = 0.3
+    rpn_nms: Fraction = 0.7
+    rpn_pre_nms: tuple[Count, Count] = (2000, 1000)  # per level, training and test
+    rpn_post_nms: tuple[Count, Count] = (1000, 1000)  # per image, training and test
+    roi_size: Count = 7
+    roi_sampling: int = 2  # samples per bin and side; 0 = adaptive
+    roi_batch: Count = 512
+    roi_fg_fraction: Fraction = 0.25
+    roi_fg_iou: Fraction = 0.5
+    head_channels: Count = 1024
+    classifier: Literal["linear", "cosine"] = "linear"  # cosine: normed features and weights times a temperature
+    temperature: Positive = 20.0  # of the cosine classifier
+    box_regression: Literal["class_agnostic", "class_specific"] = "class_specific"
+    box_loss: Literal["l1", "smooth_l1"] = "l1"
+    box_loss_weight: NotNegative = 1.0
+    rpn_loss_weight: NotNegative = 1.0
+
+    @model_validator(mode="after")
+    def _check(self) -> FasterRCNN:
+        levels = len(self.fpn_layers) + self.fpn_pool
+        if len(self.anchor_sizes) != levels:
+            raise ValueError(f"anchor_sizes needs one size per level: {levels} levels, {len(self.anchor_sizes)} sizes")
+        if list(self.fpn_layers) != sorted(set(self.fpn_layers)):
+            raise ValueError("fpn_layers must ascend")
+        return self
+
+
+class DeformableDETR(Section):
+    """Deformable DETR, two-stage with box refinement; defaults are the published ones (300 queries, 6+6 layers)."""
+
+    name: Literal["deformable_detr"]
+    norm: Literal["frozen_bn", "bn", "gn"] = "frozen_bn"  # of the backbone
+    frozen_layers: Annotated[int, Field(ge=0, le=5)] = 2  # as in Faster R-CNN; the released code trains layer2-4
+    widths: tuple[Count, ...] = ()  # stem, layer1..4 of a basic ResNet of one's own; empty: `backbone`
+    blocks: tuple[Count, ...] = ()  # its blocks per layer
+    levels: Annotated[int, Field(ge=1, le=4)] = 4  # the last backbone layers and one more by a strided convolution
+    channels: Count = 256  # a multiple of 32
+    encoder_layers: Count = 6
+    decoder_layers: Count = 6
+    heads: Count = 8
+    points: Count = 4
+    feedforward: Count = 1024
+    dropout: Fraction = 0.1
+    queries: Count = 300
+    two_stage: bool = True  # queries are the best proposals of the encoder; false: learned ones
+    refine: bool = True  # every decoder layer refines the boxes of the one before
+    auxiliary: bool = True  # losses on every decoder layer
+    class_weight: NotNegative = 3.0  # released code of step-wise learning; Deformable DETR's own is 2
+    box_weight: NotNegative = 5.0  # L1
+    giou_weight: NotNegative = 2.0
+    class_cost: NotNegative = 2.0  # of the matching
+    box_cost: NotNegative = 5.0
+    giou_cost: NotNegative = 2.0
+
+
+DETECTORS: dict[str, type[Section]] = {"faster_rcnn": FasterRCNN, "deformable_detr": DeformableDETR}
+
+
+def _name(value: Any) -> str:
+    name = value.get("name", "faster_rcnn") if isinstance(value, dict) else getattr(value, "name", "faster_rcnn")
+    return str(name)
+
+
+Detector = Annotated[
+    Annotated[FasterRCNN, Tag("faster_rcnn")] | Annotated[DeformableDETR, Tag("deformable_detr")], Discriminator(_name)
+]

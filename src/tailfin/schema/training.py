@@ -1,0 +1,96 @@
+"""Sections about training: loss, sampler, schedule, feature modules, and the second stage of a decoupled method."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from tailfin.schema.base import ConfigName, Count, Fraction, Named, NotNegative, Positive, Section, by_name
+
+
+class Loss(Named):
+    """The classification loss of the box head, with the options of its constructor (`tailfin.losses`)."""
+
+    name: ConfigName = "softmax"
+
+    @model_validator(mode="after")
+    def _check(self) -> Loss:
+        from tailfin import losses  # the list of losses is the schema of this section
+
+        losses.check_options(self.name, self.options)
+        if not losses.LOSSES[self.name].alone:
+            whole = [name for name, kind in losses.LOSSES.items() if kind.alone]
+            choices = ", ".join(whole)
+            raise ValueError(f'"{self.name}" is a term without scores, not a whole loss: take one of {choices}')
+        return self
+
+
+class Sampler(Section):
+    """Which image, how often. `threshold` is RFS's t, a fraction of the training images."""
+
+    name: Literal["plain", "rfs", "irfs", "class_aware", "dynamic"] = "plain"
+    threshold: Positive = 1e-3
+    rounding: Literal["stochastic", "ceil"] = "stochastic"
+
+
+class Schedule(Section):
+    """Optimiser and learning rate; the rate is a pure function of the iteration."""
+
+    epochs: Positive = 12
+    batch: Count = 16  # images per optimiser step over all processes and accumulation steps
+    accumulation: Count = 1
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    lr: Positive = 0.02  # at this batch size
+    lr_scales: dict[
+        str, NotNegative
+    ] = {}  # factor of the rate for parameters whose name has this text: {backbone: 0.1}
+    momentum: Fraction = 0.9
+    weight_decay: NotNegative = 1e-4
+    norm_decay: bool = True  # weight decay on norm layers' scale and shift too
+    warmup: Annotated[int, Field(ge=0)] = 500  # iterations
+    warmup_ratio: Fraction = 0.001
+    decay: Literal["multistep", "cosine", "constant"] = "multistep"
+    milestones: tuple[Positive, ...] = (8, 11)  # epochs after which the rate is multiplied by gamma
+    gamma: Positive = 0.1
+    clip: Positive | None = None  # bound of the gradient's norm
+    precision: Literal["auto", "no", "bf16", "fp16"] = "no"  # auto: bf16 where the device computes in it, else no
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None  # decay of an exponential moving average of the weights
+    channels_last: bool = False
+
+    @model_validator(mode="after")
+    def _check(self) -> Schedule:
+        if self.batch % self.accumulation:
+            raise ValueError(f"batch {self.batch} is not a multiple of accumulation {self.accumulation}")
+        if list(self.milestones) != sorted(self.milestones):
+            raise ValueError("milestones must ascend")
+        return self
+
+
+class Hallucination(Section):
+    """BACL's feature hallucination (III-E): made-up rows for the classifier, from running statistics per class."""
+
+    beta: Annotated[float, Field(ge=0, lt=1)] = 0.9  # momentum of the statistics
+    sampled_num_classes: Count = 8  # c, classes drawn per iteration
+    sampled_num_features: Count = 12  # m, features per drawn class
+    spread: Literal["deviation", "variance"] = "deviation"  # what the noise is multiplied with: released code, or text
+    independent_boxes: bool = False  # draw the 16 boxes' shifts independently (text), not once per image (released)
+    across_ranks: bool = False  # statistics over all processes
+
+
+class SecondStage(Section):
+    """The classifier stage of a decoupled method: it starts from the first stage's detector."""
+
+    loss: Annotated[Loss, BeforeValidator(by_name)] = Loss()
+    sampler: Annotated[Sampler, BeforeValidator(by_name)] = Sampler()
+    schedule: Schedule = Schedule()
+    trains: tuple[Literal["classifier", "box", "rpn", "head", "fpn", "backbone"], ...] = ("classifier", "box", "rpn")
+    hallucination: Hallucination | None = None
+    fresh_classifier: bool = False  # start the classifier anew instead of from the first stage's
+    data: dict[str, Any] = {}  # keys of `data` that differ in this stage (resize, sizes, flip, ...)
+
+    @model_validator(mode="after")
+    def _check(self) -> SecondStage:
+        if not self.trains:
+            raise ValueError("trains must name at least one part")
+        return self
