@@ -127,6 +127,9 @@ class Run:
             )
             best = folder / "best.safetensors"
 
+            def evaluate(measured: nn.Module, _: int) -> dict[str, Any]:
+                return self.measure(measured.get_submodule(product))
+
             def keep_best(measured: nn.Module) -> None:
                 save_model(best, measured.get_submodule(product), recipe, self.stats, parents=self.parents)
 
@@ -140,9 +143,7 @@ class Run:
                     dataset,
                     plan,
                     step,
-                    evaluate=(lambda m, iteration: self.measure(m.get_submodule(product)))
-                    if self.val is not None
-                    else None,
+                    evaluate=evaluate if self.val is not None else None,
                     save_best=keep_best if recipe.evaluation.select == "best" else None,
                 ),
             )

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from tailfin.models import build_detector
+from tailfin.models.faster_rcnn import FasterRCNN
 from tailfin.run import Run
 
 
@@ -30,5 +31,6 @@ def classifier_stage(run: Run, trained: nn.Module) -> nn.Module:
         weights = {key: value for key, value in weights.items() if ".cls_score." not in key}
     own = model.state_dict()
     model.load_state_dict({key: value for key, value in weights.items() if own[key].shape == value.shape}, strict=False)
+    assert isinstance(model, FasterRCNN)
     model.freeze_all_but(second.trains)
     return model

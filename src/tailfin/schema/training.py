@@ -42,9 +42,7 @@ class Schedule(Section):
     accumulation: Count = 1
     optimizer: Literal["sgd", "adamw"] = "sgd"
     lr: Positive = 0.02  # at this batch size
-    lr_scales: dict[
-        str, NotNegative
-    ] = {}  # factor of the rate for parameters whose name has this text: {backbone: 0.1}
+    lr_scales: dict[str, NotNegative] = {}  # factors of the rate by a text in the parameter's name
     momentum: Fraction = 0.9
     weight_decay: NotNegative = 1e-4
     norm_decay: bool = True  # weight decay on norm layers' scale and shift too
