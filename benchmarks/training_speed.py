@@ -397,7 +397,11 @@ def memory_row(table: Table, options: argparse.Namespace) -> None:
 
 def peak_memory(name: str, options: argparse.Namespace) -> float:
     """MiB that three training steps add to a process that holds the libraries, the pictures and both detectors."""
-    step = training_pair(options)[NAMES.index(name)]
+    return peak_memory_of(training_pair(options)[NAMES.index(name)], options)
+
+
+def peak_memory_of(step: Step, options: argparse.Namespace) -> float:
+    """MiB that three steps add to this process."""
     before = resident_peak(options)
     for number in range(3):
         torch.manual_seed(number)

@@ -130,11 +130,13 @@ def train(
     overrides: Mapping[str, Any] | Sequence[str] = (),
     overwrite: bool = False,
     resume: bool = False,
+    stage1: str | Path | None = None,
 ) -> Path:
     """Train every stage of a recipe and measure the result; returns the run folder.
 
     `recipe` is a name from `tailfin recipes list`, a YAML path, a published row's id, or a `Recipe`. `resume` goes on
-    with the run in `out`.
+    with the run in `out`. `stage1` is a run (or model file) whose finished first stage a two-stage recipe takes instead
+    of training its own; it must be the one that the recipe would train.
     """
     from tailfin.methods import METHODS
     from tailfin.run import Run, on_main, process_state, resumed_recipe, run_folder
@@ -145,8 +147,10 @@ def train(
         resolved, folder = resumed_recipe(out), Path(out)
     else:
         resolved = resolve_recipe(recipe, train, val, train_images, val_images, weights, overrides)
+        if stage1 is not None and out is not None and Path(stage1).resolve().is_relative_to(Path(out).resolve()):
+            raise UserError(f"--stage1 {stage1} is inside --out {out}, which would be replaced: give another --out")
         folder = on_main(process_state(), lambda: run_folder(out, resolved, overwrite=overwrite))
-    METHODS[resolved.method](Run(resolved, folder))
+    METHODS[resolved.method](Run(resolved, folder, Path(stage1) if stage1 is not None else None))
     return folder
 
 

@@ -43,11 +43,22 @@ class ModelFile:
 
 
 def save_model(
-    path: Path, model: nn.Module, recipe: Recipe, stats: ClassStats, *, parents: Iterable[str] = (), **facts: str
+    path: Path,
+    model: nn.Module,
+    recipe: Recipe,
+    stats: ClassStats,
+    *,
+    parents: Iterable[str] = (),
+    parts: tuple[str, ...] = ("",),
+    **facts: str,
 ) -> None:
-    """Write `model`'s weights with recipe, categories and provenance, atomically."""
+    """Write `model`'s weights with recipe, categories and provenance, atomically.
+
+    Of `parts` only: beginnings of the weights' names.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    weights = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+    state = {key: value for key, value in model.state_dict().items() if key.startswith(parts)}
+    weights = {key: value.detach().cpu().contiguous() for key, value in state.items()}
     metadata = {
         "format": FORMAT,
         "tailfin": importlib.metadata.version("tailfin") if _installed() else "source",

@@ -6,7 +6,7 @@ Overrides are `a.b=c` and pass the same check::
 
     recipe = load_recipe("fod/faster_rcnn_r18_softmax", ["schedule.epochs=4", "loss=focal", "loss.focal_gamma=1.5"])
 
-A section that is chosen by name (`loss`, `sampler`) may be given as the bare name; a new name drops the options of
+A section that is chosen by name (`loss`, `sampler`, `detector.classifier`) may be given as the bare name; a new name drops the options of
 the old one.
 """
 
@@ -102,7 +102,7 @@ def _assign(values: dict[str, Any], key: str, value: Any) -> None:
     *path, last = key.split(".")
     for depth, part in enumerate(path):
         inner = values.get(part)
-        if isinstance(inner, str) and part in ("loss", "sampler"):
+        if isinstance(inner, str) and part in ("loss", "sampler", "classifier"):
             inner = {"name": inner}
         if inner is None:
             inner = {}

@@ -28,7 +28,6 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tailfin.checkpoint import load_resume_point, save_resume_point
 from tailfin.data.dataset import TrainingDataset, training_loader
 from tailfin.errors import UserError
-from tailfin.losses.base import ClassificationLoss
 from tailfin.progress import Progress
 from tailfin.samplers.plan import BatchPlan
 from tailfin.schedule import build_optimizer, learning_rate
@@ -76,7 +75,7 @@ def fit(accelerator: Accelerator, stage: Stage) -> nn.Module:
         plain = plain.to(memory_format=torch.channels_last)
     average = None
     if schedule.ema is not None:  # copied before Accelerate wraps the model's forward
-        average = AveragedModel(plain, multi_avg_fn=get_ema_multi_avg_fn(schedule.ema), use_buffers=True)
+        average = AveragedModel(plain, multi_avg_fn=moving_average(schedule.ema), use_buffers=True)
     model, optimizer = accelerator.prepare(plain, build_optimizer(plain, schedule))
     start, best = _restore(accelerator, stage, plain, optimizer, average)
     log = TrainingLog(accelerator, stage.name, stage.folder, stage.plan, recipe, start)
@@ -105,7 +104,7 @@ def fit(accelerator: Accelerator, stage: Stage) -> nn.Module:
                 state["scaler"] = accelerator.scaler.state_dict()
             save_resume_point(stage.folder, state, iteration)
 
-    told = [module for module in plain.modules() if isinstance(module, ClassificationLoss)]
+    told: list[Any] = [module for module in plain.modules() if hasattr(module, "at_epoch")]
     model.train()
     with (
         closing(batches),  # whatever ends the loop ends the loader's workers
@@ -120,8 +119,8 @@ def fit(accelerator: Accelerator, stage: Stage) -> nn.Module:
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["lr_scale"]
             seed_iteration(recipe.seed, iteration, accelerator.process_index)
-            for loss_module in told:
-                loss_module.at_epoch(plan.epoch_at(iteration))
+            for module in told:
+                module.at_epoch(plan.epoch_at(iteration))
 
             parts: dict[str, Tensor] = {}
             for micro in range(schedule.accumulation):
@@ -164,6 +163,19 @@ def fit(accelerator: Accelerator, stage: Stage) -> nn.Module:
     accelerator.wait_for_everyone()
     accelerator.free_memory()  # the optimiser's state, which the accelerator would hold through later stages
     return average.module if average is not None else plain
+
+
+def moving_average(decay: float) -> Callable[[list[Tensor], list[Tensor], Any], None]:
+    """The update of the averaged weights; counters and flags are not averaged, which would round them down, but copied."""
+    average = get_ema_multi_avg_fn(decay)
+
+    def update(averaged: list[Tensor], current: list[Tensor], number: Any) -> None:
+        if averaged[0].is_floating_point():
+            average(averaged, current, number)
+        else:
+            torch._foreach_copy_(averaged, current)
+
+    return update
 
 
 def check_shares(schedule: Schedule, processes: int) -> None:

@@ -81,7 +81,7 @@ def infer(
             with accelerator.autocast():
                 outputs = model([image.to(accelerator.device, non_blocking=True) for image in images])
             for image, row, output in zip(images, rows, outputs, strict=True):
-                boxes = output["boxes"].float().cpu().numpy() * _scale(image.shape[-2:], index, row)
+                boxes = output["boxes"].float().cpu().numpy() * picture_scale(image.shape[-2:], index, row)
                 labels = output["labels"].cpu().numpy()
                 scores = output["scores"].float().cpu().numpy()
                 writer.add(int(index.image_ids[row]), boxes, scores, ids[labels])
@@ -90,7 +90,7 @@ def infer(
     return done / max(time.perf_counter() - began, 1e-9)
 
 
-def _scale(size: torch.Size, index: AnnotationIndex, row: int) -> np.ndarray:
+def picture_scale(size: torch.Size, index: AnnotationIndex, row: int) -> np.ndarray:
     """Factors from the test picture's pixels to the file's."""
     across = index.widths[row] / size[1]
     down = index.heights[row] / size[0]

@@ -33,6 +33,7 @@ from tailfin.engine import Stage, Step, check_shares, detector_step, fit
 from tailfin.errors import UserError
 from tailfin.evaluation.results import merge_shards
 from tailfin.files import read_json, write_atomic, write_json
+from tailfin.first_stage import first_stage
 from tailfin.inference import category_ids_for, counts_by_id, infer
 from tailfin.models import build_detector
 from tailfin.progress import Progress
@@ -57,7 +58,7 @@ TRACKERS = {
 class Run:
     """Everything the stages of a method share: data, classes, accelerator, folder."""
 
-    def __init__(self, recipe: Recipe, out: Path) -> None:
+    def __init__(self, recipe: Recipe, out: Path, stage1: Path | None = None) -> None:
         self.recipe, self.out = recipe, out
         self.accelerator = make_accelerator(recipe, out)
         self.train = open_source(recipe.data.train, recipe.data.root, "train")
@@ -69,20 +70,24 @@ class Run:
             raise UserError(
                 f"evaluation.iou: segm needs a detector with masks, {recipe.detector.name} gives boxes only"
             )
+        # a finished first stage that takes the place of training one
+        self.given = first_stage(stage1, recipe, self.stats, self.train.index.fingerprint) if stage1 else None
         self.parents: list[str] = []
         self.final_recipe = recipe  # of the stage that made the final model: what rebuilds it
         self.stages_done = 0
+        self.begun = False
 
-    def detector(self) -> nn.Module:
+    def detector(self, recipe: Recipe | None = None) -> nn.Module:
         """The recipe's detector with its starting weights, the same on every process; says what it starts from.
 
-        A run that is past its start does not need them: its first stage has better ones.
+        A run that is past its start does not need them: its first stage has better ones. `recipe` is the first stage's
+        own, where it differs from the run's.
         """
         torch.manual_seed(self.recipe.seed)
-        begun = any(
+        begun = self.given is not None or any(
             resume_point(stage) or (stage / "model.safetensors").exists() for stage in self.out.glob("stages/1-*")
         )
-        model, notes = build_detector(self.recipe, self.stats, start=not begun)
+        model, notes = build_detector(recipe or self.recipe, self.stats, start=not begun)
         for note in notes if not begun else ():
             self.say(note)
         return model
@@ -110,8 +115,7 @@ class Run:
         dataset = dataset or TrainingDataset(self.train, recipe.data, recipe.seed)
         plan = plan or batch_plan(recipe, dataset, self.stats)
         check_shares(recipe.schedule, self.accelerator.num_processes)
-        if self.stages_done == 0:  # not earlier: a mistake in data, weights or model leaves no half-begun run behind
-            self._begin()
+        self.begin(name)  # not earlier: a mistake in data, weights or model leaves no half-begun run behind
         self.stages_done += 1
         folder = self.out / "stages" / f"{self.stages_done}-{name}"
         finished = folder / "model.safetensors"
@@ -125,6 +129,9 @@ class Run:
                 f"stage {name}: {len(dataset.rows())} images, {plan.iterations} iterations of {recipe.schedule.batch}, "
                 f"{self.stats.num_classes} classes, loss {recipe.loss.name}, sampler {recipe.sampler.name}"
             )
+            seeing: list[Any] = [module for module in model.modules() if hasattr(module, "see_annotations")]
+            for module in seeing:  # what it takes from them is in its state, a resume point or model file brings it
+                module.see_annotations(self.train.index)
             best = folder / "best.safetensors"
 
             def evaluate(measured: nn.Module, _: int) -> dict[str, Any]:
@@ -148,8 +155,9 @@ class Run:
                 ),
             )
             model = model.get_submodule(product)
-            if best.exists():
+            if on_main(self.accelerator, best.exists):
                 load_weights(model, load_model_file(best).weights, str(best))
+                self.accelerator.wait_for_everyone()  # until all have read it
             on_main(self.accelerator, lambda: save_model(finished, model, recipe, self.stats, parents=self.parents))
             on_main(self.accelerator, lambda: best.unlink(missing_ok=True))
         self.parents = [*self.parents, file_hash(finished)]
@@ -196,10 +204,12 @@ class Run:
     def finish(self, model: nn.Module) -> dict[str, Any] | None:
         """Write the final model, measure it and write the report; returns the metrics."""
         final = self.out / "model.safetensors"
-        if not final.exists():
-            on_main(
-                self.accelerator, lambda: save_model(final, model, self.final_recipe, self.stats, parents=self.parents)
-            )
+
+        def save() -> None:  # asked on one process alone: another might see the file that was written meanwhile
+            if not final.exists():
+                save_model(final, model, self.final_recipe, self.stats, parents=self.parents)
+
+        on_main(self.accelerator, save)
         metrics = None
         if self.val is not None:
             metrics = self.measure(model, keep=True)
@@ -215,14 +225,21 @@ class Run:
         if self.accelerator.is_main_process:
             Progress("", 1).note(text)
 
-    def _begin(self) -> None:
-        on_main(self.accelerator, self._record)
+    def begin(self, name: str) -> None:
+        """Write the folder's first files, once; `name` is the first stage's."""
+        if self.begun:
+            return
+        self.begun = True
+        on_main(self.accelerator, lambda: self._record(name))
         if self.recipe.logging.trackers:
             config = {"recipe": dump_recipe(self.recipe), "run": str(self.out)}
             self.accelerator.init_trackers("tailfin", config=config)
 
-    def _record(self) -> None:
+    def _record(self, name: str) -> None:
         self.out.mkdir(parents=True, exist_ok=True)
+        if self.given is not None:  # before recipe.yaml, which makes the folder a run that can be resumed
+            self.given.copy_to(self.out / "stages" / f"1-{name}")
+            self.say(f"stage {name}: taken from {self.given.run}")
         write_atomic(self.out / "recipe.yaml", dump_recipe(self.recipe))
         path = self.out / "environment.json"
         if path.exists():
@@ -235,7 +252,10 @@ class Run:
             before.setdefault("resumed", []).append(_now())
             write_json(path, before, indent=1)
         else:
-            write_json(path, environment(self.recipe, self.accelerator, self.train, self.val), indent=1)
+            facts = environment(self.recipe, self.accelerator, self.train, self.val)
+            if self.given is not None:
+                facts["first_stage"] = self.given.facts()
+            write_json(path, facts, indent=1)
 
     def _report(self) -> None:
         from tailfin.report import write_report

@@ -183,7 +183,7 @@ def test_buffers_of_the_loss_travel_with_the_weights():
     models = []
     for _ in range(2):
         backbone = resnet_fpn("resnet18", norm="bn", layers=(2, 3), channels=16, pool=False, frozen_layers=0)
-        models.append(build_faster_rcnn(backbone, CountingLoss(STATS), recipe.detector, recipe.evaluation))
+        models.append(build_faster_rcnn(backbone, CountingLoss(STATS), recipe.detector, recipe.evaluation, STATS))
     models[0].train()(IMAGES, TARGETS)
     state = models[0].state_dict()
     assert state["roi_heads.loss.seen"].sum() > 0 and state["roi_heads.loss.seen"].dtype == torch.float64
@@ -314,7 +314,7 @@ def test_frozen_layers_do_not_train(norm):
     torch.manual_seed(0)
     recipe = tiny_recipe(norm=norm)
     backbone = resnet_fpn("resnet18", norm=norm, layers=(2, 3), channels=16, pool=False, frozen_layers=2)
-    model = build_faster_rcnn(backbone, losses.build("softmax", STATS), recipe.detector, recipe.evaluation)
+    model = build_faster_rcnn(backbone, losses.build("softmax", STATS), recipe.detector, recipe.evaluation, STATS)
     moved = changed(model, step)
     assert not [
         key for key in moved if key.startswith(("backbone.body.conv1", "backbone.body.bn1", "backbone.body.layer1"))
@@ -327,7 +327,7 @@ def test_frozen_norms_keep_their_statistics():
     torch.manual_seed(0)
     recipe = tiny_recipe()
     backbone = resnet_fpn("resnet18", norm="frozen_bn", layers=(2, 3), channels=16, pool=False, frozen_layers=0)
-    model = build_faster_rcnn(backbone, losses.build("softmax", STATS), recipe.detector, recipe.evaluation)
+    model = build_faster_rcnn(backbone, losses.build("softmax", STATS), recipe.detector, recipe.evaluation, STATS)
     norms = {name for name, module in model.named_modules() if isinstance(module, FrozenBatchNorm2d)}
     assert len(norms) == 15  # every norm of layers 0 to 3
     assert not [name for name, _ in model.named_parameters() if name.rpartition(".")[0] in norms]

@@ -98,7 +98,7 @@ def test_trees_learn_from_detached_features():
     value = loss(logits, labels)
     value.backward()
     assert shared[1].weight.grad.abs().sum() > 0
-    for layer in (*predictor.hidden, *predictor.classifiers):
+    for layer in (*predictor.cls_score.hidden, *predictor.cls_score.classifiers):
         assert layer.weight.grad.abs().sum() > 0
     with torch.no_grad():
         torch.testing.assert_close(predictor.cls_score(shared(pooled)), logits)

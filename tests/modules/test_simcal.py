@@ -40,8 +40,8 @@ def inputs():
     proposals = [torch.cat([own.repeat(5, 1) + torch.randn((5 * len(own), 4)), torch.rand((15, 2)).repeat(1, 2) * 40
                             + torch.tensor([60.0, 0.0, 80.0, 20.0])]) for own in boxes]  # fmt: skip
     targets = [
-        {"boxes": boxes[0], "labels": torch.tensor([0, 1]), "sampled_class": 1},
-        {"boxes": boxes[1], "labels": torch.tensor([0]), "sampled_class": 0},
+        {"boxes": boxes[0], "labels": torch.tensor([0, 1]), "sampled_class": torch.tensor(1)},
+        {"boxes": boxes[1], "labels": torch.tensor([0]), "sampled_class": torch.tensor(0)},
     ]
     return features, proposals, [(128, 128), (128, 128)], targets
 
@@ -92,6 +92,8 @@ def test_rows_of_an_episode():
     assert few.tolist() == [0, 0, 3]
     none = calibration_labels(torch.tensor([1, 3]), torch.tensor([0, 0]), torch.tensor([0]), 3)
     assert none.tolist() == [-1, -1]
+    every = calibration_labels(torch.tensor([0, 1, 3, 3, 3, -1]), torch.zeros(6, dtype=torch.int64), None, 3)
+    assert every[:2].tolist() == [0, 1] and (every == 3).sum() == 2
 
 
 def test_a_fresh_copy_scores_like_the_original():

@@ -11,6 +11,8 @@ from tailfin.config import load_recipe
 from tailfin.errors import UserError
 from tailfin.recipes import Blocked, Runnable
 from tailfin.recipes.published import DATASETS, DETECTORS, METHODS, NO_CODE, PRETRAINING, PRETRAINING_NAMES
+from tailfin.schema.detectors import CALIBRATORS
+from tailfin.schema.features import FeatureMemory
 from tailfin.schema.recipe import Recipe
 
 ROWS = {row.id: row for row in recipes.rows()}
@@ -20,6 +22,11 @@ BLOCKED = [row_id for row_id, run in RUNS.items() if isinstance(run, Blocked)]
 LOSSES = {  # method_key -> losses of its stages, where they are not the method_key
     "rfs": ("softmax",),
     "balms": ("balanced_sigmoid",),
+    "fasa": ("softmax",),
+    **{head: ("softmax",) for head in ("tde", "forest_rcnn")},
+    **{head: ("softmax", "softmax") for head in ("disalign", "simcal")},
+    "rio": ("softmax",),
+    "loce": ("softmax", "ebl"),
     "bags": ("softmax", "bags"),
     "acsl": ("softmax", "acsl"),
     "bacl": ("objectness", "fcbl"),
@@ -59,9 +66,9 @@ def test_runnable_row(row_id):
     assert recipe.detector.name == row.detector
     assert recipe.backbone == row.backbone.replace("r", "resnet")
     assert recipe.weights == "imagenet"
-    assert recipe.sampler.name == {None: "rfs" if row.method_key == "ecm" else "plain", "random": "plain"}.get(
-        row.sampler, row.sampler
-    )
+    assert (recipe.pretraining.preset if recipe.pretraining else None) == {"2drcl": "drcl"}.get(str(row.pretraining))
+    own = "rfs" if row.method_key in ("ecm", "rio") else "plain"
+    assert recipe.sampler.name == {None: own, "random": "plain"}.get(row.sampler, row.sampler)
     end_to_end = row.method_key == "bacl" and row.settings.get("pipeline") == "end_to_end"
     names = (recipe.loss.name, recipe.second.loss.name) if recipe.second else (recipe.loss.name,)
     assert names == (("fcbl",) if end_to_end else LOSSES.get(row.method_key, (row.method_key,)))
@@ -70,7 +77,8 @@ def test_runnable_row(row_id):
     milestones = {(12, 1): (8, 11), (24, 1): (16, 22), (24, 2): (8, 11)}[total, len(stages)]
     for stage in stages:
         assert (stage.epochs, stage.milestones) == (total / len(stages), milestones)
-        assert (stage.batch, stage.lr, stage.momentum, stage.optimizer) == (16, 0.02, 0.9, "sgd")
+        assert (stage.batch, stage.momentum, stage.optimizer) == (16, 0.9, "sgd")
+        assert stage.lr == (0.01 if row.method_key == "simcal" and stage is not recipe.schedule else 0.02)
     assert (recipe.evaluation.max_dets, recipe.evaluation.score_threshold, recipe.evaluation.nms) == (300, 1e-4, 0.5)
     assert row.dataset in recipe.data.train.annotations and "train" in recipe.data.train.annotations
     assert row.dataset in recipe.data.val.annotations and "val" in recipe.data.val.annotations
@@ -85,12 +93,17 @@ def test_runnable_row(row_id):
     assert recipe.data.inference_size == (800, 1333)
     if bacl:
         check_bacl(row, recipe)
+    elif row.method_key == "loce":
+        assert (recipe.second.trains, recipe.second.fresh_classifier) == (("classifier", "box", "rpn"), False)
+        assert recipe.second.feature_memory == FeatureMemory()
     elif recipe.second:
         assert (recipe.method, recipe.second.trains, recipe.second.fresh_classifier) == (
             "decoupled",
             ("classifier",),
-            True,
+            row.method_key not in CALIBRATORS,
         )
+        calibrator = recipe.second.classifier.name if recipe.second.classifier else None
+        assert calibrator == (row.method_key if row.method_key in CALIBRATORS else None)
         assert recipe.second.data == {}
     # the row's own facts, not those of the row that the recipe is named after
     assert recipe.about.published == row.numbers
@@ -138,9 +151,9 @@ def test_runnable_rows_per_table():
     for table in in_full:
         assert counted["bacl", table] == recipes.papers()["bacl"].tables[table].rows
     assert counted["bacl", "XII"] == 4  # the other 4: Cascade Faster R-CNN
-    assert counted["bacl", "XIII"] == 4 * 13
-    assert counted["2drcl", "3a"] == 10  # all but LOCE and the pre-trained one
-    assert len(RUNNABLE) == sum(counted.values()) == 115
+    assert counted["bacl", "XIII"] == 4 * 16 + 3 + 2 + 1 + 4  # TDE, Forest R-CNN, SimCal, DisAlign without their dashes
+    assert counted["2drcl", "3a"] == 12
+    assert len(RUNNABLE) == sum(counted.values()) == 139
 
 
 def test_the_ablations_of_bacl_are_switches_of_one_recipe():
@@ -203,13 +216,14 @@ def test_reasons_of_some_rows():
         "stepwise/1/ahrl/lvis_v1/r50": "never: method without code (AHRL)",
         "stepwise/1/droploss/lvis_v0.5/r50": "a detector, which the paper does not state",
         "2drcl/3b/softmax/lvis_v1/r50": "not yet: needs Mask R-CNN",
-        "bacl/XIII/disalign/lvis_v1/r50": "not yet: needs the DisAlign head",
         "bacl/XIV/bacl/lvis_v1/r50": "not yet: needs Mask R-CNN",
         "bacl/XII/bacl/lvis_v1/r50/cascade_faster_rcnn": "not yet: needs Cascade Faster R-CNN",
         "bacl/XV/bacl/coco_lt/r50": "not yet: needs recipes for COCO-LT",
-        "bacl/XIII/loce/lvis_v1/r50": "not yet: needs LOCE's feature memory",
+        "2drcl/A.1/loce/lvis_v1/r50": "not yet: needs Mask R-CNN",
+        "stepwise/1/lst/lvis_v0.5/r50": "not yet: needs LST's class-incremental phases with replay and generated "
+        "classifier weights, a detector, which the paper does not state",
         "2drcl/A.1/rog/lvis_v1/r50": "not yet: needs Mask R-CNN",
-        "2drcl/3a/ecm+2drcl/lvis_v1/r50": "not yet: needs 2DRCL pre-training",
+        "2drcl/1/slotcon/coco/r50": "not yet: needs SlotCon pre-training, Mask R-CNN",
     }
     for row_id, reason in reasons.items():
         assert str(RUNS[row_id]).endswith(reason)

@@ -12,6 +12,8 @@ from PIL import Image
 from rich.console import Console
 
 from tailfin.cli import data_make
+from tailfin.cli.data_proposals import proposals
+from tailfin.cli.data_smooth_tail import smooth_tail
 from tailfin.data.check import check_file
 from tailfin.data.images import MAX_PIXELS
 from tailfin.data.index import AnnotationIndex, image_folder, open_index
@@ -88,8 +90,9 @@ def check(
         typer.echo(f"  note: {note}")
 
 
-for verb in (data_make.synth, data_make.split, data_make.convert, data_make.merge):
+for verb in (data_make.synth, data_make.split, data_make.convert, data_make.merge, proposals):
     app.command()(verb)
+app.command("smooth-tail")(smooth_tail)
 
 
 # ---- details ---------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from typing import Any
 import typer
 
 from tailfin import __version__
-from tailfin.cli import data, demo, doctor, evaluate, predict, recipes, report, train
+from tailfin.cli import calibrate, cost, data, demo, doctor, evaluate, predict, recipes, report, train
 from tailfin.errors import UserError
 from tailfin.stop_signals import Interrupted
 
@@ -28,6 +28,8 @@ app.command("train")(train.train)
 app.command("evaluate")(evaluate.evaluate)
 app.command("predict")(predict.predict)
 app.command("report")(report.report)
+app.command("cost")(cost.cost)
+app.command("calibrate")(calibrate.calibrate)
 app.add_typer(data.app, name="data")
 app.add_typer(recipes.app, name="recipes")
 app.command("doctor")(doctor.doctor)

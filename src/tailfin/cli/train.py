@@ -25,6 +25,10 @@ def train(
     val_images: Annotated[Path | None, typer.Option(help="Folder of the validation images.")] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder; without it one is named under runs/.")] = None,
     weights: Annotated[str | None, typer.Option(help="imagenet, none, or a file to start from.")] = None,
+    stage1: Annotated[
+        Path | None,
+        typer.Option("--stage1", metavar="RUN", help="A run whose finished first stage a two-stage recipe takes over."),
+    ] = None,
     resume: Annotated[Path | None, typer.Option(metavar="RUN", help="Go on with an interrupted run.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing run folder.")] = False,
     dry_run: Annotated[
@@ -39,11 +43,14 @@ def train(
 
     if (recipe is None) == (resume is None):
         raise UserError("give a recipe, or --resume RUN" + ("" if recipe is None else " (not both)"))
-    if resume is not None and (overrides or train_json or val_json or train_images or val_images or out or weights):
+    given = (overrides, train_json, val_json, train_images, val_images, out, weights, stage1)
+    if resume is not None and any(given):
         raise UserError("--resume goes on with the run as it was begun: no overrides and no other options")
     if dry_run:
         from tailfin.dry_run import show_plan
 
+        if stage1 is not None:
+            raise UserError("--dry-run shows the first stage, which --stage1 has trained already: leave one out")
         resolved = (
             api.resolve_recipe(recipe, train_json, val_json, train_images, val_images, weights, overrides or ())
             if recipe is not None
@@ -64,6 +71,7 @@ def train(
             weights=weights,
             overrides=overrides or (),
             overwrite=overwrite,
+            stage1=stage1,
         )
     show_result(folder)
 

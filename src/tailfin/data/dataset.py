@@ -53,14 +53,16 @@ def open_source(files: DataFiles, root: str, what: str) -> Source:
 
 
 class TrainingDataset(Dataset):
-    """Augmented samples by key."""
+    """Augmented samples by key; `kept` (bool, a value per annotation of the index) hides all other annotations."""
 
-    def __init__(self, source: Source, config: Data, seed: int, *, masks: bool = False) -> None:
+    def __init__(
+        self, source: Source, config: Data, seed: int, *, masks: bool = False, kept: np.ndarray | None = None
+    ) -> None:
         self.source = source
         self.config = config
         self.seed = seed
         self.masks = masks
-        self.clean = source.index.clean()
+        self.clean = source.index.clean(kept)
         self.paste_masks = masks or (config.copy_paste and self._segmented())
 
     def rows(self) -> np.ndarray:
@@ -147,16 +149,20 @@ def training_loader(
     return _checked(loader)
 
 
+def by_aspect(index: AnnotationIndex) -> np.ndarray:
+    """Image rows from the widest to the tallest: neighbours in a batch pad little."""
+    return np.argsort(index.heights / np.maximum(index.widths, 1), kind="stable")
+
+
 def evaluation_loader(
-    source: Source, config: Data, *, batch: int, rank: int, processes: int
+    source: Source, config: Data, *, batch: int, rank: int, processes: int, rows: np.ndarray | None = None
 ) -> Generator[tuple[list[Tensor], list[int]], None, None]:
-    """(pictures, rows) of this process's share of the images; similar aspects are neighbours, so batches pad little."""
-    index = source.index
-    by_aspect = np.argsort(index.heights / np.maximum(index.widths, 1), kind="stable")
+    """(pictures, rows) of this process's share of the images; `rows` are all of them in their order, else by aspect."""
+    rows = by_aspect(source.index) if rows is None else rows
     loader = DataLoader(
         EvaluationDataset(source, config),
         batch_size=batch,
-        sampler=by_aspect[rank::processes].tolist(),
+        sampler=rows[rank::processes].tolist(),
         num_workers=config.workers,
         collate_fn=_collate,
         generator=torch.Generator().manual_seed(0),

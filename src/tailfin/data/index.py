@@ -58,9 +58,10 @@ class CleanBoxes:
     clipped: int  # kept boxes that pass the border
     crowd: int  # annotations marked iscrowd
     _index: AnnotationIndex = field(repr=False)
+    _kept: np.ndarray | None = field(default=None, repr=False)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return AnnotationIndex.clean, (self._index,)
+        return AnnotationIndex.clean, (self._index, self._kept)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -123,12 +124,19 @@ class AnnotationIndex:
         start, stop = self._bundle.columns["name_offsets"][image : image + 2]
         return self._bundle.columns["name_bytes"][start:stop].tobytes().decode("utf-8", "surrogatepass")
 
-    def clean(self) -> CleanBoxes:
-        """The training view: crowds excluded, boxes clipped to the image, boxes without area dropped; with counts."""
+    def clean(self, kept: np.ndarray | None = None) -> CleanBoxes:
+        """The training view: crowds excluded, boxes clipped to the image, boxes without area dropped; with counts.
+
+        `kept`, bool [A], leaves only the marked annotations; the counts stay those of the file.
+        """
         columns = self._bundle.columns
         dropped, clipped, crowd = columns["clean_counts"].tolist()
         boxes, rows, offsets = (columns[f"clean_{name}"] for name in ("boxes", "rows", "offsets"))
-        return CleanBoxes(boxes, rows, offsets, dropped, clipped, crowd, self)
+        if kept is not None:
+            chosen = kept[rows]
+            offsets = np.concatenate([[0], np.cumsum(chosen)])[offsets]
+            boxes, rows = boxes[chosen], rows[chosen]
+        return CleanBoxes(boxes, rows, offsets, dropped, clipped, crowd, self, kept)
 
     def segmentations(self) -> Segmentations:
         """Polygons and RLEs of the same rows: a second parse at the first call, then memory-mapped likewise."""

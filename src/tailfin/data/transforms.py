@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
+from tailfin.data.photometric import photometric
 from tailfin.schema.data import Data
 
 MIN_SIDE = 1.0  # pixels of the transformed picture; thinner boxes are dropped after a crop
@@ -24,11 +25,15 @@ def augment(image: Tensor, target: Sample, config: Data, rng: np.random.Generato
     if config.resize == "jitter":
         image, target = large_scale_jitter(image, target, config.sizes[0], config.jitter_scale, rng)
     else:
-        size = int(rng.choice(config.sizes)) if config.resize == "multiscale" else config.sizes[0]
-        bound = config.max_size if config.resize == "multiscale" else size
+        if config.resize == "detr" and rng.random() < 0.5:
+            image, target = resize_and_crop(image, target, config.crop_resize, config.crop, rng)
+        size = config.sizes[0] if config.resize == "square" else int(rng.choice(config.sizes))
+        bound = size if config.resize == "square" else config.max_size
         image, target = resize(image, target, shortest_edge_size(image.shape[-2:], size, bound))
     if rng.random() < config.flip:
         image, target = horizontal_flip(image, target)
+    if config.photometric:
+        image = photometric(image, rng)
     return image, target
 
 
@@ -75,6 +80,21 @@ def large_scale_jitter(
     top = int(rng.integers(0, max(height - size, 0) + 1))
     left = int(rng.integers(0, max(width - size, 0) + 1))
     return crop(image, target, top, left, min(size, height), min(size, width))
+
+
+def resize_and_crop(
+    image: Tensor, target: Sample, sizes: tuple[int, ...], sides: tuple[int, int], rng: np.random.Generator
+) -> tuple[Tensor, Sample]:
+    """Cropping of DETR (Carion et al., ECCV'20): one of `sizes` becomes the short side, then a window is cut whose
+    height and width are drawn from `sides` (both ends included, at most the picture's).
+    """
+    image, target = resize(image, target, shortest_edge_size(image.shape[-2:], int(rng.choice(sizes)), 2**31))
+    window = []
+    for side in image.shape[-2:]:
+        length = int(rng.integers(min(sides[0], side), min(sides[1], side) + 1))
+        window.append((int(rng.integers(0, side - length + 1)), length))
+    (top, height), (left, width) = window
+    return crop(image, target, top, left, height, width)
 
 
 def crop(image: Tensor, target: Sample, top: int, left: int, height: int, width: int) -> tuple[Tensor, Sample]:

@@ -61,7 +61,9 @@ class ClassificationLoss(ExactBuffers):
 
     num_logits: int
     alone: bool = True  # False for a term that has no scores of its own and cannot be a detector's whole loss
-    row_facts: tuple[str, ...] = ()  # keywords that a box head fills: "gt_index" [N], the row's object over the batch
+    # keywords that a box head fills, [N] each: "gt_index", the row's object over the batch (-1: none); "memory", whether
+    # the row comes from a feature memory; "quality", the IoU of its predicted box with its object (0 on background)
+    row_facts: tuple[str, ...] = ()
 
     def __init__(self, stats: ClassStats) -> None:
         super().__init__()
@@ -127,6 +129,35 @@ def sum_over_ranks(*values: Tensor) -> tuple[Tensor, ...]:
     torch.distributed.all_reduce(flat)
     return tuple(
         part.view_as(value) for part, value in zip(flat.split([value.numel() for value in values]), values, strict=True)
+    )
+
+
+def gather_over_ranks(*values: Tensor) -> tuple[Tensor, ...]:
+    """Rows of all processes, those of the first one first, in one exchange; the values themselves in one process.
+
+    All `values` have one entry per row along the first dimension, any dtype; processes may have different numbers of
+    rows, also none. Call it on every rank, as `sum_over_ranks`.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return values
+    if torch.distributed.get_world_size() == 1:
+        return values
+    rows = len(values[0])
+    packed = [
+        value.detach().reshape(rows, math.prod(value.shape[1:])).contiguous().view(torch.uint8) for value in values
+    ]
+    flat = torch.cat(packed, dim=1)
+    counts = [torch.zeros(1, dtype=torch.int64, device=flat.device) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(counts, torch.tensor([rows], device=flat.device))
+    numbers = torch.cat(counts).tolist()
+    mine = flat.new_zeros(max(numbers), flat.shape[1])
+    mine[:rows] = flat
+    everyone = [torch.empty_like(mine) for _ in numbers]
+    torch.distributed.all_gather(everyone, mine)
+    joined = torch.cat([part[:number] for part, number in zip(everyone, numbers, strict=True)])
+    return tuple(
+        part.contiguous().view(value.dtype).view(len(joined), *value.shape[1:])
+        for part, value in zip(joined.split([part.shape[1] for part in packed], dim=1), values, strict=True)
     )
 
 

@@ -34,7 +34,7 @@ class EBL(ClassificationLoss):
     rows that come from a feature memory.
     """
 
-    row_facts = ("gt_index",)
+    row_facts = ("gt_index", "memory")
 
     mean_score: Tensor
 

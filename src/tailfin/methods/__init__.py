@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from tailfin.methods import bacl, baseline, decoupled
+from tailfin.methods import bacl, baseline, decoupled, stepwise
 from tailfin.run import Run
 
 METHODS: dict[str, Callable[[Run], None]] = {
     "baseline": baseline.train,
     "decoupled": decoupled.train,
     "bacl": bacl.train,
+    "stepwise": stepwise.train,
 }

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from tailfin.methods.feature_stage import feature_stage
+from tailfin.methods.pretraining import start
 from tailfin.run import Run
 
 
 def train(run: Run) -> None:
     """One stage from the recipe's starting weights."""
-    model = run.stage("train", run.detector())
+    model = feature_stage(run, "train", start(run))
     run.finish(model)

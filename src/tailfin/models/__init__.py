@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,10 +15,12 @@ from tailfin.errors import UserError
 from tailfin.files import existing_file
 from tailfin.losses.base import ClassificationLoss
 from tailfin.models.backbone import imagenet_state, resnet_fpn
-from tailfin.models.extra_rows import HallucinatedRows
+from tailfin.models.classifiers import NorCal, calibrate, check_extra_rows, check_start
+from tailfin.models.extra_rows import build_feature_module
 from tailfin.models.faster_rcnn import build_faster_rcnn
-from tailfin.modules.hallucination import FeatureHallucination
-from tailfin.schema.detectors import FasterRCNN
+from tailfin.models.localizer import build_localizer
+from tailfin.modules.meta_reweighter import MetaReweighter
+from tailfin.schema.detectors import FasterRCNN, Localizer
 from tailfin.schema.recipe import Recipe
 from tailfin.stats import ClassStats
 
@@ -28,8 +31,12 @@ def build_detector(recipe: Recipe, stats: ClassStats, *, start: bool = True) -> 
     `start` false leaves the weights random: what a model file will fill, without a download.
     """
     source = recipe.weights if start else "none"
+    if start:
+        check_start(recipe)
     body, whole = _starting_weights(recipe, source)
     loss = losses.build(recipe.loss.name, stats, **recipe.loss.options)
+    if recipe.meta_reweighting is not None:  # the same loss with class weights that are learnt
+        loss = MetaReweighter(stats, lr=recipe.meta_reweighting.lr)
     model = BUILDERS[recipe.detector.name](recipe, stats, loss, body, source)
     if whole is not None:
         return model, load_weights(model, whole, source)
@@ -51,12 +58,13 @@ def _faster_rcnn(
         state=body,
         source=source,
     )
-    model = build_faster_rcnn(backbone, loss, config, recipe.evaluation, channels_last=recipe.schedule.channels_last)
-    if recipe.hallucination is not None:
-        options = recipe.hallucination.model_dump()
-        independent = options.pop("independent_boxes")
-        module = FeatureHallucination(stats.num_classes, config.head_channels, **options)
-        model.roi_heads.extra_rows = HallucinatedRows(module, loss, independent_boxes=independent)
+    channels_last = recipe.schedule.channels_last
+    model = build_faster_rcnn(backbone, loss, config, recipe.evaluation, stats, channels_last=channels_last)
+    model.roi_heads.extra_rows = build_feature_module(recipe, stats, loss)
+    calibrate(model, config.classifier, stats)
+    check_extra_rows(model, config.classifier)
+    if recipe.evaluation.norcal:
+        model.roi_heads.rescore = NorCal(stats, model.roi_heads.loss, recipe.evaluation.norcal)
     return model
 
 
@@ -68,9 +76,31 @@ def _deformable_detr(
     return build_deformable_detr(recipe, loss, body, source)
 
 
+def _localizer(
+    recipe: Recipe, stats: ClassStats, loss: ClassificationLoss, body: dict[str, Tensor] | None, source: str
+) -> nn.Module:
+    config = recipe.detector
+    assert isinstance(config, Localizer)
+    backbone = resnet_fpn(
+        recipe.backbone,
+        norm=config.norm,
+        layers=config.fpn_layers,
+        channels=config.fpn_channels,
+        pool=config.fpn_pool,
+        frozen_layers=config.frozen_layers,
+        state=body,
+        source=source,
+    )
+    return build_localizer(backbone, config, channels_last=recipe.schedule.channels_last)
+
+
 Builder = Callable[[Recipe, ClassStats, ClassificationLoss, dict[str, Tensor] | None, str], nn.Module]
 # by `detector.name`; the last arguments are the weights of the ResNet body, where there are any, and their source
-BUILDERS: dict[str, Builder] = {"faster_rcnn": _faster_rcnn, "deformable_detr": _deformable_detr}
+BUILDERS: dict[str, Builder] = {
+    "faster_rcnn": _faster_rcnn,
+    "deformable_detr": _deformable_detr,
+    "localizer": _localizer,
+}
 
 
 def _starting_weights(recipe: Recipe, weights: str) -> tuple[dict[str, Tensor] | None, dict[str, Tensor] | None]:
@@ -90,14 +120,15 @@ def _starting_weights(recipe: Recipe, weights: str) -> tuple[dict[str, Tensor] |
 
 
 def _read_pickle(path: Path) -> dict[str, Tensor]:
-    """A ResNet's state dict (.pth); a pickle that wants code is refused."""
+    """The state dict of a ResNet or of a released detector (.pth); a pickle that wants code is refused."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # the options in a released checkpoint
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise UserError(
             f"weights {path} cannot be read as plain tensors: {' '.join(str(error).split())[:160]}"
         ) from None
-    state = state.get("state_dict", state) if isinstance(state, dict) else state
+    state = state.get("model", state.get("state_dict", state)) if isinstance(state, dict) else state
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"weights {path} hold no dictionary of tensors")
     return state

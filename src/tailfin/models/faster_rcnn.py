@@ -8,22 +8,25 @@ stay float32.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
-from torchvision.models.detection.faster_rcnn import TwoMLPHead
+from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 
 from tailfin.losses.base import ClassificationLoss
+from tailfin.models.classifiers import box_heads
 from tailfin.models.images import batch_images
 from tailfin.models.roi_align import PyramidRoIAlign
-from tailfin.models.roi_heads import BoxPredictor, RoIHeads, Targets
-from tailfin.modules.cosine import NormedLinear
+from tailfin.models.roi_heads import RoIHeads, Targets
+from tailfin.samplers.nms_resampling import THRESHOLDS, ResamplingRPN
 from tailfin.schema.detectors import FasterRCNN as FasterRCNNConfig
 from tailfin.schema.recipe import Evaluation
+from tailfin.stats import ClassStats
 
 
 class FasterRCNN(nn.Module):
@@ -54,7 +57,12 @@ class FasterRCNN(nn.Module):
         self, images: Sequence[Tensor], targets: Targets | None = None
     ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
         batch = batch_images(images, channels_last=self.channels_last)
-        features = self.backbone(batch.tensors)
+        return self.from_features(batch, self.backbone(batch.tensors), targets)
+
+    def from_features(
+        self, batch: ImageList, features: dict[str, Tensor], targets: Targets | None = None
+    ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
+        """`forward` from the pyramid's features of a batch on, for what has them already."""
         proposals, rpn_losses = self.rpn(batch, features, targets if self.training else None)
         detections, losses = self.roi_heads(features, proposals, batch.image_sizes, targets)
         if not self.training:
@@ -71,10 +79,8 @@ class FasterRCNN(nn.Module):
     def parts(self) -> dict[str, nn.Module]:
         """Parts that a stage may train, by the names of a recipe's `second.trains`."""
         return {
-            "classifier": self.roi_heads.predictor.cls_score,
-            "box": self.roi_heads.predictor.bbox_pred,
+            **self.roi_heads.parts(),
             "rpn": self.rpn,
-            "head": self.roi_heads.head,
             "fpn": self.backbone.fpn,
             "backbone": self.backbone.body,
         }
@@ -115,6 +121,7 @@ def build_faster_rcnn(
     loss: ClassificationLoss,
     config: FasterRCNNConfig,
     evaluation: Evaluation,
+    stats: ClassStats,
     *,
     channels_last: bool = False,
 ) -> FasterRCNN:
@@ -124,7 +131,11 @@ def build_faster_rcnn(
         sizes=tuple((size,) for size in config.anchor_sizes),
         aspect_ratios=(tuple(config.anchor_ratios),) * len(config.anchor_sizes),
     )
-    rpn = RegionProposalNetwork(
+    rpn_kind: Callable[..., RegionProposalNetwork] = RegionProposalNetwork
+    if config.rpn_nms_resampling != "none":
+        thresholds = (*THRESHOLDS[:2], config.rpn_nms)
+        rpn_kind = partial(ResamplingRPN, stats, scheme=config.rpn_nms_resampling, thresholds=thresholds)
+    rpn = rpn_kind(
         anchors,
         _Float32RPNHead(channels, anchors.num_anchors_per_location()[0]),
         fg_iou_thresh=config.rpn_fg_iou,
@@ -135,16 +146,14 @@ def build_faster_rcnn(
         post_nms_top_n=dict(zip(("training", "testing"), config.rpn_post_nms, strict=True)),
         nms_thresh=config.rpn_nms,
     )
-    classifier = None
-    if config.classifier == "cosine":
-        classifier = NormedLinear(config.head_channels, loss.num_logits, temperature=config.temperature)
     levels = [str(level) for level in range(len(config.fpn_layers))]
     strides = [2 ** (layer + 1) for layer in config.fpn_layers]
-    roi_heads = RoIHeads(
-        PyramidRoIAlign(levels, strides, config.roi_size, config.roi_sampling),
-        TwoMLPHead(channels * config.roi_size**2, config.head_channels),
-        BoxPredictor(config.head_channels, loss, config.box_regression == "class_agnostic", classifier),
+    roi_heads = box_heads(
+        config,
         loss,
+        stats,
+        PyramidRoIAlign(levels, strides, config.roi_size, config.roi_sampling),
+        channels,
         fg_iou=config.roi_fg_iou,
         batch=config.roi_batch,
         fg_fraction=config.roi_fg_fraction,

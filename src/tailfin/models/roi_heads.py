@@ -9,13 +9,13 @@ come from the loss; nothing here knows which method it is.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.detection._utils import BalancedPositiveNegativeSampler, BoxCoder, Matcher
-from torchvision.ops import MultiScaleRoIAlign, box_iou
+from torchvision.ops import MultiScaleRoIAlign, box_area, box_iou
 
 from tailfin.losses.base import ClassificationLoss
 from tailfin.models.detections import select_detections
@@ -27,31 +27,23 @@ class BoxPredictor(nn.Module):
     """Linear layers on shared features: [N, D] -> class logits [N, num_logits], box deltas [N, 4] or [N, 4 C]."""
 
     def __init__(
-        self, channels: int, loss: ClassificationLoss, class_agnostic: bool, classifier: nn.Linear | None = None
+        self, channels: int, loss: ClassificationLoss, class_agnostic: bool, classifier: nn.Module | None = None
     ) -> None:
         super().__init__()
         self.cls_score = nn.Linear(channels, loss.num_logits) if classifier is None else classifier
         self.bbox_pred = nn.Linear(channels, 4 if class_agnostic else 4 * loss.num_classes)
-        nn.init.normal_(self.cls_score.weight, std=0.01)
         nn.init.normal_(self.bbox_pred.weight, std=0.001)
         nn.init.zeros_(self.bbox_pred.bias)
-        with torch.no_grad():
-            self.cls_score.bias.copy_(loss.prior_bias())
+        if isinstance(self.cls_score, nn.Linear):  # another kind has its own start, and no bias
+            nn.init.normal_(self.cls_score.weight, std=0.01)
+            with torch.no_grad():
+                self.cls_score.bias.copy_(loss.prior_bias())
 
-    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, features: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """`labels` [N] are those of training rows; a classifier that follows them says so (`takes_labels`)."""
+        if labels is not None and getattr(self.cls_score, "takes_labels", False):
+            return self.cls_score(features, labels), self.bbox_pred(features)
         return self.cls_score(features), self.bbox_pred(features)
-
-
-class ExtraRows(Protocol):
-    """Gives the classifier rows beside the sampled proposals: hallucinated or remembered features.
-
-    `embed(boxes)` turns boxes per image [M, 4] into shared features [N, D]. Returns features [E, D] and labels [E];
-    they take part in the classification loss alone.
-    """
-
-    def __call__(
-        self, embed: Callable[[list[Tensor]], Tensor], targets: Targets, image_sizes: list[tuple[int, int]]
-    ) -> tuple[Tensor, Tensor]: ...
 
 
 class Rows(NamedTuple):
@@ -63,18 +55,59 @@ class Rows(NamedTuple):
     gt_index: Tensor  # int64 [N] the object of each row, counted over the batch; -1 on background rows
 
 
+class ExtraRows(NamedTuple):
+    """Rows that a feature module adds to the sampled ones: made up, or stored in earlier iterations.
+
+    Without boxes they take part in the classification loss alone, with them in the box loss too.
+    """
+
+    features: Tensor  # [E, D] shared features
+    labels: Tensor  # int64 [E]
+    boxes: Tensor | None = None  # [E, 4] the box of each feature, and that of its object
+    gt_boxes: Tensor | None = None
+    memory: bool = False  # whether a loss counts them as rows of a memory
+
+
+class Seen(NamedTuple):
+    """What a feature module sees of a training iteration."""
+
+    rows: Rows
+    shared: Tensor  # [N, D] features of the sampled rows
+    targets: Targets
+    image_sizes: list[tuple[int, int]]  # (height, width) without padding
+    pool: Callable[[list[Tensor]], Tensor]  # boxes per image [M, 4] to pooled features [N, channels, size, size]
+    head: nn.Module  # pooled to shared features
+    classifier: nn.Module  # shared features to logits
+
+
+class FeatureModule(nn.Module):
+    """Takes part in the training of a box head beside its sampled rows; each method has what it needs of this.
+
+    State is in buffers and the same on every process. One with a method `at_epoch` is told the time.
+    """
+
+    def rows(self, seen: Seen) -> ExtraRows | None:
+        """Rows that join the sampled ones; called once per iteration, before the losses."""
+        return None
+
+    def losses(self, seen: Seen, logits: Tensor) -> dict[str, Tensor]:
+        """Further losses by name; `logits` [N, num_logits] are those of the sampled rows."""
+        return {}
+
+
 class RoIHeads(nn.Module):
     """Second stage of Faster R-CNN.
 
     Args:
         pool: features of the levels and boxes to [N, channels, size, size].
         head: pooled features to the shared vector [N, D].
-        predictor: shared vector to (class logits, box deltas).
+        predictor: shared vector [N, D] (and, in training, labels [N] or none) to (class logits, box deltas).
         loss: the classification loss; it is a submodule, so its buffers travel with the checkpoint.
         score_threshold, nms, max_dets: what `select_detections` keeps.
     """
 
-    predictor: Any  # a module with `cls_score`, the part of it that extra rows pass
+    predictor: Any  # features and, in training, labels to logits and deltas; its `cls_score` is what extra rows pass
+    takes_extra_rows = True  # a head of another kind may not
 
     def __init__(
         self,
@@ -105,7 +138,12 @@ class RoIHeads(nn.Module):
         self.score_threshold = score_threshold
         self.nms = nms
         self.max_dets = max_dets
-        self.extra_rows: ExtraRows | None = None
+        self.extra_rows: FeatureModule | None = None
+        self.rescore: nn.Module | None = None  # scores [N, C] to those that are reported
+
+    def parts(self) -> dict[str, nn.Module]:
+        """What a stage may train or freeze here, by the names of a recipe's `second.trains`."""
+        return {"classifier": self.predictor.cls_score, "box": self.predictor.bbox_pred, "head": self.head}
 
     def forward(
         self,
@@ -119,18 +157,7 @@ class RoIHeads(nn.Module):
             if targets is None:
                 raise ValueError("training needs targets")
             rows = self.sample(proposals, targets)
-            logits, deltas = self.predict(features, rows.boxes, image_sizes)
-            box = self.box_regression_loss(deltas, rows.boxes, rows.labels, rows.matched)
-            labels, facts = rows.labels, {"gt_index": rows.gt_index}
-            if self.extra_rows is not None:
-                more, more_labels = self.extra_rows(
-                    lambda boxes: self.head(self.pool(features, boxes, image_sizes)), targets, image_sizes
-                )
-                logits = torch.cat([logits, self.predictor.cls_score(more).float()])
-                labels = torch.cat([labels, more_labels])
-                facts["gt_index"] = torch.cat([rows.gt_index, torch.full_like(more_labels, -1)])
-            classification = self.loss(logits, labels, **{name: facts[name] for name in self.loss.row_facts})
-            return [], {"loss_classifier": classification, "loss_box_reg": box}
+            return [], self.losses(features, rows, image_sizes, targets)
         logits, deltas = self.predict(features, proposals, image_sizes)
         return self.detect(logits, deltas, proposals, image_sizes), {}
 
@@ -138,11 +165,72 @@ class RoIHeads(nn.Module):
         self, features: dict[str, Tensor], proposals: list[Tensor], image_sizes: list[tuple[int, int]]
     ) -> tuple[Tensor, Tensor]:
         """Class logits and box deltas of all proposals, images one after another, in float32."""
-        shared = self.head(self.pool(features, proposals, image_sizes))
-        logits, deltas = self.predictor(shared)
+        logits, deltas = self.predictor(self.head(self.pool(features, proposals, image_sizes)))
         return logits.float(), deltas.float()
 
     # ---- training --------------------------------------------------------------------------------------------------
+
+    def losses(
+        self, features: dict[str, Tensor], rows: Rows, image_sizes: list[tuple[int, int]], targets: Targets
+    ) -> dict[str, Tensor]:
+        """Losses of the sampled rows and of what the feature module adds."""
+        shared = self.head(self.pool(features, rows.boxes, image_sizes))
+        logits, deltas = (value.float() for value in self.predictor(shared, rows.labels))
+        boxes, labels, matched = torch.cat(rows.boxes), rows.labels, rows.matched
+        more, further = None, {}
+        if self.extra_rows is not None:
+            seen = Seen(
+                rows,
+                shared,
+                targets,
+                image_sizes,
+                lambda boxes: self.pool(features, boxes, image_sizes),
+                self.head,
+                self.predictor.cls_score,
+            )
+            more = self.extra_rows.rows(seen)
+            further = self.extra_rows.losses(seen, logits)
+        if more is not None:
+            labels = torch.cat([labels, more.labels])
+            if more.boxes is None or more.gt_boxes is None:
+                more_logits = self.predictor.cls_score(more.features).float()
+            else:
+                more_logits, more_deltas = (value.float() for value in self.predictor(more.features))
+                deltas = torch.cat([deltas, more_deltas])
+                boxes, matched = torch.cat([boxes, more.boxes]), torch.cat([matched, more.gt_boxes])
+            logits = torch.cat([logits, more_logits])
+        box = self.box_regression_loss(deltas, [boxes], labels[: len(boxes)], matched)
+        facts = self.facts(deltas, boxes, labels, matched, rows.gt_index, memory=more is not None and more.memory)
+        return {"loss_classifier": self.loss(logits, labels, **facts), "loss_box_reg": box, **further}
+
+    def facts(
+        self, deltas: Tensor, boxes: Tensor, labels: Tensor, matched: Tensor, gt_index: Tensor, *, memory: bool = False
+    ) -> dict[str, Tensor]:
+        """What the loss asks to know about its rows, [N] each: those of `gt_index`, then extra ones up to `labels`.
+
+        Only the first rows may have boxes and matched ones; `memory` says whether the extra rows come from a memory.
+        """
+        wanted: dict[str, Tensor] = {}
+        extra = len(labels) - len(gt_index)
+        if "gt_index" in self.loss.row_facts:
+            wanted["gt_index"] = F.pad(gt_index, (0, extra), value=-1)
+        if "memory" in self.loss.row_facts:
+            wanted["memory"] = torch.arange(len(labels), device=labels.device) >= len(labels) - extra * memory
+        if "quality" in self.loss.row_facts:
+            quality = self.quality(deltas, boxes, labels[: len(boxes)], matched)
+            wanted["quality"] = F.pad(quality, (0, len(labels) - len(boxes)), value=1.0)
+        return wanted
+
+    @torch.no_grad()
+    def quality(self, deltas: Tensor, boxes: Tensor, labels: Tensor, matched: Tensor) -> Tensor:
+        """[N] IoU of each foreground row's predicted box (that of its class) with its object; 0 on background rows."""
+        rows = torch.where(labels < self.loss.num_classes)[0]
+        found = self.box_coder.decode_single(self._own_deltas(deltas, rows, labels), boxes[rows])
+        wanted = matched[rows]
+        sides = torch.minimum(found[:, 2:], wanted[:, 2:]) - torch.maximum(found[:, :2], wanted[:, :2])
+        overlap = sides.clamp(min=0).prod(dim=1)
+        union = box_area(found) + box_area(wanted) - overlap
+        return boxes.new_zeros(len(labels)).index_put_((rows,), overlap / union.clamp(min=1e-9))
 
     @torch.no_grad()
     def sample(self, proposals: list[Tensor], targets: Targets) -> Rows:
@@ -179,13 +267,17 @@ class RoIHeads(nn.Module):
         rows = torch.where(labels < self.loss.num_classes)[0]
         boxes = torch.cat(proposals)
         wanted = self.box_coder.encode_single(matched[rows], boxes[rows])
-        deltas = deltas.view(len(deltas), -1, 4)
-        found = deltas[rows, labels[rows] if deltas.shape[1] > 1 else 0]
+        found = self._own_deltas(deltas, rows, labels)
         if self.box_loss == "smooth_l1":
             total = F.smooth_l1_loss(found, wanted, beta=1 / 9, reduction="sum")
         else:
             total = F.l1_loss(found, wanted, reduction="sum")
         return self.box_loss_weight * total / max(len(labels), 1)
+
+    def _own_deltas(self, deltas: Tensor, rows: Tensor, labels: Tensor) -> Tensor:
+        """[n, 4] deltas of the rows' own classes."""
+        deltas = deltas.view(len(deltas), -1, 4)
+        return deltas[rows, labels[rows] if deltas.shape[1] > 1 else 0]
 
     # ---- evaluation ------------------------------------------------------------------------------------------------
 
@@ -195,6 +287,8 @@ class RoIHeads(nn.Module):
         """Per image: boxes [D, 4] (xyxy, pixels of the image given), scores [D] descending, labels [D]."""
         counts = [len(own) for own in proposals]
         scores = self.loss.scores(logits)
+        if self.rescore is not None:
+            scores = self.rescore(scores)
         results = []
         for own, own_scores, own_deltas, size in zip(
             proposals, scores.split(counts), deltas.split(counts), image_sizes, strict=True

@@ -8,7 +8,7 @@ proportional to 1 / instances. Their mean cross-entropy is added with weight 0.1
     extra, extra_labels = module.sample()
     loss = loss + module.augmentation_loss(classifier(extra), extra_labels)
 
-After each epoch, over a held-out part of the data::
+After each epoch, over a held-out part of the data (released) or the epoch's own batches (`models/extra_rows.py`)::
 
     module.observe(row_losses, labels)                  # per-row losses of every batch
     module.adapt()                                      # prob x 0.9 where a cluster's loss rose, x 1.1 where it fell
@@ -43,8 +43,8 @@ class FASA(ExactBuffers):
         instance_prob_power, instance_prob_scale: prob = scale * n^-power / sum(n^-power) at first, clamped to 0..1.
         dynamic_up, dynamic_down: factor of prob where a cluster's loss fell and where it rose.
         clustering: "released" or "negated", see above.
-        across_ranks: statistics over the features of all processes (by default each keeps its own). The losses of
-            `observe` are always summed over processes; without `across_ranks` each one clusters its own means.
+        across_ranks: statistics over the features of all processes, so that all have the same; without it, as
+            released, each keeps its own and clusters its own means. The losses of `observe` are always summed.
     """
 
     prob: Tensor
@@ -65,7 +65,7 @@ class FASA(ExactBuffers):
         dynamic_up: float = 1.1,
         dynamic_down: float = 0.9,
         clustering: str = "released",
-        across_ranks: bool = False,
+        across_ranks: bool = True,
     ) -> None:
         super().__init__()
         if clustering not in CLUSTERINGS:
@@ -114,20 +114,26 @@ class FASA(ExactBuffers):
 
     @torch.no_grad()
     def observe(self, losses: Tensor, labels: Tensor) -> None:
-        """Add per-row losses [N] to the running phase; labels 0..C, C background, -1 left out. In any mode."""
+        """Add per-row losses [N] of all processes to the running phase; labels 0..C, C background, -1 left out.
+
+        Call it on every process, in training or evaluation mode.
+        """
         losses, labels = losses[labels >= 0].to(self.val_losses), labels[labels >= 0]
-        self.val_losses.index_put_((labels,), losses, accumulate=True)
-        self.val_counts.index_put_((labels,), torch.ones_like(losses), accumulate=True)
+        sums, counts = torch.zeros_like(self.val_losses), torch.zeros_like(self.val_counts)
+        sums.index_put_((labels,), losses, accumulate=True)
+        counts.index_put_((labels,), torch.ones_like(losses), accumulate=True)
+        sums, counts = sum_over_ranks(sums, counts)
+        self.val_losses += sums
+        self.val_counts += counts
 
     @torch.no_grad()
     def adapt(self, clusters: Tensor | None = None) -> None:
         """End the phase: move `prob` by how the loss of each class's cluster changed; the first phase changes nothing.
 
         A class's loss is its sum divided by the number of all rows. `clusters` int64 [C], 0, 1, ..., takes the place of
-        the clustering. Call it on every process.
+        the clustering.
         """
-        sums, counts = sum_over_ranks(self.val_losses, self.val_counts)
-        losses = (sums / counts.sum().clamp(min=1))[:-1]
+        losses = (self.val_losses / self.val_counts.sum().clamp(min=1))[:-1]
         if self.adapted > 0:
             groups = self._clusters() if clusters is None else clusters
             change = torch.zeros_like(losses).index_put_((groups,), losses - self.last_losses, accumulate=True)[groups]

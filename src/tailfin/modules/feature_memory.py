@@ -8,8 +8,10 @@ features of each. Their rows train classification and box regression like sample
     drawn = memory.sample(loss.mean_score[:-1])
     value = loss(logits, labels, gt_index=gt_index, memory=from_memory)
 
-The rings are buffers, so a checkpoint has them; each process keeps its own, and a checkpoint has those of the first.
-LVIS needs 4.8 GB of them in float32, 2.4 GB in half precision.
+The rings are buffers, so a checkpoint has them, and the same on every process: each stores the rows of all, in the
+order of the processes, which is what one process stores of the joined batch. Pooled features [256, 7, 7] of LVIS need
+4.8 GB in float32, 2.4 GB in half precision. Where the layers behind the pooling are frozen, their output [1024] can be
+stored in its place: the rows that come out are the same, and the rings a twelfth of the size, 0.4 GB.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from tailfin.losses.base import gather_over_ranks
 from tailfin.modules.hallucination import inverse_cdf
 
 
@@ -75,12 +78,16 @@ class FeatureMemory(nn.Module):
 
     @torch.no_grad()
     def push(self, features: Tensor, labels: Tensor, boxes: Tensor, gt_boxes: Tensor) -> None:
-        """Store rows, the newest of a class in place of its oldest; only in train mode.
+        """Store the rows of all processes, the newest of a class in place of its oldest; only in train mode.
 
-        features [n, ...], labels int64 [n] (rows of no foreground class are left out), boxes and gt_boxes [n, 4].
+        features [n, ...], labels int64 [n] (rows of no foreground class are left out), boxes and gt_boxes [n, 4]. Call
+        it on every process, also without rows.
         """
         if not self.training:
             return
+        features, labels, boxes, gt_boxes = gather_over_ranks(
+            features.to(self.features.dtype), labels, boxes.to(self.boxes.dtype), gt_boxes.to(self.boxes.dtype)
+        )
         inside = torch.where((labels >= 0) & (labels < len(self.written)))[0]
         labels = labels[inside]
         kept, slot = ring_slots(labels, self.written, self.size)

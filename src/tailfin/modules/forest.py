@@ -16,8 +16,9 @@ all C + 1 classes; each is trained by softmax cross-entropy, mean over the rows,
 from __future__ import annotations
 
 import json
+import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -25,6 +26,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from scipy.cluster.vq import kmeans2
+from scipy.sparse import csr_array
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -35,6 +37,8 @@ from tailfin.losses.base import ClassificationLoss, at_least_float32
 from tailfin.stats import ClassStats
 
 RUNS = 10  # of k-means
+SHARES = {"geometry": 50 / 1230, "company": 25 / 1230, "names": 108 / 1230}  # parents per class of each tree
+DIRECTIONS = 32  # of a class description that is kept for clustering
 
 
 class Forest(ClassificationLoss):
@@ -44,7 +48,7 @@ class Forest(ClassificationLoss):
         trees: T arrays int [C]: the parent of each class, numbered from 0.
 
     Logits: the parents of tree 0 and its background, those of tree 1, ..., then the C classes and the background.
-    `parts`: "tree0", ..., "classes".
+    `parts`: "tree0", ..., "classes". State: `parents` int64 [T, C + 1], so that a stored model knows its trees.
     """
 
     parents: Tensor
@@ -57,7 +61,17 @@ class Forest(ClassificationLoss):
         self.widths = [int(tree.max()) + 2 for tree in numbers] + [self.num_classes + 1]
         self.num_logits = sum(self.widths)
         with_background = [np.append(tree, tree.max() + 1) for tree in numbers]
-        self.register_buffer("parents", torch.from_numpy(np.stack(with_background)), persistent=False)  # [T, C + 1]
+        self.register_buffer("parents", torch.from_numpy(np.stack(with_background)))  # [T, C + 1]
+
+    def plant(self, trees: Sequence[ArrayLike]) -> None:
+        """Other trees in the place of the first ones; each may have as many parents, or fewer."""
+        numbers = [_parents(tree, self.num_classes, f"trees[{place}]") for place, tree in enumerate(trees)]
+        if len(numbers) != len(self.parents):
+            raise ValueError(f"there are {len(numbers)} trees, the forest has {len(self.parents)}")
+        for place, (tree, width) in enumerate(zip(numbers, self.widths, strict=False)):
+            if tree.max() + 2 > width:
+                raise ValueError(f"trees[{place}] has {tree.max() + 1} parents, there is room for {width - 1}")
+            self.parents[place, :-1] = torch.from_numpy(tree)
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         *trees, classes = logits.split(self.widths, dim=1)
@@ -87,33 +101,17 @@ class SharedLayer(nn.Sequential):
         super().__init__(nn.Flatten(), nn.Linear(channels * size * size, width), nn.ReLU())
 
 
-class ForestPredictor(nn.Module):
-    """Shared features [N, width] to (all logits [N, loss.num_logits], box deltas).
+class ForestClassifier(nn.Module):
+    """Shared features [N, width] to all logits [N, loss.num_logits]; every classifier has a hidden layer of its own."""
 
-    Every classifier and the box regression has a hidden layer of its own; the trees see detached features, so that only
-    the class loss and the box loss shape the shared ones.
-    """
-
-    def __init__(self, width: int, loss: Forest, class_agnostic: bool = False) -> None:
+    def __init__(self, width: int, loss: Forest) -> None:
         super().__init__()
         self.hidden = nn.ModuleList(nn.Linear(width, width) for _ in loss.widths)
         self.classifiers = nn.ModuleList(nn.Linear(width, outputs) for outputs in loss.widths)
-        self.box_hidden = nn.Linear(width, width)
-        self.bbox_pred = nn.Linear(width, 4 if class_agnostic else 4 * loss.num_classes)
-        for layers, initialise in (
-            ([*self.hidden, self.box_hidden], nn.init.xavier_uniform_),
-            (self.classifiers, partial(nn.init.normal_, std=0.01)),
-            ([self.bbox_pred], partial(nn.init.normal_, std=0.001)),
-        ):
-            for layer in layers:
-                initialise(layer.get_parameter("weight"))
-                nn.init.zeros_(layer.get_parameter("bias"))
+        _start(self.hidden, nn.init.xavier_uniform_)
+        _start(self.classifiers, partial(nn.init.normal_, std=0.01))
 
-    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        return self.cls_score(features), self.bbox_pred(self.box_hidden(features).relu())
-
-    def cls_score(self, features: Tensor) -> Tensor:
-        """The logits alone."""
+    def forward(self, features: Tensor) -> Tensor:
         detached = features.detach()
         last = len(self.hidden) - 1
         return torch.cat(
@@ -125,13 +123,87 @@ class ForestPredictor(nn.Module):
         )
 
 
+class ForestPredictor(nn.Module):
+    """Shared features [N, width] to (all logits [N, loss.num_logits], box deltas).
+
+    The box regression too has a hidden layer of its own; the trees see detached features, so that only the class loss
+    and the box loss shape the shared ones.
+    """
+
+    def __init__(self, width: int, loss: Forest, class_agnostic: bool = False) -> None:
+        super().__init__()
+        self.cls_score = ForestClassifier(width, loss)
+        last = nn.Linear(width, 4 if class_agnostic else 4 * loss.num_classes)
+        self.bbox_pred = nn.Sequential(nn.Linear(width, width), nn.ReLU(), last)
+        _start([self.bbox_pred[0]], nn.init.xavier_uniform_)
+        _start([last], partial(nn.init.normal_, std=0.001))
+
+    def forward(self, features: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self.cls_score(features), self.bbox_pred(features)
+
+
+class GrownForest(Forest):
+    """A forest that is described before its trees are known: they are grown from the training annotations.
+
+    Args:
+        trees: where the trees come from, "geometry" (`class_geometry`), "company" (`class_company`) and "names"
+            (`class_name_parts`); or a JSON file as for `read_trees`.
+        parents: room for parents in each tree, within 1..C. Without it trees have as many parents per class as the
+            published ones (50, 25 and 108 for 1230 classes), at least 4 where there are so many classes; a file needs
+            it, one number per tree.
+
+    Until `see_annotations`, or a stored state, the trees are of no meaning.
+    """
+
+    def __init__(
+        self,
+        stats: ClassStats,
+        *,
+        trees: str | Sequence[str] = tuple(SHARES),
+        parents: Sequence[int] | None = None,
+    ) -> None:
+        file = trees if isinstance(trees, str) and trees.endswith(".json") else None
+        sources = [] if file is not None else [trees] if isinstance(trees, str) else list(trees)
+        for source in sources:
+            if source not in SHARES:
+                raise ValueError(f'trees: "{source}" is no source of trees{nearest(source, SHARES)} nor a .json file')
+        if parents is None:
+            if file is not None:
+                raise ValueError("trees from a file need `parents`, the number of parents of each tree: [25, 50]")
+            least = min(4, stats.num_classes)
+            parents = [max(least, round(SHARES[source] * stats.num_classes)) for source in sources]
+        if not file and len(parents) != len(sources):
+            raise ValueError(f"parents has {len(parents)} entries for {len(sources)} trees")
+        for number in parents:
+            if not isinstance(number, int) or not 1 <= number <= stats.num_classes:
+                raise ValueError(f"parents must lie in 1..{stats.num_classes}, the number of classes (given: {number})")
+        super().__init__(stats, [np.arange(stats.num_classes) % number for number in parents])
+        self.sources, self.file, self.room = sources, file, list(parents)
+
+    def see_annotations(self, index: AnnotationIndex) -> None:
+        """Grow the trees; the same annotations give the same trees."""
+        if self.file is not None:
+            try:
+                self.plant(read_trees(self.file, list(index.names)))
+            except ValueError as error:
+                raise UserError(f"{self.file}: {error}: change `parents`") from None
+            return
+        features = {"geometry": class_geometry, "company": class_company, "names": class_name_parts}
+        self.plant(
+            [
+                cluster_classes(features[source](index), number, scale=source == "geometry")
+                for source, number in zip(self.sources, self.room, strict=True)
+            ]
+        )
+
+
 # ---- trees -----------------------------------------------------------------------------------------------------------
 
 
-def cluster_classes(features: ArrayLike, parents: int, seed: int = 0) -> NDArray[np.int64]:
+def cluster_classes(features: ArrayLike, parents: int, seed: int = 0, *, scale: bool = True) -> NDArray[np.int64]:
     """A tree by k-means of one feature vector per class: [C, D] to int64 [C], numbered in order of appearance.
 
-    Columns are scaled to unit variance; the best of several runs counts. At most `parents` clusters: empty ones are
+    With `scale` columns have unit variance; the best of several runs counts. At most `parents` clusters: empty ones are
     left out. The published forest has a visual tree of 25 parents, a geometrical one of 50 and a lexical one of 108: of
     mean features (`class_means`), of shapes (`class_geometry` is such a description) and of word vectors of the names.
     """
@@ -140,8 +212,9 @@ def cluster_classes(features: ArrayLike, parents: int, seed: int = 0) -> NDArray
         raise ValueError("clustering needs one vector of finite numbers per class")
     if not 1 <= parents <= len(values):
         raise ValueError(f"parents must lie in 1..{len(values)}, the number of classes (given: {parents})")
-    spread = values.std(axis=0)
-    values = (values - values.mean(axis=0)) / np.where(spread > 0, spread, 1)
+    if scale:
+        spread = values.std(axis=0)
+        values = (values - values.mean(axis=0)) / np.where(spread > 0, spread, 1)
     rng = np.random.default_rng([seed, parents])
     with warnings.catch_warnings(), np.errstate(invalid="ignore"):  # fewer different vectors than parents
         warnings.simplefilter("ignore", UserWarning)  # an empty cluster
@@ -165,6 +238,34 @@ def class_geometry(index: AnnotationIndex) -> NDArray[np.float64]:
     mean = class_means(values, labels, len(index.categories))
     square = class_means(values**2, labels, len(index.categories))
     return np.concatenate([mean, np.sqrt(np.maximum(square - mean**2, 0))], axis=1)
+
+
+def class_company(index: AnnotationIndex) -> NDArray[np.float64]:
+    """Which classes a class is seen with, [C, D]: scenes sort classes much as their looks do, and need no network.
+
+    The main directions of the logarithm of how many pictures two classes share.
+    """
+    classes = len(index.categories)
+    pairs = np.unique(index.image_of.astype(np.int64) * classes + index.labels)
+    shape = (len(index), classes)
+    shown = csr_array((np.ones(len(pairs)), (pairs // classes, pairs % classes)), shape=shape)
+    together = np.log1p((shown.T @ shown).toarray())
+    np.fill_diagonal(together, 0)  # how frequent a class is says nothing about its company
+    return _main_directions(together)
+
+
+def class_name_parts(index: AnnotationIndex) -> NDArray[np.float64]:
+    """Parts of the names, [C, D]: the main directions of which three letters occur; "alarm_clock" is near "clock"."""
+    parts = []
+    for name in index.names:
+        words = re.findall(r"[^\W_]+", name.lower())
+        spaced = f" {' '.join(words)} "
+        parts.append({spaced[place : place + 3] for place in range(max(1, len(spaced) - 2))})
+    number = {part: place for place, part in enumerate(sorted(set().union(*parts)))}
+    occurs = np.zeros((len(parts), len(number)))
+    for row, own in enumerate(parts):
+        occurs[row, [number[part] for part in own]] = 1
+    return _main_directions(occurs * np.log(len(parts) / occurs.sum(axis=0)))
 
 
 def class_means(features: ArrayLike, labels: ArrayLike, num_classes: int) -> NDArray[np.float64]:
@@ -194,6 +295,20 @@ def read_trees(path: str | Path, names: Sequence[str]) -> list[NDArray[np.int64]
         _, first, number = np.unique(label, return_index=True, return_inverse=True)
         trees.append(first.argsort().argsort()[number].astype(np.int64))
     return trees
+
+
+def _main_directions(rows: NDArray[np.float64]) -> NDArray[np.float64]:
+    """[C, D] descriptions, each of length 1, to their coordinates along the strongest directions."""
+    rows = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+    values, vectors = np.linalg.eigh(rows @ rows.T)  # C is far below D
+    kept = slice(max(0, len(values) - DIRECTIONS), None)
+    return vectors[:, kept] * np.sqrt(np.maximum(values[kept], 0))
+
+
+def _start(layers: Iterable[nn.Module], initialise: Callable[[Tensor], Tensor]) -> None:
+    for layer in layers:
+        initialise(layer.get_parameter("weight"))
+        nn.init.zeros_(layer.get_parameter("bias"))
 
 
 def _parents(tree: ArrayLike, classes: int, name: str) -> NDArray[np.int64]:

@@ -35,8 +35,8 @@ class FeatureHallucination(nn.Module):
         sampled_num_features: features per drawn class (m).
         spread: what the noise is multiplied with: "deviation", the root of the running variance (released code), or
             "variance" (the text, which calls sigma the variance).
-        across_ranks: statistics over the features of all processes; by default, as in the released code, each process
-            keeps its own, and a checkpoint has those of the first.
+        across_ranks: statistics over the features of all processes, so that all have the same; without it, as in the
+            released code, each process keeps its own, and a checkpoint has those of the first.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class FeatureHallucination(nn.Module):
         sampled_num_classes: int = 8,
         sampled_num_features: int = 12,
         spread: str = "deviation",
-        across_ranks: bool = False,
+        across_ranks: bool = True,
     ) -> None:
         super().__init__()
         if spread not in SPREADS:
@@ -100,7 +100,7 @@ class FeatureStatistics(nn.Module):
     variance: Tensor
     used: Tensor
 
-    def __init__(self, num_classes: int, channels: int, *, momentum: float = 0.9, across_ranks: bool = False) -> None:
+    def __init__(self, num_classes: int, channels: int, *, momentum: float = 0.9, across_ranks: bool = True) -> None:
         super().__init__()
         if not 0 <= momentum < 1:
             raise ValueError(f"the momentum must lie in 0..1, without 1 (given: {momentum})")

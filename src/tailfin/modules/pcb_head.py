@@ -17,11 +17,12 @@ import inspect
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torchvision.ops import MultiScaleRoIAlign
 
 from tailfin.losses.base import ClassificationLoss
-from tailfin.models.roi_heads import BoxPredictor, RoIHeads, Targets
+from tailfin.models.roi_heads import BoxPredictor, RoIHeads, Rows, Targets
 
 STEP_WEIGHTS = (0.2, 0.2, 0.6)
 
@@ -51,6 +52,8 @@ class IterativeRoIHeads(RoIHeads):
         options: those of `RoIHeads`.
     """
 
+    takes_extra_rows = False
+
     def __init__(
         self,
         pool: MultiScaleRoIAlign,
@@ -71,28 +74,25 @@ class IterativeRoIHeads(RoIHeads):
         self.refinement = Refinement(loss.num_logits, predictor.bbox_pred.out_features, channels, roi_size)
         self.loss_takes_step = "iter_id" in inspect.signature(loss.loss).parameters
 
-    def forward(
-        self,
-        features: dict[str, Tensor],
-        proposals: list[Tensor],
-        image_sizes: list[tuple[int, int]],
-        targets: Targets | None = None,
-    ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
-        if not self.training:
-            return super().forward(features, proposals, image_sizes, targets)
-        if targets is None:
-            raise ValueError("training needs targets")
+    def parts(self) -> dict[str, nn.Module]:
+        """The refinement belongs to the shared layers."""
+        return {**super().parts(), "head": nn.ModuleList([self.head, self.refinement])}
+
+    def losses(
+        self, features: dict[str, Tensor], rows: Rows, image_sizes: list[tuple[int, int]], targets: Targets
+    ) -> dict[str, Tensor]:
+        """Losses of all passes on the sampled rows."""
         if self.extra_rows is not None:
             raise ValueError("the iterative head takes no extra rows: they have no pooled features to refine")
-        rows = self.sample(proposals, targets)
         passes = self.passes(features, rows.boxes, image_sizes)
-        facts = {name: getattr(rows, name) for name in self.loss.row_facts}
+        deltas = passes[-1][1]
+        facts = self.facts(deltas, torch.cat(rows.boxes), rows.labels, rows.matched, rows.gt_index)
         classifier = passes[0][0].new_zeros(())
         for step, (weight, (logits, _)) in enumerate(zip(self.step_weights, passes, strict=True)):
             keywords = {**facts, "iter_id": step} if self.loss_takes_step else facts
             classifier = classifier + weight * self.loss(logits, rows.labels, **keywords)
-        box = self.box_regression_loss(passes[-1][1], rows.boxes, rows.labels, rows.matched)
-        return [], {"loss_classifier": classifier, "loss_box_reg": box}
+        box = self.box_regression_loss(deltas, rows.boxes, rows.labels, rows.matched)
+        return {"loss_classifier": classifier, "loss_box_reg": box}
 
     def predict(
         self, features: dict[str, Tensor], proposals: list[Tensor], image_sizes: list[tuple[int, int]]

@@ -10,7 +10,7 @@ calibrated head's softmax, all others and the background the original's; nothing
     for classes, rows in zip(*draw_episodes(image_of, labels, 1000, rng)):  # an epoch: 1000 episodes
         images, targets = load(rows)
         for target, label in zip(targets, classes):
-            target["sampled_class"] = label
+            target["sampled_class"] = torch.tensor(label)
         detector(images, targets)["loss_classifier"]    # SGD, rate 0.01, from the 8th epoch 0.001, from the 11th 0.0001
 """
 
@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from tailfin.losses.base import ClassificationLoss, at_least_float32
 from tailfin.losses.softmax import Softmax
-from tailfin.models.roi_heads import BoxPredictor, RoIHeads, Targets
+from tailfin.models.roi_heads import BoxPredictor, RoIHeads, Rows, Targets
 from tailfin.stats import ClassStats
 
 INSTANCE_THRESHOLD = 100  # LVIS; 400 for COCO-LT
@@ -85,7 +85,7 @@ class DualPredictor(nn.Module):
             nn.init.normal_(self.calibrated_classifier.weight, std=0.01)
             nn.init.zeros_(self.calibrated_classifier.bias)
 
-    def forward(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, pooled: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
             original, deltas = self.predictor(self.head(pooled))
         calibrated = self.calibrated_classifier(self.calibrated_head(pooled))
@@ -95,29 +95,32 @@ class DualPredictor(nn.Module):
 class CalibrationRoIHeads(RoIHeads):
     """`RoIHeads` in calibration: `targets[i]["sampled_class"]` says which class of image i its rows are taken from.
 
-    Made by `with_calibrated_head`; in training it returns the classification loss alone.
+    Without it all classes of an image take part. Made by `with_calibrated_head`; in training it returns the
+    classification loss alone.
     """
 
-    def forward(
-        self,
-        features: dict[str, Tensor],
-        proposals: list[Tensor],
-        image_sizes: list[tuple[int, int]],
-        targets: Targets | None = None,
-    ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
-        if not self.training:
-            return super().forward(features, proposals, image_sizes, targets)
-        if targets is None:
-            raise ValueError("training needs targets")
-        rows = self.sample(proposals, targets)
+    takes_extra_rows = False
+
+    def parts(self) -> dict[str, nn.Module]:
+        """The classifier is the calibrated head with its own copy of the shared layers."""
+        dual = self.predictor
+        calibrated = nn.ModuleList([dual.calibrated_head, dual.calibrated_classifier])
+        return {"classifier": calibrated, "box": dual.predictor.bbox_pred, "head": dual.head}
+
+    def losses(
+        self, features: dict[str, Tensor], rows: Rows, image_sizes: list[tuple[int, int]], targets: Targets
+    ) -> dict[str, Tensor]:
+        """The calibrated head's loss on the rows of the episode."""
         counts = [len(own) for own in rows.boxes]
         image_of = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)).to(rows.labels.device)
-        sampled = torch.tensor([int(target["sampled_class"]) for target in targets], device=rows.labels.device)
+        sampled = None
+        if "sampled_class" in targets[0]:
+            sampled = torch.stack([target["sampled_class"] for target in targets]).to(rows.labels.device)
         labels = calibration_labels(rows.labels, image_of, sampled, self.loss.num_classes)
         chosen = labels >= 0
         boxes = [own[keep] for own, keep in zip(rows.boxes, chosen.split(counts), strict=True)]
         logits, _ = self.predict(features, boxes, image_sizes)
-        return [], {"loss_classifier": self.loss(logits, labels[chosen])}
+        return {"loss_classifier": self.loss(logits, labels[chosen])}
 
 
 def with_calibrated_head(
@@ -134,7 +137,7 @@ def with_calibrated_head(
     predictor = roi_heads.predictor
     if not isinstance(predictor, BoxPredictor) or not isinstance(roi_heads.loss, Softmax):
         raise ValueError("SimCal calibrates a plain box predictor that was trained with the loss softmax")
-    return CalibrationRoIHeads(
+    calibrated = CalibrationRoIHeads(
         roi_heads.pool,
         nn.Identity(),
         DualPredictor(roi_heads.head, predictor, fresh=fresh),
@@ -146,6 +149,8 @@ def with_calibrated_head(
         nms=roi_heads.nms,
         max_dets=roi_heads.max_dets,
     )
+    calibrated.rescore = roi_heads.rescore
+    return calibrated
 
 
 def draw_episodes(
@@ -173,16 +178,19 @@ def draw_episodes(
 def calibration_labels(
     labels: Tensor,
     image_of: Tensor,
-    sampled_class: Tensor,
+    sampled_class: Tensor | None,
     num_classes: int,
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """Labels [N] with all rows that an episode leaves out set to -1.
 
     What stays: foreground rows of their image's sampled class, and as many background rows (all if there are fewer),
-    drawn from the whole batch. image_of int64 [N]: the row's image; sampled_class int64 [images].
+    drawn from the whole batch. image_of int64 [N]: the row's image; sampled_class int64 [images], none: every class.
     """
-    chosen = labels == sampled_class[image_of]
+    if sampled_class is None:
+        chosen = (labels >= 0) & (labels < num_classes)
+    else:
+        chosen = labels == sampled_class[image_of]
     background = torch.where(labels == num_classes)[0]
     device = "cpu" if generator is None else generator.device
     order = torch.randperm(len(background), generator=generator, device=device).to(labels.device)

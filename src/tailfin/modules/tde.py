@@ -51,6 +51,7 @@ class TDEHead(ExactBuffers):
     """
 
     embedding: Tensor
+    takes_labels = True  # a box head gives those of its training rows
 
     def __init__(
         self,

@@ -124,16 +124,18 @@ METHODS: dict[str, Method] = {
     "acsl": _loss("acsl", stages=2),
     "bags": _loss("bags", stages=2),
     "bacl": Method("bacl", "fcbl", stages=2),
-    "loce": Method("loce", "ebl", "LOCE's feature memory", stages=2),
+    "loce": Method("loce", "ebl", stages=2),
     "balms": Method("balms", "balanced_sigmoid"),  # its form for detection
     "stepwise": Method("stepwise", "focal", "step-wise learning"),
-    "rio": Method("rio", part="RIO's object-level memory"),
-    "fasa": Method("fasa", part="FASA's feature augmentation"),
-    "forest_rcnn": Method("forest_rcnn", part="Forest R-CNN's classifier trees"),
-    "tde": Method("tde", part="the de-confounded TDE head"),
-    "simcal": Method("simcal", part="SimCal's second classifier", stages=2),
-    "disalign": Method("disalign", part="the DisAlign head", stages=2),
-    "lst": Method("lst", part="LST's class-incremental phases"),
+    "rio": Method("rio", "softmax"),
+    "fasa": Method("fasa", "softmax"),
+    "forest_rcnn": Method("forest_rcnn", "softmax"),
+    "tde": Method("tde", "softmax"),
+    "simcal": Method("simcal", "softmax", stages=2),
+    "disalign": Method("disalign", "softmax", stages=2),
+    # phases over disjoint sets of classes, each with distillation from the last, replay of balanced instances and
+    # a generator of classifier weights: a method of its own, not a feature module
+    "lst": Method("lst", part="LST's class-incremental phases with replay and generated classifier weights"),
 }
 END_TO_END = {"bacl": Method("bacl_end_to_end", "fcbl")}  # method_key -> a two-stage method's one-stage form (BACL X)
 NO_CODE = {"ahrl": "AHRL", "self_emd": "Self-EMD"}  # announced or described, but no public code exists
@@ -148,20 +150,45 @@ DETECTORS = {
 }
 DATASETS = {"lvis_v1": "LVIS v1", "lvis_v0.5": "LVIS v0.5", "coco": "COCO", "coco_lt": "COCO-LT"}
 BACKBONES = {"r50": ("backbone=resnet50",), "r101": ("backbone=resnet101",)}
-# not stated: the one of the method's recipe, plain in all but ECM's
+# not stated: the one of the method's recipe, plain in all but ECM's and RIO's
 SAMPLERS = {None: (), "random": ("sampler=plain",), "rfs": ("sampler=rfs",), "irfs": ("sampler=irfs",)}
 TWO_STAGES = (
     *("schedule.epochs=12", "schedule.milestones=[8, 11]"),
     *("second.schedule.epochs=12", "second.schedule.milestones=[8, 11]"),
 )
+SIX_EPOCHS = ("schedule.epochs=6", "schedule.milestones=[4, 5]")  # 2DRCL gives no steps: those of 12 epochs, halved
 SCHEDULES: dict[int, dict[str | None, tuple[str, ...]]] = {  # stages of the method -> schedule -> overrides
     1: {
         "1x": ("schedule.epochs=12", "schedule.milestones=[8, 11]"),
         "2x": ("schedule.epochs=24", "schedule.milestones=[16, 22]"),
+        "3x": ("schedule.epochs=36", "schedule.milestones=[27, 33]"),
+        "4x": ("schedule.epochs=48", "schedule.milestones=[36, 44]"),
+        "50": ("schedule.epochs=50", "schedule.milestones=[40]"),  # Deformable DETR's own
+        "6+6": SIX_EPOCHS,  # the first 6 are the pre-training's: `pretrain_epochs`
     },
-    2: {"12+12": TWO_STAGES, "2x": TWO_STAGES},  # BACL XIII: "a 2x schedule, i.e., 24 epochs in total"
+    2: {
+        "12+12": TWO_STAGES,
+        "2x": TWO_STAGES,  # BACL XIII: "a 2x schedule, i.e., 24 epochs in total"
+        "24+6": (  # LOCE's own
+            *("schedule.epochs=24", "schedule.milestones=[16, 22]"),
+            *("second.schedule.epochs=6", "second.schedule.milestones=[3, 5]"),
+        ),
+    },
 }
-PRETRAINING = {None: ("weights=imagenet",), "imagenet": ("weights=imagenet",)}
+# pre-training -> overrides. Those that contrast boxes take them from DATA/proposals.json (`tailfin data proposals`)
+PRETRAINING = {
+    None: ("weights=imagenet",),
+    "imagenet": ("weights=imagenet",),
+    "2drcl": ("weights=imagenet", "pretraining={preset: drcl, proposals: {file: proposals.json}}"),
+    **{
+        preset: ("weights=imagenet", f"pretraining={{preset: {preset}, proposals: {{file: proposals.json}}}}")
+        for preset in ("aligndet", "soco")
+    },
+    **{
+        preset: ("weights=imagenet", f"pretraining={{preset: {preset}}}")
+        for preset in ("moco_v2", "simclr", "byol", "densecl")
+    },
+}
 PRETRAINING_NAMES = {
     "2drcl": "2DRCL",
     "aligndet": "AlignDet",
@@ -191,9 +218,19 @@ SWITCHES: dict[str, dict[Any, tuple[str, ...]]] = {
     "mg": {False: ("second.loss.alpha=0",), True: ()},  # BACL III: margin, weight term, feature hallucination
     "wt": {False: ("second.loss.reweight=false",), True: ()},
     "fhm": {False: ("second.hallucination=null",), True: ()},
-    "with_2drcl": {False: ()},
+    "with_2drcl": {False: (), True: ()},
     "finetune": {"rfs": ()},
-    "finetune_epochs": {12: ()},
+    "finetune_epochs": {12: (), 6: ()},
+    "pretrain_epochs": {
+        12: (),
+        6: ("pretraining.schedule.epochs=6", "pretraining.schedule.milestones=[4, 5]"),
+    },
+    # table 5 of 2DRCL: holistic and local contrast, dynamic rebalancing, appearance and semantic reconstruction
+    **{
+        part: {True: (), False: (f"pretraining.weights.{part}=0",)}
+        for part in ("hcl", "lcl", "ar", "sr")
+    },
+    "drb": {True: (), False: ("pretraining.sampler=plain",)},
     "backbone_init_for_pretraining": {"imagenet": ()},
     "copied_from": {"EFL paper": ()},
 }
@@ -230,7 +267,9 @@ def about_overrides(row: Row, recipe: str) -> list[str]:
         "table": f"table {row.table}",
         "published": row.numbers,
         "hours": None,
-        "command": f"torchrun --nproc-per-node 8 -m tailfin train {row.id} data.root=DATA",
+        "command": f"tailfin cost {row.id} --size 800 1333"
+        if "gflops" in row.metrics
+        else f"torchrun --nproc-per-node 8 -m tailfin train {row.id} data.root=DATA",
     }
     if row.doubt:
         facts["notes"] = f"{row.doubt} {_resolved(recipe)['about']['notes']}".strip()
@@ -351,6 +390,8 @@ def _stated(recipe: str, key: str) -> Any:
 
     value: Any = _resolved(recipe)
     for part in key.split("."):
+        if value is None:  # a section that the recipe does not have
+            return None
         if part not in value and value.get("name") in LOSSES:
             value = LOSSES[value["name"]].__init__.__kwdefaults__  # type: ignore[misc]
         value = value[part]

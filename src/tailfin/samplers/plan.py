@@ -21,7 +21,8 @@ from tailfin.samplers.repeat_factor import category_factors, image_factors, roun
 from tailfin.schema.training import Sampler
 from tailfin.stats import ClassStats
 
-Key = tuple[int, int, int]  # (epoch, image row, how often the image came before in this epoch)
+# (epoch, image row, how often the image came before in this epoch), and what another kind of plan adds
+Key = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class BatchPlan:
         batch: images per optimiser step, over all processes.
         epochs: length of the run; the last epoch may be a fraction.
         group_by_aspect: keep upright and wide pictures in different batches.
+        factors: repeat factor of every image, float64 [I]; given, they take the place of the sampler's policy.
     """
 
     index: AnnotationIndex
@@ -46,6 +48,7 @@ class BatchPlan:
     epochs: float
     seed: int
     group_by_aspect: bool = True
+    factors: NDArray[np.float64] | None = None
 
     def __post_init__(self) -> None:
         if len(self.rows) == 0:
@@ -82,6 +85,9 @@ class BatchPlan:
     def order(self, epoch: int) -> NDArray[np.int64]:
         """Shuffled image rows of an epoch, with repeats."""
         rng = np.random.default_rng([self.seed, 1, epoch])
+        if self.factors is not None:
+            repeats = round_factors(self.factors[self.rows], self.sampler.rounding, rng.random(len(self.rows)))
+            return rng.permutation(np.repeat(self.rows, repeats))
         if self.sampler.name == "class_aware":
             return class_aware_order(*self._labels, len(self.rows), rng)
         if self.sampler.name == "plain":
@@ -116,8 +122,8 @@ class BatchPlan:
             epoch = int(np.searchsorted(self.boundaries, iteration, side="right")) - 1
             table = self.epoch(epoch)
             for row in range(iteration - int(self.boundaries[epoch]), int(np.diff(self.boundaries)[epoch])):
-                for piece in table[row].reshape(parts, -1, 2)[part]:
-                    yield [(epoch, int(image), int(copy)) for image, copy in piece]
+                for piece in table[row].reshape(parts, -1, table.shape[-1])[part]:
+                    yield [(epoch, *map(int, entry)) for entry in piece]
                 iteration += 1
 
     @functools.cached_property

@@ -25,13 +25,17 @@ class Data(Section):
     synthesize: Literal["", "demo"] = ""  # make the embedded synthetic set where `train` and `val` do not exist
 
     # training pictures keep their aspect. "multiscale": one of `sizes` becomes the short side; "square": they fit into
-    # a square of `sizes[0]`; "jitter" (large-scale jitter): a random scale in `jitter_scale` of it, then a crop to it
-    resize: Literal["multiscale", "square", "jitter"] = "multiscale"
+    # a square of `sizes[0]`; "jitter" (large-scale jitter): a random scale in `jitter_scale` of it, then a crop to it;
+    # "detr": "multiscale", in half of the cases after a resize to one of `crop_resize` and a crop with sides in `crop`
+    resize: Literal["multiscale", "square", "jitter", "detr"] = "multiscale"
     sizes: tuple[Size, ...] = (640, 672, 704, 736, 768, 800)
     max_size: Size = 1333
     jitter_scale: tuple[Positive, Positive] = (0.1, 2.0)
+    crop_resize: Annotated[tuple[Size, ...], Field(min_length=1)] = (400, 500, 600)
+    crop: tuple[Size, Size] = (384, 600)
     flip: Fraction = 0.5
     color_jitter: Annotated[float, Field(ge=0, lt=1)] = 0.0  # strength of brightness, contrast and saturation changes
+    photometric: bool = False  # jitter of colours (p .8), grey (.2), blur (.5), as contrastive learning does
     copy_paste: bool = False  # simple copy-paste: objects of a second picture, with their masks where the file has them
     # test pictures: short side and bound of the long side; 0 takes the largest training size
     test_size: Annotated[int, Field(ge=0)] = 0
@@ -48,11 +52,13 @@ class Data(Section):
             raise ValueError("sizes must name at least one size")
         if self.jitter_scale[0] > self.jitter_scale[1]:
             raise ValueError("jitter_scale must be (smaller, larger)")
+        if self.crop[0] > self.crop[1]:
+            raise ValueError("crop must be (smaller, larger)")
         return self
 
     @property
     def inference_size(self) -> tuple[int, int]:
         """(short side, bound of the long side) at test time."""
         short = self.test_size or max(self.sizes)
-        bound = self.test_max_size or (short if self.resize != "multiscale" else self.max_size)
+        bound = self.test_max_size or (short if self.resize in ("square", "jitter") else self.max_size)
         return short, max(short, bound)

@@ -4,9 +4,25 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
-from tailfin.schema.base import Count, Fraction, NotNegative, Positive, Section
+from tailfin.schema.base import ConfigName, Count, Fraction, Named, NotNegative, Positive, Section, by_name
+
+CALIBRATORS = ("disalign", "simcal")  # classifiers that a second stage puts around a trained one
+
+
+class Classifier(Named):
+    """What makes class logits of the shared features, with options of its own (`tailfin.models.classifiers`)."""
+
+    name: ConfigName = "linear"
+
+    @model_validator(mode="after")
+    def _check(self) -> Classifier:
+        if self.name != "linear" or self.options:  # not for the default, which is made while the schema is imported
+            from tailfin.models.classifiers import check_options
+
+            check_options(self.name, self.options)
+        return self
 
 
 class FasterRCNN(Section):
@@ -25,6 +41,8 @@ class FasterRCNN(Section):
     rpn_fg_iou: Fraction = 0.7
     rpn_bg_iou: Fraction = 0.3
     rpn_nms: Fraction = 0.7
+    # Forest R-CNN: proposals on rarer objects survive more of the RPN's suppression in training
+    rpn_nms_resampling: Literal["none", "discrete", "linear"] = "none"
     rpn_pre_nms: tuple[Count, Count] = (2000, 1000)  # per level, training and test
     rpn_post_nms: tuple[Count, Count] = (1000, 1000)  # per image, training and test
     roi_size: Count = 7
@@ -33,8 +51,7 @@ class FasterRCNN(Section):
     roi_fg_fraction: Fraction = 0.25
     roi_fg_iou: Fraction = 0.5
     head_channels: Count = 1024
-    classifier: Literal["linear", "cosine"] = "linear"  # cosine: normed features and weights times a temperature
-    temperature: Positive = 20.0  # of the cosine classifier
+    classifier: Annotated[Classifier, BeforeValidator(by_name)] = Classifier()
     box_regression: Literal["class_agnostic", "class_specific"] = "class_specific"
     box_loss: Literal["l1", "smooth_l1"] = "l1"
     box_loss_weight: NotNegative = 1.0
@@ -49,6 +66,13 @@ class FasterRCNN(Section):
             raise ValueError("fpn_layers must ascend")
         return self
 
+    def with_classifier(self, classifier: Classifier) -> FasterRCNN:
+        """Another classifier; one that calibrates is told what it calibrates."""
+        if classifier.name in CALIBRATORS and "base" not in classifier.options:
+            own = {"name": classifier.name, "base": self.classifier.model_dump(), **classifier.options}
+            classifier = Classifier.model_validate(own)
+        return self.model_copy(update={"classifier": classifier})
+
 
 class DeformableDETR(Section):
     """Deformable DETR, two-stage with box refinement; defaults are the published ones (300 queries, 6+6 layers)."""
@@ -56,8 +80,8 @@ class DeformableDETR(Section):
     name: Literal["deformable_detr"]
     norm: Literal["frozen_bn", "bn", "gn"] = "frozen_bn"  # of the backbone
     frozen_layers: Annotated[int, Field(ge=0, le=5)] = 2  # as in Faster R-CNN; the released code trains layer2-4
-    widths: tuple[Count, ...] = ()  # stem, layer1..4 of a basic ResNet of one's own; empty: `backbone`
-    blocks: tuple[Count, ...] = ()  # its blocks per layer
+    widths: tuple[Count, ...] = ()  # stem, layer1..4 of a small ResNet in the place of `backbone`; empty: `backbone`
+    blocks: tuple[Count, ...] = ()  # its blocks in layer1..4
     levels: Annotated[int, Field(ge=1, le=4)] = 4  # the last backbone layers and one more by a strided convolution
     channels: Count = 256  # a multiple of 32
     encoder_layers: Count = 6
@@ -77,8 +101,64 @@ class DeformableDETR(Section):
     box_cost: NotNegative = 5.0
     giou_cost: NotNegative = 2.0
 
+    @model_validator(mode="after")
+    def _check(self) -> DeformableDETR:
+        if self.channels % 32:
+            raise ValueError(f"channels must be a multiple of 32 (given: {self.channels})")
+        if self.channels % self.heads:
+            raise ValueError(f"channels {self.channels} is not a multiple of heads {self.heads}")
+        if self.two_stage and not self.refine:
+            raise ValueError("two_stage needs refine: proposals are boxes, which the decoder layers start from")
+        if self.refine and not self.auxiliary:
+            raise ValueError("refine needs auxiliary: each layer's boxes learn from its own loss alone")
+        if (self.widths or self.blocks) and (len(self.widths), len(self.blocks)) != (5, 4):
+            raise ValueError("widths needs five numbers (stem, layer1..4) and blocks four (layer1..4)")
+        if self.norm == "gn" and any(width % 32 for width in self.widths):
+            raise ValueError('widths must be multiples of 32 with norm "gn"')
+        return self
 
-DETECTORS: dict[str, type[Section]] = {"faster_rcnn": FasterRCNN, "deformable_detr": DeformableDETR}
+
+class Localizer(Section):
+    """Class-agnostic detector that scores how well a box lies; its boxes are proposals. Defaults are OLN's."""
+
+    name: Literal["localizer"]
+    norm: Literal["frozen_bn", "bn", "gn"] = "frozen_bn"  # of the backbone
+    frozen_layers: Annotated[int, Field(ge=0, le=5)] = 2  # of stem, layer1..layer4, from below
+    fpn_channels: Count = 256
+    fpn_layers: Annotated[tuple[Annotated[int, Field(ge=1, le=4)], ...], Field(min_length=1)] = (1, 2, 3, 4)
+    fpn_pool: bool = True
+    anchor_sizes: tuple[Count, ...] = (32, 64, 128, 256, 512)  # one square anchor per cell and level, in pixels
+    rpn_batch: Count = 256  # anchors near an object that train, per image
+    rpn_fg_iou: Fraction = 0.3
+    rpn_proposals: Count = 2000  # per image to the second stage, without suppression
+    roi_size: Count = 7
+    roi_sampling: int = 2
+    roi_batch: Count = 512  # proposals near an object that train, per image
+    roi_fg_iou: Fraction = 0.3
+    head_channels: Count = 1024
+    background: Annotated[float, Field(ge=0, lt=1)] = 0.0  # share of rows without object, to be scored 0; OLN: none
+    centerness_weight: NotNegative = 1.0
+    rpn_box_weight: NotNegative = 10.0
+    iou_weight: NotNegative = 1.0
+    box_weight: NotNegative = 1.0
+    nms: Fraction = 0.7
+    max_proposals: Annotated[int, Field(ge=-1)] = 1500  # reported per image; -1: all
+
+    @model_validator(mode="after")
+    def _check(self) -> Localizer:
+        levels = len(self.fpn_layers) + self.fpn_pool
+        if len(self.anchor_sizes) != levels:
+            raise ValueError(f"anchor_sizes needs one size per level: {levels} levels, {len(self.anchor_sizes)} sizes")
+        if list(self.fpn_layers) != sorted(set(self.fpn_layers)):
+            raise ValueError("fpn_layers must ascend")
+        return self
+
+
+DETECTORS: dict[str, type[Section]] = {
+    "faster_rcnn": FasterRCNN,
+    "deformable_detr": DeformableDETR,
+    "localizer": Localizer,
+}
 
 
 def _name(value: Any) -> str:
@@ -87,5 +167,8 @@ def _name(value: Any) -> str:
 
 
 Detector = Annotated[
-    Annotated[FasterRCNN, Tag("faster_rcnn")] | Annotated[DeformableDETR, Tag("deformable_detr")], Discriminator(_name)
+    Annotated[FasterRCNN, Tag("faster_rcnn")]
+    | Annotated[DeformableDETR, Tag("deformable_detr")]
+    | Annotated[Localizer, Tag("localizer")],
+    Discriminator(_name),
 ]

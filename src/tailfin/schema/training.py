@@ -1,4 +1,4 @@
-"""Sections about training: loss, sampler, schedule, feature modules, and the second stage of a decoupled method."""
+"""Sections about training: loss, sampler, schedule, and the second stage of a decoupled method."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from tailfin.schema.base import ConfigName, Count, Fraction, Named, NotNegative, Positive, Section, by_name
+from tailfin.schema.detectors import Classifier
+from tailfin.schema.features import FASA, RIO, FeatureMemory, Hallucination, MetaReweighting, check_features
 
 
 class Loss(Named):
@@ -65,17 +67,6 @@ class Schedule(Section):
         return self
 
 
-class Hallucination(Section):
-    """BACL's feature hallucination (III-E): made-up rows for the classifier, from running statistics per class."""
-
-    beta: Annotated[float, Field(ge=0, lt=1)] = 0.9  # momentum of the statistics
-    sampled_num_classes: Count = 8  # c, classes drawn per iteration
-    sampled_num_features: Count = 12  # m, features per drawn class
-    spread: Literal["deviation", "variance"] = "deviation"  # what the noise is multiplied with: released code, or text
-    independent_boxes: bool = False  # draw the 16 boxes' shifts independently (text), not once per image (released)
-    across_ranks: bool = False  # statistics over all processes
-
-
 class SecondStage(Section):
     """The classifier stage of a decoupled method: it starts from the first stage's detector."""
 
@@ -84,6 +75,11 @@ class SecondStage(Section):
     schedule: Schedule = Schedule()
     trains: tuple[Literal["classifier", "box", "rpn", "head", "fpn", "backbone"], ...] = ("classifier", "box", "rpn")
     hallucination: Hallucination | None = None
+    feature_memory: FeatureMemory | None = None
+    fasa: FASA | None = None
+    rio: RIO | None = None
+    meta_reweighting: MetaReweighting | None = None
+    classifier: Annotated[Classifier, BeforeValidator(by_name)] | None = None  # none: that of the first stage
     fresh_classifier: bool = False  # start the classifier anew instead of from the first stage's
     data: dict[str, Any] = {}  # keys of `data` that differ in this stage (resize, sizes, flip, ...)
 
@@ -91,4 +87,5 @@ class SecondStage(Section):
     def _check(self) -> SecondStage:
         if not self.trains:
             raise ValueError("trains must name at least one part")
+        check_features(self)
         return self

@@ -10,10 +10,12 @@ from collections.abc import Callable, Sequence
 from tailfin.report.page import Section
 from tailfin.report.runs import Run
 from tailfin.report.sections.classes import class_table
+from tailfin.report.sections.classifier import classifier
 from tailfin.report.sections.curves import curves
 from tailfin.report.sections.examples import examples
 from tailfin.report.sections.groups import groups
 from tailfin.report.sections.overview import overview
+from tailfin.report.sections.pretraining import pretraining
 from tailfin.report.sections.provenance import provenance
 from tailfin.report.sections.scatter import scatter
 from tailfin.report.sections.summary import summary
@@ -24,7 +26,9 @@ SECTIONS: tuple[Callable[[Sequence[Run]], Section | None], ...] = (
     groups,
     scatter,
     class_table,
+    classifier,
     curves,
     examples,
+    pretraining,
     provenance,
 )

@@ -1,0 +1,332 @@
+"""Class-agnostic boxes around objects: what local contrast pairs across two views.
+
+A source gives the boxes of one picture as a pure function of the sample's key: from a file (`tailfin data proposals`
+writes one; COCO results of any program will do), from the annotations, or by selective search. Files are parsed once
+and memory-mapped afterwards.
+"""
+
+from __future__ import annotations
+
+import importlib
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tailfin.data import cache
+from tailfin.data.dataset import Source
+from tailfin.data.index import AnnotationIndex
+from tailfin.errors import UserError
+from tailfin.evaluation.parsing import Box, boxes_array, column, load_typed, nearest_id, rows_of
+from tailfin.files import existing_file
+from tailfin.schema.pretraining import Proposals
+
+Boxes = NDArray[np.float32]  # [N, 4] xyxy, pixels of the picture's file
+BORDER = 1.0  # pixels by which a box may pass the picture's border: files round
+ASPECT, SIZE = 2.0, (0.15, 0.8)  # random boxes: bound of the aspect, square root of the share of the picture
+EXTRA = "opencv-contrib-python-headless"
+
+
+@dataclass(frozen=True)
+class StoredProposals:
+    """Proposals of the pictures of an annotation file, best first; columns are memory-mapped."""
+
+    path: Path
+    starts: NDArray[np.int64]  # [I], where the boxes of an image row start ...
+    counts: NDArray[np.int64]  # ... and how many they are; 0 for an image that the file lacks
+    boxes: Boxes  # [N, 4]
+    scores: NDArray[np.float32]  # [N]
+    made_by: str  # what wrote the file; empty where it does not say
+
+    def __reduce__(self) -> tuple[Any, ...]:  # a loader's process maps the columns itself
+        return _reopened, (self.path, self.starts, self.counts)
+
+    def of(self, row: int) -> Boxes:
+        """Boxes [n, 4] of an image row, best first."""
+        start = int(self.starts[row])
+        return self.boxes[start : start + int(self.counts[row])]
+
+
+@dataclass(frozen=True)
+class ProposalSource:
+    """Boxes of a picture by a recipe's `proposals` section."""
+
+    config: Proposals
+    stored: StoredProposals | None = None
+
+    def boxes(self, row: int, truth: Boxes, image: Tensor, rng: np.random.Generator) -> Boxes:
+        """At most `per_image` boxes of an image row, drawn at random, float32 [P, 4].
+
+        Args:
+            truth: the picture's annotated boxes [M, 4].
+            image: the picture, uint8 [3, H, W].
+            rng: the sample's generator.
+        """
+        config = self.config
+        size = (int(image.shape[-2]), int(image.shape[-1]))
+        found = usable(self._candidates(config.source, truth, image, row, rng), size, config)
+        if config.top:
+            found = found[: config.top]
+        if len(found) < config.fallback_below and config.fallback != "none":
+            found = self._candidates(config.fallback, truth, image, row, rng)
+        if len(found) > config.per_image:
+            found = found[rng.choice(len(found), config.per_image, replace=False)]
+        return np.ascontiguousarray(found, dtype=np.float32)
+
+    def _candidates(self, source: str, truth: Boxes, image: Tensor, row: int, rng: np.random.Generator) -> Boxes:
+        if source in ("file", "rpn"):
+            assert self.stored is not None
+            return self.stored.of(row)
+        if source == "gt":
+            return truth
+        if source == "selective_search":
+            return selective_search(image)
+        size = (int(image.shape[-2]), int(image.shape[-1]))
+        return jittered_truth(truth, size, self.config, rng)
+
+
+def open_proposals(config: Proposals, source: Source, root: str | Path = "") -> ProposalSource:
+    """The source of proposals for a training set; a missing, unfit or foreign file is a `UserError`."""
+    if config.source == "selective_search":
+        _opencv()
+    if config.source not in ("file", "rpn"):
+        return ProposalSource(config)
+    if not config.file:
+        raise UserError(
+            f'proposals.source is "{config.source}" and proposals.file names no file: write one with `tailfin data '
+            "proposals MODEL --annotations FILE --out FILE`, or take proposals.source=gt_jitter"
+        )
+    stored = read_proposals(Path(root) / config.file, source.index)
+    if config.source == "rpn" and not stored.made_by:
+        raise UserError(
+            f'proposals {stored.path}: proposals.source is "rpn", but no detector of tailfin wrote this file; take '
+            'proposals.source "file" for boxes of another program'
+        )
+    return ProposalSource(config, stored)
+
+
+def usable(boxes: Boxes, size: tuple[int, int], config: Proposals) -> Boxes:
+    """The boxes of a picture of `size` (height, width) within the recipe's bounds of side, aspect and size."""
+    sides = boxes[:, 2:] - boxes[:, :2]
+    small, large = sides.min(axis=1), sides.max(axis=1)
+    keep = (small >= config.min_side) & (small > 0)
+    if config.max_aspect:
+        keep &= large <= config.max_aspect * small
+    if tuple(config.size) != (0.0, 1.0):
+        share = np.sqrt(sides.prod(axis=1) / (size[0] * size[1]))
+        keep &= (share >= config.size[0]) & (share <= config.size[1])
+    return boxes if keep.all() else boxes[keep]
+
+
+def jittered_truth(truth: Boxes, size: tuple[int, int], config: Proposals, rng: np.random.Generator) -> Boxes:
+    """Shifted and scaled copies of the annotated boxes, and boxes at random places: at least twice `per_image`.
+
+    A copy's centre moves by up to `jitter` of its sides, which are scaled by a factor in 1 +- `jitter`; all boxes are
+    cut at the border of the picture of `size` (height, width).
+    """
+    total = 2 * max(config.per_image, len(truth))
+    anywhere = total if not len(truth) else round(config.random * total)
+    limit = np.array([size[1], size[0]], dtype=np.float64)
+
+    share = rng.uniform(*SIZE, anywhere)
+    aspect = np.exp(rng.uniform(-np.log(ASPECT), np.log(ASPECT), anywhere))
+    area = np.sqrt(limit.prod())
+    free = np.stack([share * area * np.sqrt(aspect), share * area / np.sqrt(aspect)], axis=1)
+    free = np.minimum(free, limit)
+    corner = rng.random((anywhere, 2)) * (limit - free)
+
+    rows = np.arange(total - anywhere) % max(len(truth), 1)
+    change = rng.uniform(-config.jitter, config.jitter, (len(rows), 4))
+    copies = truth[rows].astype(np.float64)
+    sides = copies[:, 2:] - copies[:, :2]
+    centres = copies[:, :2] + sides / 2 + change[:, :2] * sides
+    half = sides * (1 + change[:, 2:]) / 2
+
+    boxes = np.concatenate(
+        [np.concatenate([centres - half, centres + half], axis=1), np.concatenate([corner, corner + free], axis=1)]
+    )
+    boxes = np.clip(boxes, 0, np.concatenate([limit, limit])).astype(np.float32)
+    return boxes[(boxes[:, 2:] - boxes[:, :2] >= 1).all(axis=1)]
+
+
+def selective_search(image: Tensor) -> Boxes:
+    """Boxes of OpenCV's selective search (fast mode) on a picture uint8 [3, H, W], largest first, each once.
+
+    About half a second for a small photo: write them once with `tailfin data proposals selective_search`.
+    """
+    cv2 = _opencv()
+    search = cv2.ximgproc.segmentation.createSelectiveSearchSegmentation()
+    search.setBaseImage(np.ascontiguousarray(image.permute(1, 2, 0).numpy()[:, :, ::-1]))
+    search.switchToSelectiveSearchFast()
+    found = np.unique(np.asarray(search.process(), dtype=np.float32).reshape(-1, 4), axis=0)  # it ranks at random
+    found = found[np.argsort(-found[:, 2] * found[:, 3], kind="stable")]
+    found[:, 2:] += found[:, :2]
+    return found
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+
+class _Entry(msgspec.Struct, gc=False):
+    """One detection of COCO results; its class does not matter."""
+
+    image_id: int
+    bbox: Box
+    score: float = 0.0
+
+
+def read_proposals(path: str | Path, index: AnnotationIndex) -> StoredProposals:
+    """Proposals of a file for the images of `index`.
+
+    The file is COCO results JSON (`image_id`, `bbox` xywh, `score`) or what `write_proposals` wrote (.npz). Images
+    that the index lacks are passed over; boxes outside their picture and a file without any image of the index are a
+    `UserError`: such a file belongs to other data.
+    """
+    path = existing_file(path, "proposals file")
+    bundle = _columns(path)
+    ids, offsets, boxes = (bundle.columns[name] for name in ("image_ids", "offsets", "boxes"))
+    rows, _ = rows_of(index.image_ids, ids)
+    known = ids[rows] == index.image_ids if len(ids) else np.zeros(len(index), bool)
+    if not known.any():
+        first = "" if not len(ids) else f": its first image id {int(ids[0])} is not in"
+        near = nearest_id(int(ids[0]), np.sort(index.image_ids)) if len(ids) else ""
+        what = "holds no proposal" if not len(ids) else "holds proposals of other pictures"
+        raise UserError(f"proposals {path} {what}{first}{f' {index.path}{near}' if len(ids) else ''}")
+    starts = np.where(known, offsets[rows], 0)
+    counts = np.where(known, np.diff(offsets)[rows], 0)
+
+    owner = np.full(len(ids), -1)
+    owner[rows[known]] = np.flatnonzero(known)
+    image = np.repeat(owner, np.diff(offsets))
+    mine = image >= 0
+    limit = np.stack([index.widths[image], index.heights[image]], axis=1) + BORDER
+    outside = mine & ((boxes[:, :2] < -BORDER).any(axis=1) | (boxes[:, 2:] > limit).any(axis=1))
+    if outside.any():
+        place = int(np.flatnonzero(outside)[0])
+        row = int(image[place])
+        raise UserError(
+            f"proposals {path}: image id {int(index.image_ids[row])} has a box {boxes[place].round(1).tolist()} (left, "
+            f"top, right, bottom) outside its picture of {index.widths[row]} x {index.heights[row]}"
+        )
+    scores = bundle.columns["scores"]
+    return StoredProposals(path, starts, counts, boxes, scores, bundle.metadata.get("made_by", ""))
+
+
+def write_proposals(
+    path: str | Path,
+    image_ids: NDArray[np.int64],
+    offsets: NDArray[np.int64],
+    boxes: Boxes,
+    scores: NDArray[np.float32],
+    made_by: str,
+) -> None:
+    """Write proposals atomically: an .npz of columns, or COCO results JSON where `path` ends in .json.
+
+    Args:
+        image_ids: [I] of the annotation file, ascending.
+        offsets: [I + 1]; image i has boxes[offsets[i] : offsets[i + 1]], best first.
+        boxes: [N, 4] xyxy, pixels of the picture's file.
+        scores: [N].
+        made_by: which model wrote them (kept in .npz alone).
+    """
+    import io
+
+    from tailfin.files import write_atomic, write_json
+
+    path = Path(path)
+    if path.suffix == ".json":
+        owners = np.repeat(image_ids, np.diff(offsets)).tolist()
+        xywh = np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1).astype(np.float64).round(3).tolist()
+        entries = [
+            {"image_id": image_id, "category_id": 0, "bbox": box, "score": score}
+            for image_id, box, score in zip(owners, xywh, scores.astype(np.float64).tolist(), strict=True)
+        ]
+        write_json(path, entries)
+        return
+    buffer = io.BytesIO()
+    np.savez(
+        buffer,
+        image_ids=image_ids.astype(np.int64),
+        offsets=offsets.astype(np.int64),
+        boxes=boxes.astype(np.float32),
+        scores=scores.astype(np.float32),
+        made_by=np.array(made_by),
+    )
+    write_atomic(path, buffer.getvalue())
+
+
+def _columns(path: Path) -> cache.Bundle:
+    """A file's columns by ascending image id and descending score, memory-mapped from the second time on."""
+    stamp = cache.stamp(path)
+    bundle = cache.load(path, stamp, "proposals")
+    if bundle is not None:
+        return bundle
+    owners, boxes, scores, made_by = _from_npz(path) if path.suffix == ".npz" else _from_json(path)
+    order = np.lexsort([-scores, owners])
+    ids, counts = np.unique(owners, return_counts=True)
+    columns = {
+        "image_ids": ids.astype(np.int64),
+        "offsets": np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
+        "boxes": boxes[order].astype(np.float32),
+        "scores": scores[order].astype(np.float32),
+    }
+    return cache.store(path, stamp, "proposals", columns, {"made_by": made_by})
+
+
+def _from_json(path: Path) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64], str]:
+    entries, label = load_typed(path, list[_Entry], "proposals file")
+    owners = column(entries, lambda entry: entry.image_id, np.int64, label)
+    boxes = boxes_array([entry.bbox for entry in entries], label, lambda row: f"entry {row}")
+    boxes[:, 2:] += boxes[:, :2]
+    return owners, boxes, column(entries, lambda entry: entry.score, np.float64, label), ""
+
+
+def _from_npz(path: Path) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32], str]:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            values = {name: file[name] for name in file.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"proposals file {path} is damaged or no .npz file: {' '.join(str(error).split())}") from None
+    missing = [name for name in ("image_ids", "offsets", "boxes", "scores") if name not in values]
+    if missing:
+        raise UserError(f"proposals file {path} lacks the array {missing[0]} (it has {', '.join(values) or 'none'})")
+    ids, offsets, boxes, scores = (values[name] for name in ("image_ids", "offsets", "boxes", "scores"))
+    counts = np.diff(offsets) if offsets.ndim == 1 else np.array([-1])
+    whole = ids.dtype.kind in "iu" and offsets.dtype.kind in "iu" and boxes.dtype.kind == scores.dtype.kind == "f"
+    shapes = boxes.ndim == 2 and boxes.shape[1:] == (4,) and scores.shape == (len(boxes),) and len(counts) == len(ids)
+    if not whole or not shapes or (counts < 0).any() or (len(offsets) and (offsets[0], offsets[-1]) != (0, len(boxes))):
+        raise UserError(
+            f"proposals file {path}: image_ids [I] and offsets [I + 1] must be whole numbers, offsets from 0 to N, "
+            "boxes [N, 4] and scores [N] floats"
+        )
+    if not (np.isfinite(boxes).all() and np.isfinite(scores).all()):
+        raise UserError(f"proposals file {path}: a box or score is not a finite number")
+    if (boxes[:, 2:] < boxes[:, :2]).any():
+        row = int(np.flatnonzero((boxes[:, 2:] < boxes[:, :2]).any(axis=1))[0])
+        raise UserError(f"proposals file {path}: box {row} has a negative width or height (boxes are xyxy)")
+    return np.repeat(ids.astype(np.int64), counts), boxes, scores, str(values.get("made_by", ""))
+
+
+def _reopened(path: Path, starts: NDArray[np.int64], counts: NDArray[np.int64]) -> StoredProposals:
+    columns = _columns(path)
+    return StoredProposals(
+        path, starts, counts, columns.columns["boxes"], columns.columns["scores"], columns.metadata.get("made_by", "")
+    )
+
+
+def _opencv() -> Any:
+    """OpenCV with its selective search, or how to get it."""
+    try:
+        cv2 = importlib.import_module("cv2")
+        cv2.ximgproc.segmentation.createSelectiveSearchSegmentation  # noqa: B018
+    except (ImportError, AttributeError):
+        raise UserError(
+            f"proposals by selective search need OpenCV with its contributed modules: pip install {EXTRA}; or take "
+            "proposals.source=gt_jitter"
+        ) from None
+    return cv2

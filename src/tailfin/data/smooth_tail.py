@@ -1,0 +1,287 @@
+"""Smooth-tail data (Step-wise Learning, Dong et al., ICCV'23, 3.1): exemplars of every class, and sets made of them.
+
+    parts = divide(stats.image_count, (30,))                          # 0 head, 1 tail
+    exemplars = rank_exemplars(index, rows, scores)                   # per class, best first
+    kept = choose(exemplars, index, per_class(parts, 0, 200, 30))     # D_head as a mask over the annotations
+    TrainingDataset(source, config, seed, kept=kept)                  # no picture is copied
+
+An exemplar is one annotation. An image belongs to a set if one of its annotations does, and shows those alone.
+"""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from tailfin.data.index import AnnotationIndex
+from tailfin.errors import UserError
+from tailfin.files import read_json, write_atomic
+from tailfin.schema.stepwise import Kept, Step, Stepwise
+
+ALL = -1  # in counts: every annotation of the class
+
+
+@dataclass(frozen=True, eq=False)
+class Exemplars:
+    """The annotations that stand for each class, class after class, best first."""
+
+    rows: NDArray[np.int64]  # [E] of the index
+    offsets: NDArray[np.int64]  # [C + 1]: class c has rows[offsets[c] : offsets[c + 1]]
+    scores: NDArray[np.float32]  # [E]
+
+
+@dataclass(frozen=True)
+class PlannedStep:
+    """A step with the classes that it is for."""
+
+    name: str
+    config: Step
+    own: NDArray[np.bool_]  # [C] classes that the step is for
+    old: NDArray[np.bool_]  # [C] classes of earlier parts, which a teacher knows; none in step 1
+    counts: NDArray[np.int64]  # [C] annotations of each class; ALL
+
+
+def divide(image_count: ArrayLike, cuts: Sequence[int], boundary: str = "gt") -> NDArray[np.int64]:
+    """Part of each class by its training images, int64 [C]: 0 above the largest cut, then 1, ... down to len(cuts).
+
+    `boundary` "gt" puts a class with exactly as many images as the cut below it (released lists), "ge" above it (text).
+    """
+    counts = np.asarray(image_count)
+    return len(cuts) - np.searchsorted(np.sort(cuts), counts, side="left" if boundary == "gt" else "right")
+
+
+def per_class(parts: NDArray[np.int64], own: int, before: int, inside: int, after: int | None = None) -> NDArray:
+    """Counts [C] of a step: `before` for classes of earlier parts, `inside` for part `own`, `after` for later ones.
+
+    Step 1 (`own` 0): `before` is what a head class gets and `inside` every other class.
+    """
+    if own == 0:
+        return np.where(parts == 0, before, inside)
+    return np.select([parts < own, parts == own], [before, inside], inside if after is None else after)
+
+
+def rank_exemplars(
+    index: AnnotationIndex,
+    rows: NDArray[np.int64],
+    scores: NDArray[np.float32],
+    *,
+    threshold: float = 0.5,
+    distinct_images: bool = True,
+    length: int = 500,
+) -> Exemplars:
+    """The first `length` annotations of each class.
+
+    First those that score above `threshold` and are the class's best of their image, by falling score; then all others
+    by falling score. Equal scores are in the order of annotation ids.
+
+    Args:
+        rows: annotations of the index that have a score.
+        scores: theirs, float32.
+    """
+    labels, images = index.labels[rows], index.image_of[rows]
+    by_score = np.lexsort((index.annotation_ids[rows], -scores, labels))
+    rows, scores, labels, images = rows[by_score], scores[by_score], labels[by_score], images[by_score]
+    sure = scores > threshold
+    if distinct_images:
+        # by descending score the first annotation of an image within its class is the best one, so above the threshold
+        _, first = np.unique(labels.astype(np.int64) * len(index) + images, return_index=True)
+        best = np.zeros(len(rows), dtype=bool)
+        best[first] = True
+        sure &= best
+    order = np.lexsort((np.arange(len(rows)), ~sure, labels))
+    position = _positions(labels[order], len(index.categories))
+    order = order[position < length]
+    sizes = np.bincount(labels[order], minlength=len(index.categories))
+    return Exemplars(rows[order], np.concatenate([[0], np.cumsum(sizes)]), scores[order])
+
+
+def choose(exemplars: Exemplars, index: AnnotationIndex, counts: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Which annotations a set keeps, bool [A]: the first counts[c] exemplars of class c, all annotations for `ALL`."""
+    kept = (counts == ALL)[index.labels]
+    labels = index.labels[exemplars.rows]
+    position = np.arange(len(labels)) - exemplars.offsets[labels]
+    kept[exemplars.rows[position < counts[labels]]] = True
+    return kept
+
+
+def planned_steps(settings: Stepwise, parts: NDArray[np.int64]) -> list[PlannedStep]:
+    """The steps after step 0, in order."""
+    last = len(settings.division)
+    steps = []
+    if settings.head is not None:
+        counts = per_class(parts, 0, _number(settings.head.per_head_class), _later(settings))
+        steps.append(PlannedStep("head", settings.head, parts == 0, parts < 0, counts))
+    for own in range(1, last + 1) if settings.tail is not None else ():
+        assert settings.tail is not None
+        before, inside = _number(settings.tail.per_head_class), _number(settings.tail.per_tail_class)
+        counts = per_class(parts, own, before, inside, after=_later(settings))
+        name = "tail" if last == 1 else f"tail{own}"
+        steps.append(PlannedStep(name, settings.tail, parts == own, parts < own, counts))
+    if settings.both is not None:
+        counts = np.where(parts == 0, _number(settings.both.per_head_class), _number(settings.both.per_tail_class))
+        steps.append(PlannedStep("both", settings.both, parts >= 0, parts == 0, counts))
+    return steps
+
+
+def count_kept(index: AnnotationIndex, kept: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Kept annotations of each class, int64 [C]."""
+    return np.bincount(index.labels[kept], minlength=len(index.categories))
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+
+def write_exemplars(
+    path: Path, exemplars: Exemplars, index: AnnotationIndex, parts: NDArray[np.int64], facts: Mapping[str, Any]
+) -> None:
+    """A JSON file to read: `facts` about the selection, then every class with its list, one exemplar per line."""
+    pairs = np.unique(index.labels.astype(np.int64) * len(index) + index.image_of)
+    images = np.bincount(pairs // len(index), minlength=len(index.categories)).tolist()
+    objects = np.bincount(index.labels, minlength=len(index.categories)).tolist()
+    annotation_ids = index.annotation_ids[exemplars.rows].tolist()
+    image_ids = index.image_ids[index.image_of[exemplars.rows]].tolist()
+    scores = [float(f"{score:.6g}") for score in exemplars.scores.tolist()]
+    head = {"annotations": index.path.name, "fingerprint": index.fingerprint, **facts}
+    lines = [msgspec.json.format(msgspec.json.encode(head), indent=1).decode()[:-2] + ',\n "classes": [']
+    for label, category in enumerate(index.categories):
+        about = {
+            "id": category.id,
+            "name": category.name,
+            "part": part_name(int(parts[label]), int(parts.max())),
+            "images": images[label],
+            "instances": objects[label],
+        }
+        own = range(int(exemplars.offsets[label]), int(exemplars.offsets[label + 1]))
+        entries = [
+            f'   {{"annotation": {annotation_ids[row]}, "image": {image_ids[row]}, "score": {scores[row]!r}}}'
+            for row in own
+        ]
+        text = msgspec.json.encode(about).decode()[:-1]
+        comma = "," if label + 1 < len(index.categories) else ""
+        inner = "\n" + ",\n".join(entries) + "\n  " if entries else ""
+        lines.append(f'  {text},"exemplars":[{inner}]}}{comma}')
+    write_atomic(path, "\n".join([*lines, " ]\n}\n"]))
+
+
+def read_exemplars(path: str | Path, index: AnnotationIndex) -> Exemplars:
+    """The lists of `write_exemplars` as rows of the index; a file of other annotations is a `UserError`."""
+    value = read_json(path, "exemplars")
+    try:
+        fingerprint = value["fingerprint"]
+        lists = {int(entry["id"]): entry["exemplars"] for entry in value["classes"]}
+        chosen = [lists.get(int(number), []) for number in index.category_ids]
+        ids = np.array([entry["annotation"] for own in chosen for entry in own], dtype=np.int64)
+        scores = np.array([entry["score"] for own in chosen for entry in own], dtype=np.float32)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"exemplars {path}: it does not hold lists of exemplars ({error!r})") from None
+    if fingerprint != index.fingerprint:
+        raise UserError(f"exemplars {path} were chosen from other annotations than {index.path} holds now")
+    rows = rows_of(ids, index, f"exemplars {path}")
+    labels = np.repeat(np.arange(len(chosen)), [len(own) for own in chosen])
+    wrong = np.flatnonzero(index.labels[rows] != labels)
+    if len(wrong):
+        raise UserError(f"exemplars {path}: annotation {ids[wrong[0]]} is listed under another class than its own")
+    return Exemplars(rows, np.concatenate([[0], np.cumsum([len(own) for own in chosen])]).astype(np.int64), scores)
+
+
+def rows_of(annotation_ids: NDArray[np.int64], index: AnnotationIndex, source: str) -> NDArray[np.int64]:
+    """Rows of the index with these annotation ids; an unknown one is a `UserError`."""
+    sorter = np.argsort(index.annotation_ids)
+    place = np.searchsorted(index.annotation_ids, annotation_ids, sorter=sorter)
+    rows = sorter[np.minimum(place, len(sorter) - 1)] if len(sorter) else np.zeros(len(annotation_ids), np.int64)
+    missing = np.flatnonzero(index.annotation_ids[rows] != annotation_ids) if len(sorter) else annotation_ids
+    if len(missing):
+        raise UserError(f"{source}: there is no annotation {annotation_ids[missing[0]]} in {index.path}")
+    return rows
+
+
+class _Id(msgspec.Struct):
+    id: int
+
+
+class _Link(msgspec.Struct):
+    id: int
+    image_id: int
+
+
+def write_subset(path: Path, index: AnnotationIndex, kept: NDArray[np.bool_]) -> tuple[int, int]:
+    """The kept annotations and their images as a COCO file, every entry byte for byte; (images, annotations) written.
+
+    Categories and all other top-level entries stay as they are.
+    """
+    data = index.path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+    document = msgspec.json.decode(data, type=dict[str, msgspec.Raw])
+    links = msgspec.json.decode(document["annotations"], type=list[_Link])
+    images = msgspec.json.decode(document["images"], type=list[_Id])
+    chosen = set(index.annotation_ids[kept].tolist())
+    shown = {link.image_id for link in links if link.id in chosen}
+    entries = {
+        "images": (image.id in shown for image in images),
+        "annotations": (link.id in chosen for link in links),
+    }
+    sizes = []
+    for key, marks in entries.items():
+        raw = msgspec.json.decode(document[key], type=list[msgspec.Raw])
+        parts = [bytes(entry).strip() for entry, keep in zip(raw, marks, strict=True) if keep]
+        document[key] = msgspec.Raw(b"[" + b",\n".join(parts) + b"]")
+        sizes.append(len(parts))
+    write_atomic(path, msgspec.json.encode(document))
+    return sizes[0], sizes[1]
+
+
+def curves(counts: Mapping[str, NDArray[np.int64]], names: Sequence[str]) -> Any:
+    """Annotations per class of the whole set and of the sets made from it (Fig. 3), as a plotly figure.
+
+    The first entry of `counts` is the whole set; classes are ordered by its falling counts.
+    """
+    import plotly.graph_objects as go
+
+    whole = next(iter(counts.values()))
+    order = np.argsort(-whole, kind="stable")
+    labels = [html.escape(names[label], quote=False) for label in order]  # never read as markup
+    picture = go.Figure()
+    for (name, values), color in zip(
+        counts.items(), ("#5b7083", "#2f7de1", "#e5484d", "#f0801a", "#10a37f"), strict=False
+    ):
+        picture.add_scatter(
+            x=list(range(len(order))),
+            y=[int(values[label]) or None for label in order],  # a log scale has no zero
+            customdata=labels,
+            hovertemplate="%{customdata}: %{y}",
+            mode="lines+markers" if len(order) <= 60 else "lines",
+            line={"color": color},
+            name=f"{name} ({int(values.sum())})",
+        )
+    few = len(order) <= 60  # more names do not fit below the axis
+    ticks = {"tickmode": "array", "tickvals": list(range(len(order))) if few else [], "ticktext": labels if few else []}
+    picture.update_xaxes(title="classes by falling number of annotations", **ticks)
+    picture.update_yaxes(title="annotations", type="log", dtick=1)
+    picture.update_layout(title="Smooth-tail data: annotations per class", template="plotly_white", height=560)
+    return picture
+
+
+def part_name(part: int, last: int) -> str:
+    """How a part of the classes is called: head and tail, of more than two head, part 2, ..., tail."""
+    return "head" if part == 0 else "tail" if part == last else f"part {part + 1}"
+
+
+def _positions(labels: NDArray[np.int32], classes: int) -> NDArray[np.int64]:
+    """Place of each entry among those of its class; `labels` ascend."""
+    starts = np.concatenate([[0], np.cumsum(np.bincount(labels, minlength=classes))])
+    return np.arange(len(labels)) - starts[labels]
+
+
+def _later(settings: Stepwise) -> int:
+    """Annotations of a class that has its step still before it."""
+    return _number(settings.head.per_tail_class) if settings.head is not None else 0
+
+
+def _number(count: Kept) -> int:
+    return ALL if count == "all" else int(count)

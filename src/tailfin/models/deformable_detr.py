@@ -1,0 +1,478 @@
+"""Deformable DETR (Zhu et al., ICLR'21) on the layers of transformers, one- or two-stage, with or without box refinement.
+
+    images -> batch -> backbone -> input_proj -> encoder -> proposals -> decoder -> heads -> losses or detections
+
+The layers are transformers'; this file is what goes between them. Boxes, reference points and logits are float32 under
+autocast as well. `criterion` has the classification loss, which decides how wide the class heads are and what a score
+is; there is no NMS.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+
+import torch
+import torchvision
+from torch import Tensor, nn
+from torchvision.models._utils import IntermediateLayerGetter
+from torchvision.models.resnet import BasicBlock
+from torchvision.ops import box_convert
+from transformers import DeformableDetrConfig, ResNetConfig
+from transformers.models.deformable_detr.modeling_deformable_detr import (
+    DeformableDetrDecoderLayer,
+    DeformableDetrMLPPredictionHead,
+)
+
+from tailfin.checkpoint import load_weights
+from tailfin.losses.base import ClassificationLoss
+from tailfin.losses.focal import Focal
+from tailfin.models.backbone import NORMS, load_body
+from tailfin.models.deformable_attention import DeformableAttention, EncoderLayer, Shapes
+from tailfin.models.detr_convert import convert_released, is_released
+from tailfin.models.detr_criterion import Outputs, SetCriterion
+from tailfin.models.images import batch_images
+from tailfin.schema.detectors import DeformableDETR as DeformableDETRConfig
+from tailfin.schema.recipe import Recipe
+
+FOCAL_BIAS = -math.log(99.0)  # focal loss starts at a probability of 0.01 here, as in the published detector
+TEMPERATURE = 10000.0  # of the sines that encode positions
+PROPOSAL_SIDE = 0.05  # of a proposal on the first level; doubled per level
+SMALLEST_PROPOSAL, LARGEST_PROPOSAL = 0.01, 0.99  # a proposal with a coordinate outside does not count
+
+
+class DeformableDETR(nn.Module):
+    """A query-based detector as a function of pictures.
+
+    Training: `model(images, targets)` returns named losses; targets are dicts of boxes float32 [M, 4] (xyxy, pixels of
+    the picture given) and labels int64 [M]. Evaluation: `model(images)` returns one dict of boxes, scores and labels
+    per picture. Pictures are [3, H, W], uint8 or float in 0..1, already resized.
+
+    `input_proj` is a list of (convolution, group norm) per level; `class_embed` and `bbox_embed` have one head per
+    decoder layer, then the encoder's. Without refinement one head serves all layers, as published.
+    """
+
+    def __init__(
+        self,
+        body: nn.Module,
+        widths: Sequence[int],
+        loss: ClassificationLoss,
+        config: DeformableDETRConfig,
+        *,
+        score_threshold: float = 0.0,
+        max_dets: int = 300,
+        channels_last: bool = False,
+    ) -> None:
+        """`body` returns a dict of feature maps, one per entry of `widths`, their channels."""
+        super().__init__()
+        layers = transformers_config(config)
+        channels = config.channels
+        self.backbone = body
+        self.input_proj = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(width, channels, 1), nn.GroupNorm(32, channels)) for width in widths
+        )
+        if len(widths) < config.levels:
+            down = nn.Conv2d(widths[-1], channels, 3, stride=2, padding=1)
+            self.input_proj.append(nn.Sequential(down, nn.GroupNorm(32, channels)))
+        self.level_embed = nn.Parameter(torch.empty(config.levels, channels))
+        self.encoder = nn.ModuleList(EncoderLayer(layers) for _ in range(config.encoder_layers))
+        self.decoder = nn.ModuleList(DeformableDetrDecoderLayer(layers) for _ in range(config.decoder_layers))
+        for layer in self.encoder:
+            layer.self_attn = DeformableAttention(layers, config.heads, config.points)
+        for layer in self.decoder:
+            layer.encoder_attn = DeformableAttention(layers, config.heads, config.points)
+        heads = config.decoder_layers if config.refine else 1
+        self.class_embed = _clones(nn.Linear(channels, loss.num_logits), heads)
+        self.bbox_embed = _clones(DeformableDetrMLPPredictionHead(channels, channels, 4, 3), heads)
+        if config.two_stage:
+            self.class_embed.append(nn.Linear(channels, 1))
+            self.bbox_embed.append(copy.deepcopy(self.bbox_embed[0]))
+            self.enc_output = nn.Linear(channels, channels)
+            self.enc_output_norm = nn.LayerNorm(channels)
+            self.pos_trans = nn.Linear(2 * channels, 2 * channels)
+            self.pos_trans_norm = nn.LayerNorm(2 * channels)
+        else:
+            self.query_embed = nn.Embedding(config.queries, 2 * channels)
+            self.reference_points = nn.Linear(channels, 2)
+        self.criterion = SetCriterion(loss, config)
+        self.queries, self.refine, self.two_stage = config.queries, config.refine, config.two_stage
+        self.score_threshold, self.max_dets = score_threshold, max_dets
+        self.channels_last = channels_last
+        self._reset(loss)
+
+    def forward(
+        self, images: Sequence[Tensor], targets: Sequence[dict[str, Tensor]] | None = None
+    ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
+        outputs = self.outputs(images)
+        if not self.training:
+            return self.detect(outputs)
+        if targets is None:
+            raise ValueError("training needs targets")
+        return self.losses(outputs, targets)
+
+    def losses(self, outputs: Outputs, targets: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Named losses with their weights: `SetCriterion.forward`."""
+        return self.criterion(outputs, targets)
+
+    def match(
+        self, outputs: Outputs, targets: Sequence[dict[str, Tensor]], layer: int = -1
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Per picture the (query, object) indices of a decoder layer's best assignment, int64 [P] each, by query."""
+        return self.criterion.match(outputs.logits[layer], outputs.boxes[layer], targets, outputs.sizes)
+
+    @property
+    def limits(self) -> nn.Module:
+        """Where `score_threshold` and `max_dets` are."""
+        return self
+
+    def parts(self) -> dict[str, nn.Module]:
+        """Parts that a stage may train, by name."""
+        return {
+            "classifier": self.class_embed,
+            "box": self.bbox_embed,
+            "projection": self.input_proj,
+            "encoder": self.encoder,
+            "decoder": self.decoder,
+            "backbone": self.backbone,
+        }
+
+    def freeze_all_but(self, trained: Sequence[str]) -> None:
+        """Freeze every parameter that is not in a part named, the queries and embeddings between the parts too."""
+        kept = {id(p) for name in trained for p in self.parts()[name].parameters() if p.requires_grad}
+        for parameter in self.parameters():
+            parameter.requires_grad_(id(parameter) in kept)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> DeformableDETR:
+        """Training or evaluation mode; a batch norm whose weights are frozen keeps its statistics in both."""
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and not module.weight.requires_grad:
+                module.eval()
+        return self
+
+    # ---- the network -----------------------------------------------------------------------------------------------
+
+    def outputs(self, images: Sequence[Tensor]) -> Outputs:
+        """Everything that losses, detections and distillation read, for pictures as in `forward`."""
+        batch = batch_images(images, divisor=1, channels_last=self.channels_last)
+        full = batch.tensors.shape[-2:]
+        device = batch.tensors.device
+        sizes = torch.tensor([[width, height] * 2 for height, width in batch.image_sizes], device=device).float()
+        padded = any(size != tuple(full) for size in batch.image_sizes)
+
+        maps = list(self.backbone(batch.tensors).values())
+        maps += [maps[-1]] * (len(self.input_proj) - len(maps))
+        features = [project(level) for project, level in zip(self.input_proj, maps, strict=True)]
+        shapes: Shapes = [(int(level.shape[-2]), int(level.shape[-1])) for level in features]
+        masks = [valid_mask(shape, full, sizes) for shape in shapes]
+        mask = torch.cat([level.flatten(1) for level in masks], dim=1) if padded else None
+        ratios = torch.stack([torch.stack([m[:, 0].float().mean(1), m[:, :, 0].float().mean(1)], 1) for m in masks], 1)
+
+        memory = torch.cat([level.flatten(2).transpose(1, 2) for level in features], dim=1).float()
+        places = torch.cat(
+            [
+                position_code(level, self.level_embed.shape[1] // 2).flatten(1, 2) + own
+                for level, own in zip(masks if padded else [m[:1] for m in masks], self.level_embed, strict=True)
+            ],
+            dim=1,
+        )
+        centres = torch.cat([grid(shape, ratio) for shape, ratio in zip(shapes, ratios.unbind(1), strict=True)], dim=1)
+        for layer in self.encoder:
+            memory = layer(
+                memory,
+                mask,
+                spatial_position_embeddings=places,
+                reference_points=centres[:, :, None] * ratios[:, None],
+                spatial_shapes_list=shapes,
+            )
+
+        encoder_logits = encoder_boxes = None
+        if self.two_stage:
+            encoder_logits, raw = self._proposals(memory, mask, centres, shapes)
+            encoder_boxes = raw.sigmoid()
+            queries, content, reference = self._queries_of(encoder_logits, raw, mask)
+        else:
+            queries, content = self.query_embed.weight.expand(len(images), -1, -1).chunk(2, dim=2)
+            reference = self.reference_points(queries).float().sigmoid()
+        hidden, boxes = self._decode(queries, content, reference, memory, mask, ratios, shapes)
+        return Outputs(self.classify(hidden), boxes, hidden, features, masks, sizes, encoder_logits, encoder_boxes)
+
+    def classify(self, hidden: Tensor) -> Tensor:
+        """Queries after each decoder layer [L, B, Q, d] to class logits [L, B, Q, K], float32."""
+        return torch.stack([self._head(self.class_embed, layer)(own).float() for layer, own in enumerate(hidden)])
+
+    def _decode(
+        self,
+        queries: Tensor,
+        content: Tensor,
+        reference: Tensor,
+        memory: Tensor,
+        mask: Tensor | None,
+        ratios: Tensor,
+        shapes: Shapes,
+    ) -> tuple[Tensor, Tensor]:
+        """Queries after each layer [L, B, Q, d] and their boxes [L, B, Q, 4]."""
+        hidden, boxes = [], []
+        for number, layer in enumerate(self.decoder):
+            scale = ratios if reference.shape[-1] == 2 else ratios.repeat(1, 1, 2)
+            content = layer(
+                content,
+                queries,
+                reference[:, :, None] * scale[:, None],
+                spatial_shapes_list=shapes,
+                encoder_hidden_states=memory,
+                encoder_attention_mask=mask,
+            )
+            delta = self._box_delta(self._head(self.bbox_embed, number), content)
+            start = inverse_sigmoid(reference)
+            box = (delta + start if start.shape[-1] == 4 else delta + nn.functional.pad(start, (0, 2))).sigmoid()
+            if self.refine:
+                reference = box.detach()
+            hidden.append(content)
+            boxes.append(box)
+        return torch.stack(hidden), torch.stack(boxes)
+
+    def _proposals(
+        self, memory: Tensor, mask: Tensor | None, centres: Tensor, shapes: Shapes
+    ) -> tuple[Tensor, Tensor]:
+        """Objectness [B, S, 1] and box logits [B, S, 4] of every token; infinite boxes where no proposal can be."""
+        sides = torch.cat(
+            [centres.new_full((h * w, 2), PROPOSAL_SIDE * 2**level) for level, (h, w) in enumerate(shapes)]
+        )
+        anchors = torch.cat([centres, sides.expand_as(centres)], dim=2)
+        valid = ((anchors > SMALLEST_PROPOSAL) & (anchors < LARGEST_PROPOSAL)).all(2, keepdim=True)
+        if mask is not None:
+            valid &= mask[..., None]
+        found = self.enc_output_norm(self.enc_output(memory * valid))
+        delta = self._box_delta(self.bbox_embed[-1], found)
+        return self.class_embed[-1](found).float(), delta + anchors.logit().masked_fill(~valid, math.inf)
+
+    def _queries_of(
+        self, logits: Tensor, raw: Tensor, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(position part, content part, boxes) of the queries: the best proposals, without a gradient to them."""
+        ranked = logits[..., 0].detach()
+        if mask is not None:
+            ranked = ranked.masked_fill(~mask, -math.inf)
+        best = ranked.topk(min(self.queries, ranked.shape[1]), dim=1).indices
+        reference = raw.detach().gather(1, best[..., None].expand(-1, -1, 4)).sigmoid()
+        code = self.pos_trans_norm(self.pos_trans(box_code(reference, self.level_embed.shape[1] // 2)))
+        queries, content = code.float().chunk(2, dim=2)
+        return queries, content, reference
+
+    def _head(self, heads: nn.ModuleList, layer: int) -> nn.Module:
+        return heads[layer if self.refine else 0]
+
+    @staticmethod
+    def _box_delta(head: nn.Module, hidden: Tensor) -> Tensor:
+        """Box offsets in float32, whatever autocast says: a refined box is a small change of a precise one."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            return head(hidden.float())
+
+    # ---- evaluation ------------------------------------------------------------------------------------------------
+
+    def detect(self, outputs: Outputs) -> list[dict[str, Tensor]]:
+        """Per picture: boxes [D, 4] (xyxy, pixels of the picture given), scores [D] descending, labels [D]."""
+        scores = self.criterion.scores(outputs.logits[-1])
+        classes = scores.shape[-1]
+        boxes = box_convert(outputs.boxes[-1], "cxcywh", "xyxy").clamp(0, 1) * outputs.sizes[:, None]
+        flat = scores.flatten(1)
+        count = flat.shape[1] if self.max_dets < 0 else min(self.max_dets, flat.shape[1])
+        values, places = flat.topk(count, dim=1)
+        results = []
+        for own_boxes, own, place in zip(boxes, values, places, strict=True):
+            keep = own > self.score_threshold
+            place = place[keep]
+            results.append({"boxes": own_boxes[place // classes], "scores": own[keep], "labels": place % classes})
+        return results
+
+    # ---- initial weights -------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _reset(self, loss: ClassificationLoss) -> None:
+        """The published start: Xavier in the transformer, sampling in a star, priors in the class heads, boxes that
+        stay where their reference is.
+        """
+        transformer = [self.encoder, self.decoder]
+        transformer += [self.enc_output, self.pos_trans] if self.two_stage else [self.reference_points]
+        for part in transformer:
+            for name, parameter in part.named_parameters():
+                if parameter.ndim > 1:
+                    nn.init.xavier_uniform_(parameter)
+                elif name.endswith(("proj.bias", "reference_points.bias")):
+                    nn.init.zeros_(parameter)
+        if not self.two_stage:
+            nn.init.zeros_(self.reference_points.bias)
+        nn.init.normal_(self.level_embed)
+        for module in self.modules():
+            if isinstance(module, DeformableAttention):
+                _reset_sampling(module)
+        for projection in self.input_proj:
+            nn.init.xavier_uniform_(projection[0].weight)
+            nn.init.zeros_(projection[0].bias)
+        bias = torch.full((loss.num_logits,), FOCAL_BIAS) if type(loss) is Focal else loss.prior_bias()
+        for head in self.class_embed:
+            head.bias.copy_(bias if head.out_features == len(bias) else torch.full((head.out_features,), FOCAL_BIAS))
+        for head in self.bbox_embed:
+            nn.init.zeros_(head.layers[-1].weight)
+            nn.init.zeros_(head.layers[-1].bias)
+        if not self.two_stage:
+            self.bbox_embed[0].layers[-1].bias[2:] = -2.0  # learned queries start with small boxes
+
+
+def build_deformable_detr(
+    recipe: Recipe, loss: ClassificationLoss, body_state: dict[str, Tensor] | None, source: str
+) -> DeformableDETR:
+    """The recipe's Deformable DETR.
+
+    `body_state` are weights of the ResNet, or of a whole detector by the names of the released code; `source` is where
+    they come from, for messages.
+    """
+    config = recipe.detector
+    assert isinstance(config, DeformableDETRConfig)
+    released = body_state is not None and is_released(body_state)
+    if config.widths:
+        body = small_body(config)
+    else:
+        body = getattr(torchvision.models, recipe.backbone)(weights=None, norm_layer=NORMS[config.norm])
+    if body_state is not None and not released:
+        load_body(body, body_state, source)
+    for part in (["conv1", "bn1"], ["layer1"], ["layer2"], ["layer3"], ["layer4"])[: config.frozen_layers]:
+        for name in part:
+            getattr(body, name).requires_grad_(False)
+    used = range(5 - min(config.levels, 3), 5)
+    widths = [_width(getattr(body, f"layer{layer}")) for layer in used]
+    getter = IntermediateLayerGetter(body, {f"layer{layer}": str(level) for level, layer in enumerate(used)})
+    model = DeformableDETR(
+        getter,
+        widths,
+        loss,
+        config,
+        score_threshold=recipe.evaluation.score_threshold,
+        max_dets=recipe.evaluation.max_dets,
+        channels_last=recipe.schedule.channels_last,
+    )
+    if released and body_state is not None:
+        load_weights(model, convert_released(body_state, num_logits=loss.num_logits), source)
+    return model
+
+
+def transformers_config(config: DeformableDETRConfig) -> DeformableDetrConfig:
+    """The settings that transformers' layers read."""
+    return DeformableDetrConfig(
+        backbone_config=ResNetConfig(),
+        d_model=config.channels,
+        num_queries=config.queries,
+        encoder_layers=config.encoder_layers,
+        decoder_layers=config.decoder_layers,
+        encoder_attention_heads=config.heads,
+        decoder_attention_heads=config.heads,
+        encoder_n_points=config.points,
+        decoder_n_points=config.points,
+        encoder_ffn_dim=config.feedforward,
+        decoder_ffn_dim=config.feedforward,
+        dropout=config.dropout,
+        attention_dropout=config.dropout,
+        activation_dropout=config.dropout,
+        num_feature_levels=config.levels,
+        two_stage=config.two_stage,
+        with_box_refine=config.refine,
+        attn_implementation="sdpa",
+    )
+
+
+def small_body(config: DeformableDETRConfig) -> nn.Module:
+    """A residual body of basic blocks by `widths` (stem, layer1..4) and `blocks`; torchvision's names and strides."""
+    stem, *widths = config.widths
+    norm = NORMS[config.norm]
+    body = nn.Sequential()
+    body.add_module("conv1", nn.Conv2d(3, stem, 7, stride=2, padding=3, bias=False))
+    body.add_module("bn1", norm(stem))
+    body.add_module("relu", nn.ReLU(inplace=True))
+    body.add_module("maxpool", nn.MaxPool2d(3, stride=2, padding=1))
+    before = stem
+    for number, (width, blocks) in enumerate(zip(widths, config.blocks, strict=True)):
+        layer = nn.Sequential()
+        for block in range(blocks):
+            stride = 2 if number and not block else 1
+            skip = None
+            if stride > 1 or before != width:
+                skip = nn.Sequential(nn.Conv2d(before, width, 1, stride=stride, bias=False), norm(width))
+            layer.append(BasicBlock(before, width, stride, skip, norm_layer=norm))
+            before = width
+        body.add_module(f"layer{number + 1}", layer)
+    for module in body.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    return body
+
+
+# ---- details ---------------------------------------------------------------------------------------------------------
+
+
+def valid_mask(shape: tuple[int, int], full: Sequence[int], sizes: Tensor) -> Tensor:
+    """Bool [B, h, w]: the cells of a level whose pixel (the nearest one) lies in the picture; `full` is the batch's."""
+    rows = torch.arange(shape[0], device=sizes.device) * full[0] // shape[0] < sizes[:, 1:2]
+    columns = torch.arange(shape[1], device=sizes.device) * full[1] // shape[1] < sizes[:, :1]
+    return rows[:, :, None] & columns[:, None]
+
+
+def position_code(mask: Tensor, channels: int) -> Tensor:
+    """Sines of every cell's place in its picture: [B, h, w] to [B, h, w, 2 * channels], rows first."""
+    code = []
+    for axis in (1, 2):
+        place = mask.cumsum(axis, dtype=torch.float32)
+        place = (place - 0.5) / (place.narrow(axis, place.shape[axis] - 1, 1) + 1e-6)
+        code.append(_sines(place, channels))
+    return torch.cat(code, dim=-1)
+
+
+def box_code(boxes: Tensor, channels: int) -> Tensor:
+    """Sines of the four numbers of every box: [B, Q, 4] to [B, Q, 4 * channels]."""
+    return _sines(boxes, channels).flatten(2)
+
+
+def _sines(values: Tensor, channels: int) -> Tensor:
+    """[...] in 0..1 to [..., channels]: sine and cosine in turns, at `channels / 2` frequencies."""
+    exponent = torch.arange(0, channels, 2, device=values.device) / channels
+    angle = values[..., None] * (2 * math.pi) / TEMPERATURE**exponent
+    return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(-2)
+
+
+def grid(shape: tuple[int, int], ratio: Tensor) -> Tensor:
+    """Centres (x, y) of a level's cells in fractions of the picture, [B, h w, 2]; ratio [B, 2] is its share of the map."""
+    y, x = torch.meshgrid(
+        *[(torch.arange(side, device=ratio.device) + 0.5) / side for side in shape],
+        indexing="ij",
+    )
+    return torch.stack([x, y], dim=-1).flatten(0, 1) / ratio[:, None]
+
+
+def inverse_sigmoid(values: Tensor, eps: float = 1e-5) -> Tensor:
+    """log(x / (1 - x)) with both bounded from below, as published."""
+    values = values.clamp(0, 1)
+    return (values.clamp(min=eps) / (1 - values).clamp(min=eps)).log()
+
+
+def _reset_sampling(module: DeformableAttention) -> None:
+    """No attention at first; the points of a head lie on a ray of its own, one step further each."""
+    angles = torch.arange(module.n_heads) * (2.0 * math.pi / module.n_heads)
+    rays = torch.stack([angles.cos(), angles.sin()], dim=-1)
+    rays = rays / rays.abs().amax(dim=-1, keepdim=True)
+    steps = torch.arange(1, module.n_points + 1).float()
+    star = rays[:, None, None] * steps[None, None, :, None]
+    module.sampling_offsets.bias.copy_(star.expand(-1, module.n_levels, -1, -1).flatten())
+    nn.init.zeros_(module.sampling_offsets.weight)
+    nn.init.zeros_(module.attention_weights.weight)
+    nn.init.zeros_(module.attention_weights.bias)
+
+
+def _clones(module: nn.Module, count: int) -> nn.ModuleList:
+    return nn.ModuleList(copy.deepcopy(module) for _ in range(count))
+
+
+def _width(layer: nn.Module) -> int:
+    block = layer[-1]  # type: ignore[index]
+    return (block.conv3 if hasattr(block, "conv3") else block.conv2).out_channels

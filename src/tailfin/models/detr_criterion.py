@@ -1,0 +1,227 @@
+"""The training side of Deformable DETR: one-to-one matching of queries and objects, and the losses of the matched pairs.
+
+    loss = class_weight * classification + box_weight * L1 + giou_weight * (1 - GIoU)
+
+for every decoder layer and for the encoder's proposals, each with a matching of its own. Boxes are (centre x, centre y,
+width, height) in fractions of the picture; box losses are sums over matched pairs, divided by the number of objects of
+all processes per process. The classification loss is any `ClassificationLoss`: its rows are the queries of a layer, the
+unmatched ones are background. Where it takes a `normalizer` it gets the number of objects, as in focal loss; else it
+keeps its own mean over rows.
+
+Everything is worked out for all layers at once on the device; the matching costs go to the host in one transfer, where
+scipy solves the assignments.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor, nn
+from torchvision.ops import box_convert
+
+from tailfin.losses.base import ClassificationLoss, sum_over_ranks
+from tailfin.losses.focal import Focal
+from tailfin.schema.detectors import DeformableDETR as DeformableDETRConfig
+from tailfin.stats import ClassStats
+
+FOCAL_ALPHA, FOCAL_GAMMA = 0.25, 2.0  # of the matching cost and of the proposals' loss
+
+
+class Outputs(NamedTuple):
+    """What Deformable DETR says about a batch, in float32: L decoder layers, B pictures, Q queries, S encoder tokens."""
+
+    logits: Tensor  # [L, B, Q, K], K the width of the classification loss
+    boxes: Tensor  # [L, B, Q, 4]
+    hidden: Tensor  # [L, B, Q, d] the queries after every layer, what the class heads see
+    features: list[Tensor]  # per level [B, d, h, w]: outputs of `input_proj`
+    masks: list[Tensor]  # per level bool [B, h, w]: True where the picture is, False on its padding
+    sizes: Tensor  # [B, 4] width, height, width, height of the pictures in pixels
+    encoder_logits: Tensor | None = None  # [B, S, 1], of a two-stage detector
+    encoder_boxes: Tensor | None = None  # [B, S, 4]
+
+
+class Objects(NamedTuple):
+    """The targets of a batch, padded to the largest number M of objects in a picture."""
+
+    boxes: Tensor  # [B, M, 4], fractions; (0.5, 0.5, 1, 1) where there is none
+    labels: Tensor  # int64 [B, M]
+    counts: list[int]
+    first: Tensor  # int64 [B]: index of a picture's first object over the batch
+
+
+class Pairs(NamedTuple):
+    """Matched pairs of all layers, int64 [P] each."""
+
+    layer: Tensor
+    picture: Tensor
+    query: Tensor
+    object: Tensor  # within the picture
+
+
+class SetCriterion(nn.Module):
+    """Losses of an `Outputs`; holds the classification loss, whose running statistics are part of the model.
+
+    The statistics move once per step, by the last decoder layer, whose scores are the detector's: `momentum`s keep their
+    meaning whatever the number of layers. The other layers see the same statistics and leave them alone.
+    """
+
+    def __init__(self, loss: ClassificationLoss, config: DeformableDETRConfig) -> None:
+        super().__init__()
+        self.loss = loss
+        self.class_weight, self.box_weight, self.giou_weight = (
+            config.class_weight,
+            config.box_weight,
+            config.giou_weight,
+        )
+        self.costs = (config.class_cost, config.box_cost, config.giou_cost)
+        self.auxiliary = config.auxiliary
+        self.proposal_loss = Focal(_one_class(), focal_alpha=FOCAL_ALPHA, focal_gamma=FOCAL_GAMMA)
+        self.takes_normalizer = "normalizer" in inspect.signature(loss.loss).parameters
+
+    def forward(self, outputs: Outputs, targets: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Weighted losses: `loss_classifier`, `loss_box_l1`, `loss_giou` of the last layer, `loss_auxiliary` of the
+        others, `loss_encoder` of the proposals. Targets: boxes [M, 4] (xyxy, pixels of the picture given), labels [M].
+        """
+        objects = pad_objects(targets, outputs.sizes)
+        first = 0 if self.auxiliary else len(outputs.logits) - 1
+        logits, boxes = outputs.logits[first:], outputs.boxes[first:]
+        costs = [self.matching_cost(self.scores(logits), boxes, objects)]
+        proposals = None
+        if outputs.encoder_logits is not None and outputs.encoder_boxes is not None:
+            proposals = outputs.encoder_logits[None], outputs.encoder_boxes[None]
+            one_class = objects._replace(labels=torch.zeros_like(objects.labels))
+            costs.append(self.matching_cost(proposals[0].sigmoid(), proposals[1], one_class))
+        matched = assign(costs, objects.counts)
+
+        total, ranks = sum_over_ranks(boxes.new_tensor(float(sum(objects.counts))), boxes.new_ones(()))
+        normalizer = total.clamp(min=1) / ranks
+        classes = self.classification(logits, objects, matched[0], normalizer)
+        l1, giou = box_losses(boxes, objects, matched[0])
+        losses = {
+            "loss_classifier": self.class_weight * classes[-1],
+            "loss_box_l1": self.box_weight * l1[-1] / normalizer,
+            "loss_giou": self.giou_weight * giou[-1] / normalizer,
+        }
+        if len(logits) > 1:
+            box_terms = self.box_weight * l1[:-1] + self.giou_weight * giou[:-1]
+            losses["loss_auxiliary"] = self.class_weight * torch.stack(classes[:-1]).sum() + box_terms.sum() / normalizer
+        if proposals is not None:
+            pairs = matched[1]
+            labels = torch.ones(proposals[0].shape[1:3], dtype=torch.int64, device=logits.device)
+            labels[pairs.picture, pairs.query] = 0
+            own = self.proposal_loss(proposals[0].reshape(-1, 1), labels.flatten(), normalizer=normalizer)
+            l1, giou = box_losses(proposals[1], objects, pairs)
+            box_term = (self.box_weight * l1[0] + self.giou_weight * giou[0]) / normalizer
+            losses["loss_encoder"] = self.class_weight * own + box_term
+        return losses
+
+    def scores(self, logits: Tensor) -> Tensor:
+        """[..., K] logits to [..., C] foreground scores."""
+        return self.loss.scores(logits.flatten(0, -2)).unflatten(0, logits.shape[:-1])
+
+    def classification(self, logits: Tensor, objects: Objects, pairs: Pairs, normalizer: Tensor) -> list[Tensor]:
+        """The classification loss of every layer, without its weight."""
+        layers, pictures, queries = logits.shape[:3]
+        labels = torch.full((layers, pictures, queries), self.loss.num_classes, device=logits.device)
+        labels[pairs.layer, pairs.picture, pairs.query] = objects.labels[pairs.picture, pairs.object]
+        keywords: dict[str, Tensor] = {"normalizer": normalizer} if self.takes_normalizer else {}
+        if "gt_index" in self.loss.row_facts:
+            index = torch.full_like(labels, -1)
+            index[pairs.layer, pairs.picture, pairs.query] = objects.first[pairs.picture] + pairs.object
+        losses = []
+        training = self.loss.training
+        for layer in range(layers):
+            if "gt_index" in self.loss.row_facts:
+                keywords["gt_index"] = index[layer].flatten()
+            self.loss.train(training and layer == layers - 1)
+            losses.append(self.loss(logits[layer].flatten(0, 1), labels[layer].flatten(), **keywords))
+        self.loss.train(training)
+        return losses
+
+    @torch.no_grad()
+    def matching_cost(self, scores: Tensor, boxes: Tensor, objects: Objects) -> Tensor:
+        """Cost of every pair, [L, B, Q, M]: scores [L, B, Q, C] and boxes [L, B, Q, 4] against the objects."""
+        class_cost, box_cost, giou_cost = self.costs
+        layers, pictures, queries, _ = scores.shape
+        own = objects.labels[None, :, None].expand(layers, pictures, queries, -1)
+        p = scores.gather(3, own)
+        hit = FOCAL_ALPHA * (1 - p) ** FOCAL_GAMMA * -(p + 1e-8).log()
+        miss = (1 - FOCAL_ALPHA) * p**FOCAL_GAMMA * -(1 - p + 1e-8).log()
+        cost = class_cost * (hit - miss)
+        cost += box_cost * torch.cdist(boxes, objects.boxes[None], p=1)
+        return cost.sub_(giou(boxes[:, :, :, None], objects.boxes[None, :, None]), alpha=giou_cost)
+
+    @torch.no_grad()
+    def match(
+        self, logits: Tensor, boxes: Tensor, targets: Sequence[dict[str, Tensor]], sizes: Tensor
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Per picture the (query, object) indices of the best assignment of one layer [B, Q, K], [B, Q, 4]; by query."""
+        objects = pad_objects(targets, sizes)
+        pairs = assign([self.matching_cost(self.scores(logits[None]), boxes[None], objects)], objects.counts)[0]
+        counts = torch.bincount(pairs.picture, minlength=len(objects.counts)).tolist()
+        return list(zip(pairs.query.split(counts), pairs.object.split(counts), strict=True))
+
+
+def pad_objects(targets: Sequence[dict[str, Tensor]], sizes: Tensor) -> Objects:
+    """Targets with boxes in pixels (xyxy) to `Objects`; sizes [B, 4] as in `Outputs`."""
+    counts = [len(target["labels"]) for target in targets]
+    boxes = sizes.new_tensor([0.5, 0.5, 1.0, 1.0]).repeat(len(counts), max(counts), 1)
+    labels = torch.zeros(boxes.shape[:2], dtype=torch.int64, device=sizes.device)
+    for row, target in enumerate(targets):
+        if counts[row]:
+            boxes[row, : counts[row]] = box_convert(target["boxes"].float(), "xyxy", "cxcywh") / sizes[row]
+            labels[row, : counts[row]] = target["labels"]
+    first = torch.tensor(np.cumsum([0, *counts[:-1]]), device=sizes.device)
+    return Objects(boxes, labels, counts, first)
+
+
+def assign(costs: Sequence[Tensor], counts: Sequence[int]) -> list[Pairs]:
+    """The cheapest one-to-one pairs for each of the costs [L, B, Q, M]: every object gets a query while there are any.
+
+    Pairs are sorted by layer, picture and query. One transfer to the host serves all of them, and one goes back.
+    """
+    flat = torch.cat([cost.flatten() for cost in costs]).cpu().numpy()
+    found, offset = [], 0
+    for cost in costs:
+        layers, _, queries, width = cost.shape
+        values = flat[offset : offset + cost.numel()].reshape(cost.shape)
+        offset += cost.numel()
+        rows = [np.zeros((4, 0), dtype=np.int64)]
+        for layer in range(layers):
+            for picture, count in enumerate(counts):
+                if count and queries and width:
+                    query, own = linear_sum_assignment(values[layer, picture, :, :count])
+                    rows.append(np.stack([np.full_like(query, layer), np.full_like(query, picture), query, own]))
+        found.append(np.concatenate(rows, axis=1))
+    device = costs[0].device
+    both = torch.from_numpy(np.concatenate(found, axis=1)).to(device)
+    return [Pairs(*part) for part in both.split([part.shape[1] for part in found], dim=1)]
+
+
+def box_losses(boxes: Tensor, objects: Objects, pairs: Pairs) -> tuple[Tensor, Tensor]:
+    """Sums over the matched pairs of every layer, [L] each: the L1 distance, and 1 - GIoU."""
+    own = boxes[pairs.layer, pairs.picture, pairs.query]
+    wanted = objects.boxes[pairs.picture, pairs.object]
+    nothing = boxes.new_zeros(len(boxes))
+    l1 = nothing.index_add(0, pairs.layer, (own - wanted).abs().sum(-1))
+    return l1, nothing.index_add(0, pairs.layer, 1 - giou(own, wanted))
+
+
+def giou(boxes: Tensor, others: Tensor) -> Tensor:
+    """Generalised IoU (Rezatofighi et al., CVPR'19) of boxes (centre, size) that broadcast: [..., 4] to [...]."""
+    half, other_half = boxes[..., 2:] / 2, others[..., 2:] / 2
+    low, high = boxes[..., :2] - half, boxes[..., :2] + half
+    other_low, other_high = others[..., :2] - other_half, others[..., :2] + other_half
+    inner = (torch.minimum(high, other_high) - torch.maximum(low, other_low)).clamp(min=0).prod(-1)
+    outer = (torch.maximum(high, other_high) - torch.minimum(low, other_low)).prod(-1)
+    union = boxes[..., 2:].prod(-1) + others[..., 2:].prod(-1) - inner
+    return inner / union.clamp(min=1e-12) - (outer - union) / outer.clamp(min=1e-12)
+
+
+def _one_class() -> ClassStats:
+    return ClassStats(image_count=np.ones(1), instance_count=np.ones(1), num_images=1)

@@ -1,0 +1,170 @@
+"""Contrast of two views: the losses, the queue of negatives, and the small networks in front of them.
+
+    InfoNCE   -log( e^{q.k/t} / (e^{q.k/t} + sum_j e^{q.n_j/t}) ), negatives from a queue  (MoCo; 2DRCL, eqs. 1 and 2)
+    NT-Xent   the same with the rest of the batch as negatives                             (SimCLR; boxes: AlignDet)
+    cosine    2 - 2 q.k, no negatives                                                      (BYOL; boxes: SoCo)
+
+Rows are unit vectors: queries [N, D] that carry gradients, keys [N, D] that may, negatives [K, D] that never do.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed
+import torch.distributed.nn.functional
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+
+def info_nce(
+    queries: Tensor, keys: Tensor, negatives: Tensor, temperature: float, *, rows: float | None = None
+) -> Tensor:
+    """InfoNCE of queries [N, D] and their keys [N, D] against the negatives [K, D]: the mean over rows, a scalar.
+
+    `rows` is what the sum is divided by instead of N (a process's share of all rows). No row gives 0 in the graph.
+    Neither the [N, K] similarities nor the negatives are kept for the backward pass, so the negatives may be
+    overwritten before it: the gradient to a query is the softmax-weighted sum of keys and negatives, [N, D].
+    """
+    with torch.autocast(queries.device.type, enabled=False):
+        dtype = torch.promote_types(queries.dtype, torch.float32)
+        total = _InfoNCE.apply(queries.to(dtype), keys.to(dtype), negatives.to(dtype), temperature)
+    return total / max(len(queries) if rows is None else rows, 1)
+
+
+class _InfoNCE(torch.autograd.Function):
+    """Sum over rows of InfoNCE."""
+
+    @staticmethod
+    def forward(ctx: Any, queries: Tensor, keys: Tensor, negatives: Tensor, temperature: float) -> Tensor:
+        positive = (queries * keys).sum(1, keepdim=True) / temperature
+        weights = (queries @ negatives.T).div_(temperature)  # [N, K], turned into the softmax in place
+        top = torch.maximum(positive, weights.amax(1, keepdim=True)) if weights.shape[1] else positive
+        weights = weights.sub_(top).exp_()
+        own = (positive - top).exp()
+        total = own + weights.sum(1, keepdim=True)
+        missing = 1 - own / total  # probability that is not on the positive
+        pull = (weights @ negatives).div_(total).sub_(missing * keys).div_(temperature)
+        ctx.save_for_backward(pull, queries * (-missing / temperature) if ctx.needs_input_grad[1] else None)
+        return (total.log() + top - positive).sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        to_queries, to_keys = ctx.saved_tensors
+        return gradient * to_queries, None if to_keys is None else gradient * to_keys, None, None
+
+
+def nt_xent(first: Tensor, second: Tensor, temperature: float) -> Tensor:
+    """NT-Xent of the two views' rows [N, D]: every row against all others of both views and of all processes.
+
+    The gathered rows carry gradients to where they came from, so N processes give what one gives on the joined batch.
+    """
+    count = len(first)
+    own = torch.cat([first, second]).float()
+    every, before = own, 0
+    if _processes() > 1:
+        every = torch.cat(torch.distributed.nn.functional.all_gather(own))
+        before = torch.distributed.get_rank() * len(own)
+    similarity = own @ every.T / temperature
+    places = torch.arange(len(own), device=own.device)
+    similarity = similarity.masked_fill(places[:, None] + before == torch.arange(len(every), device=own.device), -1e9)
+    return F.cross_entropy(similarity, (places + count) % max(len(own), 1) + before) if count else own.sum()
+
+
+def box_nt_xent(
+    queries: Tensor, query_ids: Tensor, keys: Tensor, key_ids: Tensor, temperature: float
+) -> Tensor:
+    """Contrast of RoIs that belong to boxes: rows of the same box in the other view against rows of other boxes.
+
+    Queries [N, D] and keys [M, D] with the box of each, int64. A pair of one box is weighed against all rows of other
+    boxes in both views; the mean over a query's pairs, then over the queries that have one.
+    """
+    with torch.autocast(queries.device.type, enabled=False):
+        queries = queries.float()
+        every = torch.cat([keys.float(), queries])
+        ids = torch.cat([key_ids, query_ids])
+        similarity = queries @ every.T / temperature
+        same = query_ids[:, None] == ids
+        others = similarity.masked_fill(same, -1e9).logsumexp(1, keepdim=True)
+        pairs = same[:, : len(keys)]
+        each = F.softplus(others - similarity[:, : len(keys)]) * pairs
+        found = pairs.sum(1)
+        return (each.sum(1) / found.clamp(min=1)).sum() / (found > 0).sum().clamp(min=1)
+
+
+def cosine_distance(queries: Tensor, keys: Tensor, *, rows: float | None = None) -> Tensor:
+    """2 - 2 cos of unit rows [N, D] with their keys: the mean over rows, or the sum divided by `rows`."""
+    total = (2 - 2 * (queries.float() * keys.float()).sum(1)).sum()
+    return total / max(len(queries) if rows is None else rows, 1)
+
+
+class RingQueue(nn.Module):
+    """The newest `size` keys, unit rows [size, dim] in float32; random directions before the first keys come.
+
+    `rows` and `place` are buffers, so a checkpoint has them. Any number of keys goes in, the end wraps to the start.
+    """
+
+    rows: Tensor
+    place: Tensor
+
+    def __init__(self, size: int, dim: int) -> None:
+        super().__init__()
+        self.register_buffer("rows", F.normalize(torch.randn(size, dim), dim=1))
+        self.register_buffer("place", torch.zeros((), dtype=torch.int64))  # of the next key
+
+    @torch.no_grad()
+    def enqueue(self, keys: Tensor) -> None:
+        """Store keys [n, dim] in their order, the newest in place of the oldest."""
+        size = len(self.rows)
+        places = self.place + torch.arange(len(keys), device=self.rows.device)
+        kept = keys[-size:] if len(keys) else keys  # of more than fit only the newest
+        self.rows.index_copy_(0, places[len(keys) - len(kept) :] % size, kept.to(self.rows))
+        self.place.add_(len(keys)).remainder_(size)
+
+
+class ProjectionMLP(nn.Module):
+    """Linear, batch norm where asked, ReLU, linear: [N, in] to [N, out].
+
+    With fewer than two rows, where batch statistics mean nothing, the running ones serve.
+    """
+
+    def __init__(self, channels: int, hidden: int, dim: int, *, norm: bool = True) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(channels, hidden)
+        self.norm = nn.BatchNorm1d(hidden) if norm else None
+        self.out = nn.Linear(hidden, dim)
+
+    def forward(self, features: Tensor) -> Tensor:
+        hidden = self.hidden(features)
+        if self.norm is not None:
+            if len(hidden) < 2:
+                norm = self.norm
+                hidden = F.batch_norm(hidden, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
+            else:
+                hidden = self.norm(hidden)
+        return self.out(F.relu(hidden))
+
+
+@torch.no_grad()
+def gather_rows(rows: Tensor) -> Tensor:
+    """Rows [n, D] of all processes, in the order of ranks, the same everywhere; n may differ between them."""
+    processes = _processes()
+    if processes == 1:
+        return rows.detach()
+    counts = [torch.zeros(1, dtype=torch.int64, device=rows.device) for _ in range(processes)]
+    torch.distributed.all_gather(counts, torch.tensor([len(rows)], device=rows.device))
+    numbers = [int(count) for count in counts]
+    padded = rows.new_zeros((max(numbers), rows.shape[1]))
+    padded[: len(rows)] = rows
+    gathered = [torch.empty_like(padded) for _ in range(processes)]
+    torch.distributed.all_gather(gathered, padded)
+    return torch.cat([part[:number] for part, number in zip(gathered, numbers, strict=True)])
+
+
+def _processes() -> int:
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return 1
+    return torch.distributed.get_world_size()

@@ -1,0 +1,87 @@
+"""Distillation from a teacher that knows the head classes well (Step-wise Learning, Dong et al., ICCV'23, 3.3).
+
+    eq. 2  L_fm  = mean over (level, image) of  sum_ijk m_ij (f_student - f_teacher)^2 / (2 N),  N = max(1, sum m)
+    eq. 3  L_cls = sum over layers of the mean over rows of  KL(softmax_H(teacher) || softmax_H(student))
+
+m marks the boxes of head classes on a level's grid, H is the set of head classes. The rows of eq. 3 are the same for
+both networks: the teacher's object queries, fed to the student's classifier ("shared object queries")::
+
+    masks = [box_masks(boxes, level.shape[-2:]) for level in student_levels]
+    loss = feature_distillation(student_levels, teacher_levels, masks)
+    loss = loss + 0.1 * class_distillation(student.class_embed(hidden), teacher.class_embed(hidden), head_classes)
+
+All functions work on every device, compute in float32 at least, and loop over levels only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from tailfin.losses.base import at_least_float32
+
+
+def box_masks(
+    boxes: Sequence[Tensor], size: tuple[int, int] | torch.Size, valid: Tensor | None = None, rounding: str = "outer"
+) -> Tensor:
+    """Union of each picture's boxes on a grid, bool [B, h, w].
+
+    Args:
+        boxes: per picture [M, 4] xyxy as fractions of the picture's own width and height.
+        size: (h, w) of the grid that the padded batch has.
+        valid: bool [B, h, w], cells of the picture itself; boxes are scaled to that part. None: the whole grid.
+        rounding: "outer" covers every cell that a box touches. "released" is the released code's: the left edge and
+            the right one are rounded down, the top and the bottom up, and boxes are scaled to the padded grid.
+    """
+    height, width = int(size[0]), int(size[1])
+    device = boxes[0].device
+    count = [len(own) for own in boxes]
+    image = torch.arange(len(boxes), device=device).repeat_interleave(torch.tensor(count, device=device))
+    scale = torch.tensor([width, height, width, height], device=device).expand(len(boxes), 4)
+    if valid is not None and rounding != "released":
+        across, down = valid.any(1).sum(1), valid.any(2).sum(1)
+        scale = torch.stack([across, down, across, down], dim=1)
+    edges = torch.cat(list(boxes)) * scale[image].to(boxes[0].dtype)
+    lower, upper = edges.floor(), edges.ceil()
+    left, top, right, bottom = (
+        (lower[:, 0], upper[:, 1], lower[:, 2], upper[:, 3])
+        if rounding == "released"
+        else (lower[:, 0], lower[:, 1], upper[:, 2], upper[:, 3])
+    )
+    left, right = left.clamp(0, width).long(), right.clamp(0, width).long()
+    top, bottom = top.clamp(0, height).long(), bottom.clamp(0, height).long()
+    solid = ((right > left) & (bottom > top)).int()
+    # each box adds one inside itself: +1 and -1 at its corners, summed along both axes
+    corners = torch.zeros((len(boxes), height + 1, width + 1), dtype=torch.int32, device=device)
+    for rows, columns, sign in ((top, left, 1), (top, right, -1), (bottom, left, -1), (bottom, right, 1)):
+        corners.index_put_((image, rows, columns), sign * solid, accumulate=True)
+    return corners.cumsum(1).cumsum(2)[:, :height, :width] > 0
+
+
+def feature_distillation(student: Sequence[Tensor], teacher: Sequence[Tensor], masks: Sequence[Tensor]) -> Tensor:
+    """Eq. 2: a scalar from feature maps [B, d, h, w] and masks [B, h, w] per level.
+
+    Channels are summed, cells averaged over the mask (a mask without cells gives 0), levels and pictures averaged.
+    """
+    terms = []
+    for own, taught, mask in zip(student, teacher, masks, strict=True):
+        distance = (at_least_float32(own) - at_least_float32(taught.detach())).square().sum(1)
+        total = torch.where(mask, distance, 0.0).sum((1, 2))
+        terms.append(total / (2 * mask.sum((1, 2)).clamp(min=1)))
+    return torch.stack(terms).mean()
+
+
+def class_distillation(student: Tensor, teacher: Tensor, classes: Tensor, temperature: float = 1.0) -> Tensor:
+    """Eq. 3: a scalar from logits [L, ..., K] of the same rows; layers are summed, rows averaged.
+
+    `classes` (int64 [H], or a bool mask [K]) names the columns that both distributions are over.
+    """
+    log_student, log_teacher = (
+        (at_least_float32(logits)[..., classes] / temperature).log_softmax(-1) for logits in (student, teacher.detach())
+    )
+    if log_student.shape[-1] == 0:
+        return student.sum() * 0.0
+    divergence = (log_teacher.exp() * (log_teacher - log_student)).sum(-1)
+    return divergence.flatten(1).mean(1).sum() if divergence.numel() else student.sum() * 0.0

@@ -1,0 +1,264 @@
+"""Class-agnostic proposals of a trained detector over a data set, written for pre-training.
+
+    detector -> boxes of any class -> NMS, best `top` -> shards by chunks of images -> one file
+
+Every detector of tailfin serves: the localizer with its own scores, Faster R-CNN with its RPN's, any other with its
+detections regardless of class. A chunk of images that is done is not done again when the command is repeated after an
+interruption.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torchvision.models.detection.rpn import concat_box_prediction_layers
+from torchvision.ops import box_iou, nms
+
+from tailfin.api import load
+from tailfin.checkpoint import file_hash
+from tailfin.data.dataset import Source, by_aspect, evaluation_loader
+from tailfin.data.index import AnnotationIndex, image_folder, open_index
+from tailfin.data.proposals import selective_search, write_proposals
+from tailfin.errors import UserError
+from tailfin.evaluation.results import ResultWriter, Shards
+from tailfin.files import read_json, write_json
+from tailfin.models.faster_rcnn import FasterRCNN
+from tailfin.models.images import batch_images
+from tailfin.models.localizer import Localizer
+from tailfin.progress import Progress
+from tailfin.run import new_accelerator, on_main
+from tailfin.schema.data import Data
+
+CHUNK = 2000  # images per shard: what an interruption costs at most
+SELECTIVE_SEARCH = "selective_search"
+THRESHOLDS = np.arange(0.5, 1.0, 0.05)
+AREAS = {"s": (0.0, 32.0**2), "m": (32.0**2, 96.0**2), "l": (96.0**2, np.inf)}
+
+
+class Found(NamedTuple):
+    """Proposals of a data set, images by ascending id, best first within."""
+
+    image_ids: NDArray[np.int64]  # [I], those with a proposal
+    offsets: NDArray[np.int64]  # [I + 1]
+    boxes: NDArray[np.float32]  # [N, 4] xyxy, pixels of the picture's file
+    scores: NDArray[np.float32]  # [N]
+
+
+class Proposer(nn.Module):
+    """A trained detector as a source of class-agnostic boxes.
+
+    `proposer(images)` returns one dict per picture, best first: boxes [n, 4] and scores [n], n at most `top`.
+    """
+
+    def __init__(self, detector: nn.Module, top: int, nms_iou: float) -> None:
+        super().__init__()
+        self.detector, self.top, self.nms = detector, top, nms_iou
+        limits: Any = detector.limits
+        limits.score_threshold = 0.0
+        limits.max_dets = top if isinstance(detector, Localizer) else -1
+        if isinstance(detector, Localizer):
+            limits.nms = nms_iou
+        if isinstance(detector, FasterRCNN):
+            rpn: Any = detector.rpn
+            rpn.nms_thresh = max(nms_iou, rpn.nms_thresh)  # within a level; all levels follow here
+            for bound in (rpn._pre_nms_top_n, rpn._post_nms_top_n):
+                bound["testing"] = max(bound["testing"], 2 * top)
+
+    def forward(self, images: Sequence[Tensor]) -> list[dict[str, Tensor]]:
+        if isinstance(self.detector, FasterRCNN):
+            found = rpn_boxes(self.detector, images)
+        else:
+            found = self.detector(images)
+        results = []
+        for own in found:
+            boxes, scores = own["boxes"].float(), own["scores"].float()
+            if not isinstance(self.detector, Localizer):
+                keep = nms(boxes, scores, self.nms)
+                boxes, scores = boxes[keep], scores[keep]
+            results.append({"boxes": boxes[: self.top], "scores": scores[: self.top]})
+        return results
+
+
+def rpn_boxes(detector: FasterRCNN, images: Sequence[Tensor]) -> list[dict[str, Tensor]]:
+    """Boxes and objectness of a Faster R-CNN's RPN per picture, after its own NMS within each level."""
+    rpn = detector.rpn
+    batch = batch_images(images, channels_last=detector.channels_last)
+    levels = list(detector.backbone(batch.tensors).values())
+    objectness, deltas = rpn.head(levels)
+    anchors = rpn.anchor_generator(batch, levels)
+    per_level = [values[0].numel() for values in objectness]
+    objectness, deltas = concat_box_prediction_layers(objectness, deltas)
+    boxes = rpn.box_coder.decode(deltas, anchors).view(len(anchors), -1, 4)
+    found, scores = rpn.filter_proposals(boxes, objectness, batch.image_sizes, per_level)
+    return [{"boxes": own, "scores": value} for own, value in zip(found, scores, strict=True)]
+
+
+def propose(
+    model: str | Path,
+    annotations: str | Path,
+    out: str | Path,
+    *,
+    images: str | Path | None = None,
+    top: int = 1000,
+    nms_iou: float = 0.7,
+    device: str | None = None,
+    overwrite: bool = False,
+) -> tuple[Found, AnnotationIndex]:
+    """Write the proposals of a model (or of "selective_search") for every image of an annotation file.
+
+    Args:
+        model: a run folder or model file, or the words "selective_search".
+        out: .npz, or .json for COCO results.
+        top: boxes per image, after NMS at `nms_iou`.
+        device: "cpu" keeps a GPU out of it.
+    """
+    out = Path(out)
+    if out.suffix not in (".npz", ".json"):
+        raise UserError(f"--out {out}: proposals are written as .npz or .json")
+    if out.exists() and not overwrite:
+        raise UserError(f"{out} exists; --overwrite replaces it")
+    index = open_index(annotations)
+    source = Source(index, image_folder(annotations, images))
+    by_search = str(model) == SELECTIVE_SEARCH
+    if by_search:
+        config, proposer, made_by = Data(), None, ""
+        accelerator = new_accelerator("no", cpu=True)
+    else:
+        detector = load(model, "cpu")
+        config, made_by = detector.recipe.data, _made_by(Path(model), detector.recipe.detector.name)
+        accelerator = new_accelerator(detector.recipe.schedule.precision, cpu=device == "cpu")
+        proposer = Proposer(detector.model, top, nms_iou).to(accelerator.device).eval()
+
+    parts = out.with_name(f".{out.name}.parts")
+    asked = {"model": made_by or SELECTIVE_SEARCH, "annotations": index.fingerprint, "top": top, "nms": nms_iou}
+    on_main(accelerator, lambda: _begin(parts, {**asked, "processes": accelerator.num_processes}))
+    order = by_aspect(index)
+    chunks = [order[start : start + CHUNK] for start in range(0, len(order), CHUNK)]
+    with Progress("proposals", len(index), enabled=accelerator.is_main_process) as progress:
+        for number, rows in enumerate(chunks):
+            folder = parts / f"{number:05d}"
+            if not (folder / f"rank-{accelerator.process_index:05d}.shard").is_file():
+                if proposer is None:
+                    _search_chunk(source, rows, folder, accelerator, top, config.max_pixels)
+                else:
+                    _propose_chunk(proposer, source, config, rows, folder, accelerator)
+            progress.update(number * CHUNK + len(rows))
+    accelerator.wait_for_everyone()
+    found = _joined(parts, len(chunks), accelerator.num_processes)
+    accelerator.wait_for_everyone()
+    on_main(accelerator, lambda: write_proposals(out, *found, made_by))
+    on_main(accelerator, lambda: shutil.rmtree(parts))
+    return found, index
+
+
+def average_recall(found: Found, index: AnnotationIndex, limits: Sequence[int]) -> dict[str, float]:
+    """Class-agnostic recall of the annotated boxes, averaged over IoU 0.5 to 0.95: AR@n for the best n proposals per
+    image, R50@n at IoU 0.5 alone, and ARs, ARm, ARl at the largest n by the object's area in the picture.
+
+    A proposal counts for one object only: the best overlaps are taken first. -1 where there is no object.
+    """
+    clean = index.clean()
+    limits = sorted(limits)
+    overlaps = np.zeros((len(limits), len(clean.boxes)), dtype=np.float32)
+    place = {int(image_id): number for number, image_id in enumerate(found.image_ids)}
+    for row in np.flatnonzero(np.diff(clean.offsets)):
+        number = place.get(int(index.image_ids[row]))
+        if number is None:
+            continue
+        own = slice(int(clean.offsets[row]), int(clean.offsets[row + 1]))
+        boxes = found.boxes[found.offsets[number] : found.offsets[number + 1]]
+        iou = box_iou(torch.from_numpy(np.array(clean.boxes[own])), torch.from_numpy(np.array(boxes))).numpy()
+        for position, limit in enumerate(limits):
+            overlaps[position, own] = _best_pairs(iou[:, :limit])
+    if not len(clean.boxes):
+        return {f"AR@{limit}": -1.0 for limit in limits}
+    hit = overlaps[:, :, None] >= THRESHOLDS - 1e-6
+    result = {f"AR@{limit}": float(hit[position].mean()) for position, limit in enumerate(limits)}
+    result |= {f"R50@{limit}": float(hit[position, :, 0].mean()) for position, limit in enumerate(limits)}
+    areas = (clean.boxes[:, 2:] - clean.boxes[:, :2]).prod(axis=1)
+    for name, (low, high) in AREAS.items():
+        inside = (areas >= low) & (areas < high)
+        result[f"AR{name}@{limits[-1]}"] = float(hit[-1, inside].mean()) if inside.any() else -1.0
+    return result
+
+
+# ---- details ---------------------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def _propose_chunk(
+    proposer: Proposer, source: Source, config: Data, rows: np.ndarray, folder: Path, accelerator: Accelerator
+) -> None:
+    index = source.index
+    loader = evaluation_loader(
+        source, config, batch=8, rank=accelerator.process_index, processes=accelerator.num_processes, rows=rows
+    )
+    with closing(loader), ResultWriter(folder, accelerator.process_index) as writer:
+        for images, batch_rows in loader:
+            with accelerator.autocast():
+                outputs = proposer([image.to(accelerator.device, non_blocking=True) for image in images])
+            for image, row, output in zip(images, batch_rows, outputs, strict=True):
+                across, down = index.widths[row] / image.shape[-1], index.heights[row] / image.shape[-2]
+                boxes = output["boxes"].float().cpu().numpy() * np.array([across, down] * 2, dtype=np.float32)
+                scores = output["scores"].float().cpu().numpy()
+                writer.add(int(index.image_ids[row]), boxes, scores, np.zeros(len(boxes)))
+
+
+def _search_chunk(
+    source: Source, rows: np.ndarray, folder: Path, accelerator: Accelerator, top: int, max_pixels: int
+) -> None:
+    """Selective search has no scores: its boxes are ranked by size, the largest first."""
+    with ResultWriter(folder, accelerator.process_index) as writer:
+        for row in rows[accelerator.process_index :: accelerator.num_processes].tolist():
+            boxes = selective_search(source.read(row, max_pixels))[:top]
+            scores = np.linspace(1, 0, len(boxes), endpoint=False)
+            writer.add(int(source.index.image_ids[row]), boxes, scores, np.zeros(len(boxes)))
+
+
+def _begin(parts: Path, asked: dict[str, Any]) -> None:
+    """Keep the shards of an interrupted command that was asked the same; otherwise start anew."""
+    note = parts / "asked.json"
+    if note.is_file() and read_json(note) == asked:
+        return
+    shutil.rmtree(parts, ignore_errors=True)
+    write_json(note, asked)
+
+
+def _joined(parts: Path, chunks: int, ranks: int) -> Found:
+    columns = [Shards.open(parts / f"{number:05d}", ranks).columns() for number in range(chunks)]
+    owners = np.concatenate([values[0] for values in columns])
+    scores = np.concatenate([values[2] for values in columns]).astype(np.float32)
+    boxes = np.concatenate([values[3] for values in columns]).astype(np.float32)
+    boxes[:, 2:] += boxes[:, :2]
+    order = np.lexsort([-scores, owners])
+    ids, counts = np.unique(owners, return_counts=True)
+    return Found(ids, np.concatenate([[0], np.cumsum(counts)]), boxes[order], scores[order])
+
+
+def _best_pairs(iou: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The IoU [G] of every object with the proposal it is paired with, of overlaps [G, D]; each is used once."""
+    best = np.zeros(len(iou), dtype=np.float32)
+    if iou.size == 0:
+        return best
+    iou = iou.copy()
+    for _ in range(min(iou.shape)):
+        row, column = np.unravel_index(iou.argmax(), iou.shape)
+        if iou[row, column] < THRESHOLDS[0] - 1e-6:
+            break
+        best[row] = iou[row, column]
+        iou[row, :] = iou[:, column] = -1
+    return best
+
+
+def _made_by(model: Path, name: str) -> str:
+    path = model / "model.safetensors" if model.is_dir() else model
+    return f"{name} {file_hash(path)}"

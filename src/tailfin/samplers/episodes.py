@@ -1,0 +1,51 @@
+"""Bi-level sampling (SimCal, Wang et al., ECCV'20): a class, all alike, then one of its pictures; the class is told.
+
+An epoch has as many pictures as a plain one. Each sample's target names its class as `sampled_class`, so that a box
+head can train on the rows of that class alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tailfin.data.dataset import TrainingDataset
+from tailfin.modules.simcal import draw_episodes
+from tailfin.samplers.plan import BatchPlan
+
+
+@dataclass(frozen=True)
+class EpisodePlan(BatchPlan):
+    """A `BatchPlan` of episodes: a batch is one; its keys have the class after epoch, image row and repeat."""
+
+    def order(self, epoch: int) -> NDArray[np.int64]:
+        """Image rows of an epoch, episode after episode."""
+        return self._episodes(epoch)[1]
+
+    def epoch(self, epoch: int) -> NDArray[np.int64]:
+        """Batches of an epoch: int64 [batches, batch, 3] of (image row, place in the epoch, class).
+
+        The place tells the samples of a picture apart.
+        """
+        classes, rows = self._episodes(epoch)
+        return np.stack([rows, np.arange(len(rows)), classes], axis=1).reshape(-1, self.batch, 3)
+
+    def _episodes(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """(classes, image rows) of an epoch, each int64 [episodes * batch]."""
+        episodes = -(-len(self.rows) // self.batch)
+        rng = np.random.default_rng([self.seed, 1, epoch])
+        classes, rows = draw_episodes(*self._labels, episodes, rng, classes_per_episode=self.batch)
+        return classes.ravel(), rows.ravel()
+
+
+class EpisodeDataset(TrainingDataset):
+    """Training samples for the keys of an `EpisodePlan`."""
+
+    def sample(self, epoch: int, row: int, copy: int, label: int = -1) -> tuple[Tensor, dict[str, Tensor]]:
+        """As the plain one, with `sampled_class` in the target, int64."""
+        image, target = super().sample(epoch, row, copy)
+        return image, {**target, "sampled_class": torch.tensor(label)}

@@ -1,0 +1,89 @@
+"""Sections of the feature modules: rows, terms or weights for the classifier beside the sampled proposals.
+
+Each is a key of the recipe, and of `second`, that is absent by default; a stage has at most one of them, and a second
+stage inherits none.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from tailfin.schema.base import Count, NotNegative, Positive, Section
+
+
+class Hallucination(Section):
+    """BACL's feature hallucination (III-E): made-up rows for the classifier, from running statistics per class."""
+
+    beta: Annotated[float, Field(ge=0, lt=1)] = 0.9  # momentum of the statistics
+    sampled_num_classes: Count = 8  # c, classes drawn per iteration
+    sampled_num_features: Count = 12  # m, features per drawn class
+    spread: Literal["deviation", "variance"] = "deviation"  # what the noise is multiplied with: released code, or text
+    independent_boxes: bool = False  # draw the 16 boxes' shifts independently (text), not once per image (released)
+    across_ranks: bool = True  # statistics over all processes; false, as released: each process has its own
+
+
+class FeatureMemory(Section):
+    """LOCE's feature memory: stored rows of classes that score low train the classifier and the boxes again."""
+
+    size: Count = 80  # rows kept per class
+    sampled_num_classes: Count = 8  # classes drawn per iteration
+    sampled_num_features: Count = 4  # rows per drawn class
+    stores: Literal["shared", "pooled"] = "shared"  # behind the shared layers; before them where they train
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"  # of the stored features
+    keep_on_cpu: bool = False  # leave them in main memory, as released
+    prefill: bool = True  # fill the memory class by class before a second stage begins
+
+
+class FASA(Section):
+    """FASA: made-up features of classes, drawn with probabilities that follow how the classes' losses change."""
+
+    decay_ratio: Annotated[float, Field(gt=0, le=1)] = 0.1  # by how much a batch moves the class statistics
+    loss_aug_weight: NotNegative = 0.1  # weight of the made-up features' loss
+    instance_prob_power: NotNegative = 1.0  # first probability: scale * n^-power / sum(n^-power), n training instances
+    instance_prob_scale: NotNegative = 1.0
+    dynamic_up: Positive = 1.1  # factor of the probability where the loss of a cluster of classes fell in an epoch
+    dynamic_down: Positive = 0.9  # and where it rose
+    clustering: Literal["released", "negated"] = "released"  # squared distances taken for similarities, or negated
+    start_epoch: Annotated[int, Field(ge=0)] = 1  # first epoch with made-up features
+    across_ranks: bool = True  # statistics over all processes; false, as released: each process has its own
+
+
+class RIO(Section):
+    """RIO's object bank: the newest rows of a rare class join each batch that has the class."""
+
+    size: Count = 60  # rows kept per class
+    cache: Count = 20  # rows that join per class in the batch
+    max_images: Count = 30  # classes with at most so many training images have a bank
+
+
+class MetaReweighting(Section):
+    """BALMS's meta reweighter: class weights learnt on a class-balanced stream through an inner step."""
+
+    lr: Positive = 0.01  # of Adam on the class weights
+    inner_lr: Positive | None = None  # of the inner step; none: the stage's rate at the iteration
+
+
+FEATURES: tuple[str, ...] = ("hallucination", "feature_memory", "fasa", "rio", "meta_reweighting")
+NEEDS = {  # feature module -> (loss that it works with, what it takes from it)
+    "hallucination": ("fcbl", "draws classes by the indicator of fcbl"),
+    "feature_memory": ("ebl", "draws classes by the mean score of ebl"),
+    "fasa": ("softmax", "adds a softmax cross-entropy of its own"),
+    "meta_reweighting": ("balanced_sigmoid", "weighs the rows of balanced_sigmoid"),
+}
+
+
+def check_features(stage: Any) -> None:
+    """Raise `ValueError` where a stage has more than one feature module, or one that its loss does not go with.
+
+    `stage` has the keys of `FEATURES` and `loss`: a recipe or its second stage.
+    """
+    active = [name for name in FEATURES if getattr(stage, name) is not None]
+    if len(active) > 1:
+        raise ValueError(f"a stage has at most one feature module, these are set: {', '.join(active)}")
+    for name in active:
+        loss, why = NEEDS.get(name, ("", ""))
+        if loss and stage.loss.name != loss:
+            hint = " (loss.alpha=0 loss.reweight=false switch its margin and weight off)" if loss == "fcbl" else ""
+            raise ValueError(f"{name} {why}: set loss={loss}{hint}")

@@ -1,0 +1,279 @@
+"""`pretraining`: a stage before the method that trains the whole detector on two views of every picture.
+
+`preset` names a published pre-training; it fills the keys that are not given, and a key that is given wins. All of them
+are one skeleton: terms with weights, and how each term contrasts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from tailfin.schema.base import Count, Fraction, NotNegative, Positive, Section, Size, by_name
+from tailfin.schema.training import Loss, Sampler, Schedule
+
+Preset = Literal["drcl", "moco_v2", "simclr", "byol", "soco", "aligndet", "densecl"]
+
+
+class Views(Section):
+    """Two independent views of a picture. Pairs of values are for the first and the second view."""
+
+    crop_area: tuple[Fraction, Fraction] = (0.5, 1.0)  # share of the picture that a crop keeps; (1, 1) is no crop
+    crop_ratio: tuple[Positive, Positive] = (0.75, 4 / 3)  # width over height
+    # short: one of `sizes` becomes the short side of a view; square: every crop becomes a square of one of them
+    resize: Literal["short", "square"] = "short"
+    sizes: tuple[Size, ...] = ()  # empty: data.sizes
+    max_size: Annotated[int, Field(ge=0)] = 0  # bound of the long side; 0: data.max_size
+    flip: Fraction = 0.5
+    jitter: tuple[NotNegative, NotNegative, NotNegative, Annotated[float, Field(ge=0, le=0.5)]] = (0.4, 0.4, 0.4, 0.1)
+    jitter_p: Fraction = 0.8  # of the jitter of brightness, contrast, saturation and hue, in random order
+    gray_p: Fraction = 0.2
+    blur_p: tuple[Fraction, Fraction] = (0.5, 0.5)
+    blur_sigma: tuple[Positive, Positive] = (0.1, 2.0)  # pixels of the view
+    solarise_p: tuple[Fraction, Fraction] = (0.0, 0.2)
+    min_kept: Fraction = 0.5  # a box is valid where a view keeps this share of its area ...
+    min_side: NotNegative = 8.0  # ... and both sides have so many pixels of the view
+    min_valid: Annotated[int, Field(ge=0)] = 2  # fewer pairs that are valid in both views: the crops are drawn again
+    redraws: Annotated[int, Field(ge=0)] = 10  # as often as that; then neither view is cropped
+    box_jitter: Annotated[float, Field(ge=0, lt=0.5)] = 0.0  # shift and scale of a proposal in a view, share of it
+    box_jitter_p: Fraction = 0.5
+
+    @model_validator(mode="after")
+    def _check(self) -> Views:
+        for name in ("crop_area", "crop_ratio", "blur_sigma"):
+            low, high = getattr(self, name)
+            if low > high:
+                raise ValueError(f"{name} must be (smaller, larger)")
+        if not self.crop_area[0]:
+            raise ValueError("crop_area must be larger than 0")
+        return self
+
+
+class Proposals(Section):
+    """Boxes around objects of any class, which the box term contrasts."""
+
+    # file: written by `tailfin data proposals` or another program; rpn: the same, and it must come from a detector of
+    # tailfin; gt: the annotations; gt_jitter: shifted copies of them and random boxes; selective_search: on the fly
+    source: Literal["file", "gt", "gt_jitter", "rpn", "selective_search"] = "file"
+    file: str = ""  # of file and rpn; relative to data.root
+    fallback: Literal["gt_jitter", "gt", "none"] = "gt_jitter"  # takes the place of fewer than `fallback_below` boxes
+    fallback_below: Annotated[int, Field(ge=0)] = 1
+    per_image: Count = 8  # drawn at random for every sample
+    top: Annotated[int, Field(ge=0)] = 0  # draw from so many of the best boxes; 0: from all
+    min_side: NotNegative = 0.0  # pixels of the picture
+    max_aspect: Annotated[float, Field(ge=0)] = 0.0  # longer over shorter side; 0: any
+    size: tuple[Fraction, Fraction] = (0.0, 1.0)  # bounds of the square root of a box's share of the picture
+    jitter: Annotated[float, Field(ge=0, lt=1)] = 0.25  # of gt_jitter: shift and scale, share of the box's side
+    random: Fraction = 0.25  # of gt_jitter: share of boxes at random places
+
+    @model_validator(mode="after")
+    def _check(self) -> Proposals:
+        if self.size[0] > self.size[1]:
+            raise ValueError("size must be (smaller, larger)")
+        if 0 < self.max_aspect < 1:
+            raise ValueError("max_aspect is the longer over the shorter side: at least 1, or 0 for any")
+        return self
+
+
+class Weights(Section):
+    """Factor of each term in the sum; a term of weight 0 is not computed."""
+
+    hcl: NotNegative = 0.1  # holistic contrast: the two views of a picture
+    lcl: NotNegative = 0.05  # local contrast: a box in both views
+    dense: NotNegative = 0.0  # contrast of matched cells (DenseCL)
+    ar: NotNegative = 0.1  # appearance reconstruction
+    sr: NotNegative = 0.9  # semantic reconstruction
+    det: NotNegative = 1.0  # the detector's own losses, by `det_loss`
+
+
+class Contrast(Section):
+    """How one term contrasts: its loss, its negatives, and the layers between feature and unit vector."""
+
+    # info_nce: against a queue of earlier keys; nt_xent: against the rest of the batch; cosine: no negatives
+    loss: Literal["info_nce", "nt_xent", "cosine"] = "info_nce"
+    temperature: Positive = 0.2
+    queue: Count = 65536  # keys remembered, for info_nce; should not exceed the keys of one epoch
+    hidden: Count = 256  # width of the projector's hidden layer
+    dim: Count = 256
+    norm: bool = True  # batch norm in projector and predictor
+    predictor: bool = True  # one more such network, on the trained side only
+
+
+class BoxContrast(Contrast):
+    """The same for boxes."""
+
+    rois: Literal["proposals", "assigned"] = "proposals"  # assigned: the RoI head's foreground rows around a proposal
+    levels: Literal["assigned", "all"] = "assigned"  # pyramid levels a box is pooled from: that of its size, or each
+
+
+class Reconstruction(Section):
+    """The generator on the backbone's last layer, and what its pictures are compared on."""
+
+    widths: tuple[Count, Count, Count] = (512, 256, 64)  # between the four transposed convolutions
+    # how four doublings reach the backbone's stride of 32: the first one quadruples, the result is enlarged, or the
+    # target is shrunk
+    bridge: Literal["first_stride4", "bilinear", "half_target"] = "first_stride4"
+    mask_fraction: Fraction = 0.25  # of a proposal's area
+    mask_proposals: Literal["one", "all"] = "one"  # per picture
+    mask_fill: Literal["zero", "noise"] = "zero"  # zero is the mean colour
+    layers: tuple[Annotated[int, Field(ge=1, le=4)], ...] = (1, 2, 3, 4)  # backbone layers that SR compares
+    stop_gradient: bool = False  # the real picture's features are a fixed target of SR
+
+
+class Pretraining(Section):
+    """Terms, networks and schedule of the pre-training stage."""
+
+    preset: Preset = "drcl"
+    views: Views = Views()
+    proposals: Proposals = Proposals()
+    weights: Weights = Weights()
+    image: Contrast = Contrast()
+    box: BoxContrast = BoxContrast()
+    dense: Contrast = Contrast(hidden=2048, dim=128, norm=False, predictor=False)
+    reconstruction: Reconstruction = Reconstruction()
+    # class_aware: all losses of the detector; class_agnostic: RPN and box losses with the proposals as objects
+    det_loss: Literal["class_aware", "class_agnostic", "none"] = "class_aware"
+    loss: Annotated[Loss, BeforeValidator(by_name)] = Loss()  # the classification loss of class_aware
+    momentum: Fraction = 0.999  # of the momentum network
+    momentum_schedule: Literal["constant", "cosine"] = "constant"  # cosine: rises to 1 at the end of the stage
+    symmetric: bool = False  # contrast both ways; costs another pass of both networks
+    third_view: bool = False  # the second view at half size, as one more target of the box term
+    freeze_backbone: bool = False
+    keep_predictor: bool = False  # go on with classifier and box layer too, where they fit
+    sampler: Annotated[Sampler, BeforeValidator(by_name)] = Sampler(name="dynamic")
+    schedule: Schedule = Schedule()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or values.get("preset", "drcl") not in PRESETS:
+            return values  # said by the field's own check
+        return _merged(PRESETS[values.get("preset", "drcl")], values)
+
+    @model_validator(mode="after")
+    def _check(self) -> Pretraining:
+        weights = self.weights
+        if not any((weights.hcl, weights.lcl, weights.dense, weights.ar, weights.sr, self.detects)):
+            raise ValueError("every weight is 0: nothing would be trained")
+        if weights.dense and self.dense.loss != "info_nce":
+            raise ValueError(f"dense.loss cannot be {self.dense.loss}: cells are contrasted by info_nce")
+        if weights.lcl and self.box.rois == "assigned" and self.box.loss != "nt_xent":
+            raise ValueError('box.rois "assigned" has several rows per box: it needs box.loss nt_xent')
+        if weights.lcl and self.box.rois == "assigned" and self.det_loss != "class_agnostic":
+            raise ValueError('box.rois "assigned" takes the rows of det_loss class_agnostic')
+        if weights.lcl and self.box.rois == "assigned" and (self.symmetric or self.third_view):
+            raise ValueError('box.rois "assigned" contrasts one way, without symmetric and third_view')
+        if weights.lcl and self.box.rois == "proposals" and self.box.loss == "nt_xent":
+            raise ValueError('box.loss nt_xent needs box.rois "assigned"')
+        if self.keep_predictor and (self.det_loss != "class_aware" or not self.detects):
+            raise ValueError("keep_predictor needs det_loss class_aware: no other trains classifier and box layer")
+        if (
+            self.freeze_backbone
+            and (weights.hcl or weights.dense or weights.ar or weights.sr)
+            and not (weights.lcl or self.detects)
+        ):
+            raise ValueError("freeze_backbone leaves nothing to train: its terms train the backbone alone")
+        if list(self.reconstruction.layers) != sorted(set(self.reconstruction.layers)):
+            raise ValueError("reconstruction.layers must ascend")
+        return self
+
+    @property
+    def detects(self) -> bool:
+        """Whether the detector's own losses take part."""
+        return self.weights.det > 0 and self.det_loss != "none"
+
+    @property
+    def uses_proposals(self) -> bool:
+        """Whether any term looks at the boxes."""
+        agnostic = self.detects and self.det_loss == "class_agnostic"
+        return agnostic or self.weights.lcl > 0 or self.weights.sr > 0
+
+
+# Crops for whole-picture terms (MoCo v2) and those of BYOL's two views; small crops need no box in common
+_MOCO_VIEWS = {
+    "crop_area": (0.2, 1.0),
+    "resize": "square",
+    "sizes": (224,),
+    "min_valid": 0,
+    "solarise_p": (0.0, 0.0),
+}
+_BYOL_VIEWS = {**_MOCO_VIEWS, "jitter": (0.4, 0.4, 0.2, 0.1), "blur_p": (1.0, 0.1), "solarise_p": (0.0, 0.2)}
+_IMAGE_ONLY = {"hcl": 1.0, "lcl": 0.0, "ar": 0.0, "sr": 0.0, "det": 0.0}
+# What each published method sets; sources and what is left out: docs/methods.md
+PRESETS: dict[str, dict[str, Any]] = {
+    "drcl": {"sampler": {"name": "dynamic"}},
+    "moco_v2": {
+        "proposals": {"source": "gt"},
+        "views": _MOCO_VIEWS,
+        "weights": _IMAGE_ONLY,
+        "image": {"hidden": 2048, "dim": 128, "norm": False, "predictor": False},
+        "det_loss": "none",
+        "sampler": {"name": "plain"},
+    },
+    "simclr": {
+        "proposals": {"source": "gt"},
+        "views": {**_MOCO_VIEWS, "crop_area": (0.08, 1.0)},
+        "weights": _IMAGE_ONLY,
+        "image": {"loss": "nt_xent", "temperature": 0.1, "hidden": 2048, "dim": 128, "predictor": False},
+        "det_loss": "none",
+        "sampler": {"name": "plain"},
+    },
+    "byol": {
+        "proposals": {"source": "gt"},
+        "views": _BYOL_VIEWS,
+        "weights": _IMAGE_ONLY,
+        "image": {"loss": "cosine", "hidden": 4096},
+        "det_loss": "none",
+        "momentum": 0.996,
+        "momentum_schedule": "cosine",
+        "symmetric": True,
+        "sampler": {"name": "plain"},
+    },
+    "soco": {
+        "proposals": {"per_image": 4, "min_side": 32.0, "max_aspect": 3.0, "size": (0.3, 0.8)},
+        "views": {**_BYOL_VIEWS, "crop_area": (0.5, 1.0), "min_valid": 2, "box_jitter": 0.1},
+        "weights": {"hcl": 0.0, "lcl": 1.0, "ar": 0.0, "sr": 0.0, "det": 0.0},
+        "box": {"loss": "cosine", "hidden": 4096, "levels": "all"},
+        "views": {"box_jitter": 0.1},
+        "proposals": {"per_image": 4},
+        "det_loss": "none",
+        "momentum": 0.99,
+        "momentum_schedule": "cosine",
+        "symmetric": True,
+        "third_view": True,
+        "sampler": {"name": "plain"},
+    },
+    "aligndet": {
+        "proposals": {"max_aspect": 3.0, "size": (0.0, 0.8)},
+        "views": {"crop_area": (1.0, 1.0), "gray_p": 0.0, "blur_p": (0.0, 0.0), "solarise_p": (0.0, 0.0)},
+        "weights": {"hcl": 0.0, "lcl": 1.0, "ar": 0.0, "sr": 0.0},
+        "box": {"loss": "nt_xent", "temperature": 0.5, "rois": "assigned", "predictor": False},
+        "det_loss": "class_agnostic",
+        "momentum": 0.996,
+        "momentum_schedule": "cosine",
+        "freeze_backbone": True,
+        "sampler": {"name": "plain"},
+    },
+    "densecl": {
+        "proposals": {"source": "gt"},
+        "views": _MOCO_VIEWS,
+        "weights": {"hcl": 0.5, "lcl": 0.0, "dense": 0.5, "ar": 0.0, "sr": 0.0, "det": 0.0},
+        "image": {"hidden": 2048, "dim": 128, "norm": False, "predictor": False},
+        "det_loss": "none",
+        "sampler": {"name": "plain"},
+    },
+}
+
+
+def _merged(preset: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The preset's keys under those that are given, section by section."""
+    result = dict(preset)
+    for key, value in given.items():
+        below = result.get(key)
+        if isinstance(below, Mapping) and isinstance(value, Mapping) and "name" not in value:
+            result[key] = _merged(below, value)
+        else:
+            result[key] = value
+    return result

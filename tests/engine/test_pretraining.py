@@ -1,0 +1,181 @@
+"""Pre-training as a stage: transfer, the exported weights, exact resumes with queues, presets, mistakes."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import time
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tailfin import api, checkpoint
+from tailfin.config import load_recipe, recipe_from_file
+from tailfin.errors import UserError
+from tailfin.methods import pretraining as method
+from tailfin.models import build_detector
+from tailfin.run import Run
+from tailfin.schema.pretraining import PRESETS
+
+SECTION = """\
+pretraining:
+  views: {resize: square, sizes: [64], min_side: 4}
+  proposals: {source: gt_jitter}
+  image: {queue: 24, hidden: 32, dim: 16}
+  box: {queue: 50, hidden: 32, dim: 16}
+  dense: {queue: 24, hidden: 32, dim: 16}
+  reconstruction: {widths: [16, 16, 8]}
+  sampler: {threshold: 0.5}
+  schedule: {epochs: 2, batch: 4, lr: 0.01, warmup: 4, milestones: [1]}
+"""
+SHORT = ["schedule.epochs=1", "schedule.milestones=[1]"]
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory, tiny_recipe) -> Path:
+    path = tmp_path_factory.mktemp("recipe") / "pretrained.yaml"
+    path.write_text(tiny_recipe.read_text() + SECTION)
+    return path
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory, recipe, tiny_set) -> tuple[Path, str]:
+    """An uninterrupted run, and what it said."""
+    out = tmp_path_factory.mktemp("pretrained") / "run"
+    said = io.StringIO()
+    with redirect_stdout(said), redirect_stderr(said):
+        api.train(recipe, train=tiny_set[0], out=out, overrides=SHORT)
+    return out, said.getvalue()
+
+
+def test_the_stage_comes_first_and_its_parts_are_taken_over(straight):
+    out, said = straight
+    assert sorted(path.name for path in (out / "stages").iterdir()) == ["1-pretrain", "2-train"]
+    assert "stage pretrain: 25 images" in said and "sampler dynamic" in said and "sampler rfs" in said
+    assert "pre-training: " in said and "weights loaded (backbone.body" in said
+    assert "  dropped: 4 (roi_heads.predictor" in said and "  new: 4 (roi_heads.predictor" in said
+    lines = [json.loads(line) for line in (out / "stages/1-pretrain/metrics.jsonl").read_text().splitlines()]
+    parts = [line for line in lines if "loss_hcl" in line]
+    for line in parts:  # the sum is that of its weighted parts
+        named = sum(value for key, value in line.items() if key.startswith("loss_"))
+        assert line["loss"] == pytest.approx(named, rel=1e-5)
+    assert len(parts) == len(lines) >= 14
+
+
+def test_the_model_file_of_the_stage_is_a_detector(straight):
+    out, _ = straight
+    detector = api.load(out / "stages/1-pretrain/model.safetensors")
+    assert detector.recipe.pretraining is None and detector.recipe.sampler.name == "dynamic"
+    assert recipe_from_file(out / "recipe.yaml").pretraining is not None
+
+
+def test_exported_weights_hold_the_transferred_parts_alone(straight):
+    out, _ = straight
+    whole, exported = load_file(out / "stages/1-pretrain/model.safetensors"), load_file(out / "pretrained.safetensors")
+    assert {key.split(".")[0] for key in exported} == {"backbone", "rpn", "roi_heads"}
+    assert {key.split(".")[1] for key in exported if key.startswith("roi_heads")} == {"head"}
+    assert not [key for key in whole if key.startswith(("queues", "average", "generator", "proj", "pred"))]
+    assert all(torch.equal(exported[key], whole[key]) for key in exported)
+    assert {key for key in whole if key not in exported} == {
+        f"roi_heads.predictor.{layer}.{kind}" for layer in ("cls_score", "bbox_pred") for kind in ("weight", "bias")
+    }
+
+
+def test_fine_tuning_starts_from_them_and_from_a_new_predictor(straight):
+    """What the method's own stage is handed, against the files and against a fresh detector."""
+    out, _ = straight
+    resumed = recipe_from_file(out / "recipe.yaml")
+    run = Run(resumed, out)
+    given = method.start(run).state_dict()
+    exported = load_file(out / "pretrained.safetensors")
+    assert all(torch.equal(given[key].cpu(), exported[key]) for key in exported)
+    torch.manual_seed(resumed.seed)
+    fresh = build_detector(resumed, run.stats, start=False)[0].state_dict()
+    assert all(torch.equal(given[key].cpu(), fresh[key]) for key in fresh if key not in exported)
+
+
+def test_other_recipes_start_from_the_exported_file(straight, tiny_recipe, tiny_set):
+    out, _ = straight
+    weights = out / "pretrained.safetensors"
+    recipe = load_recipe(tiny_recipe, ["loss=sigmoid", f"weights={weights}"])
+    stats = checkpoint.load_model_file(weights).stats
+    model, notes = build_detector(recipe, stats)
+    exported, own = load_file(weights), model.state_dict()
+    assert all(torch.equal(own[key], exported[key]) for key in exported)
+    assert notes[0] == f"{weights}: {len(exported)} of {len(exported) + 4} weights loaded"
+    assert notes[1].startswith("  start anew: 4 (roi_heads.predictor.bbox_pred.bias")
+
+
+def test_pictures_for_the_report(straight):
+    out, _ = straight
+    with np.load(out / "stages/1-pretrain/pictures.npz") as file:
+        found = {key: file[key] for key in file}
+    assert found["view1"].shape == found["view2"].shape == found["reconstruction"].shape == (6, 3, 64, 64)
+    assert found["boxes1"].shape == found["boxes2"].shape and found["boxes1"].shape[::2] == (6, 4)
+    real = np.isfinite(found["boxes1"]).all(2)
+    assert (np.isfinite(found["boxes2"]).all(2) == real).all() and int(real.sum()) == len(found["box_positive"])
+    assert found["masks"].shape == (6, 4) and found["positive"].shape == (6,) and found["negative"].shape == (6, 24)
+    for name in ("positive", "negative", "box_positive", "box_negative"):
+        assert (np.abs(found[name]) <= 1 + 1e-5).all()
+
+
+def test_killed_in_pretraining_and_resumed(straight, recipe, tiny_set, tmp_path, start_tailfin):
+    reference, _ = straight
+    out = tmp_path / "run"
+    log = out / "stages/1-pretrain/metrics.jsonl"
+    process = start_tailfin("train", recipe, "--train", tiny_set[0], *SHORT, "--out", out)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (log.exists() and len(log.read_text().splitlines()) >= 7):
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    state = checkpoint.load_resume_point(out / "stages/1-pretrain")
+    assert state is not None and {"queues.image.rows", "queues.box.place"} <= state["model"].keys()
+    api.train("", out=out, resume=True)
+    for name in ("stages/1-pretrain/model.safetensors", "pretrained.safetensors", "model.safetensors"):
+        first, second = load_file(reference / name), load_file(out / name)
+        assert first.keys() == second.keys()
+        assert not [key for key in first if not torch.equal(first[key], second[key])], name
+    one, two = (dict(np.load(run / "stages/1-pretrain/pictures.npz")) for run in (reference, out))
+    assert all(np.array_equal(one[key], two[key], equal_nan=True) for key in one), "made with the queues"
+
+
+@pytest.mark.parametrize("preset", [name for name in PRESETS if name != "drcl"])
+def test_every_preset_trains(preset, recipe, tiny_set, tmp_path):
+    overrides = [f"pretraining.preset={preset}", "pretraining.freeze_backbone=false", "schedule.epochs=0.2"]
+    overrides += ["pretraining.schedule.epochs=0.5", "schedule.precision=bf16", "pretraining.schedule.precision=bf16"]
+    out = api.train(recipe, train=tiny_set[0], out=tmp_path / "run", overrides=overrides)
+    assert (out / "pretrained.safetensors").exists() and (out / "stages/1-pretrain/pictures.npz").exists()
+
+
+def test_it_goes_before_any_method(recipe, tiny_set, tmp_path):
+    overrides = ["method=decoupled", "second.loss=sigmoid", "second.schedule.epochs=0.2", "second.schedule.batch=4"]
+    overrides += ["schedule.epochs=0.2", "pretraining.schedule.epochs=0.2"]
+    out = api.train(recipe, train=tiny_set[0], out=tmp_path / "run", overrides=overrides)
+    names = sorted(path.name for path in (out / "stages").iterdir())
+    assert names == ["1-pretrain", "2-representation", "3-classifier"]
+
+
+def test_the_predictor_is_kept_where_asked_and_where_it_fits(recipe, tiny_set, tmp_path):
+    overrides = ["pretraining.keep_predictor=true", "schedule.epochs=0.2", "pretraining.schedule.epochs=0.2"]
+    out = api.train(recipe, train=tiny_set[0], out=tmp_path / "run", overrides=overrides)
+    exported = load_file(out / "pretrained.safetensors")
+    assert "roi_heads.predictor.cls_score.weight" in exported
+
+
+def test_mistakes_leave_nothing_behind(recipe, tiny_set, tmp_path):
+    out = tmp_path / "run"
+    with pytest.raises(UserError, match="proposals.file names no file"):
+        api.train(recipe, train=tiny_set[0], out=out, overrides=["pretraining.proposals.source=file"])
+    assert not out.exists()
+
+
+def test_pretraining_can_be_dropped(recipe):
+    assert load_recipe(recipe, ["pretraining=null"]).pretraining is None
