@@ -7,8 +7,9 @@
 Inference: one detector (R18-FPN of the small recipes, 300 proposals a picture) with two heads that differ in the
 classifier alone: plain softmax with logits spread like a trained one's, and BACL's sigmoid head with logits so level
 that nearly every proposal passes the threshold of 1e-4 with every class. Both go through tailfin's selection; a third
-line is BACL's head with NMS over every candidate (torchvision's `batched_nms`), which gives the same detections: checked
-here, picture by picture. BACL's paper reports 0.36 of the baseline's pictures per second (1.2 against 3.3); target: 0.9.
+line is BACL's head with NMS over every candidate (torchvision's `batched_nms`), which gives the same detections:
+checked here, picture by picture. BACL's paper reports 0.36 of the baseline's pictures per second (1.2 against 3.3);
+target: 0.9.
 
 Training: the two stages of `fod/bacl_r18` on the same pictures and batch, the engine's step, hallucination included.
 Target: a step of stage 2 takes at most 0.6 of one of stage 1. Memory: growth of the resident set over three steps in

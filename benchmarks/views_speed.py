@@ -116,11 +116,10 @@ def parts(dataset: PretrainingDataset, number: int = 40) -> Table:
         began = time.perf_counter()
         views = [geometry.pixels(image) for geometry in geometries]
         seconds["resize"] += time.perf_counter() - began
+        pairs = zip(views, geometries, strict=True)
         smaller = [
-            view
-            if view[0].numel() < geometry.width * geometry.height
-            else image[:, : geometry.height, : geometry.width]
-            for view, geometry in zip(views, geometries, strict=True)
+            view if view[0].numel() < own.width * own.height else image[:, : own.height, : own.width]
+            for view, own in pairs
         ]
         began = time.perf_counter()
         for view in smaller:
@@ -141,12 +140,14 @@ def step_rate(name: str, source: Source, data: Data, batch: int, iterations: int
     from tailfin.models.faster_rcnn import FasterRCNN
     from tailfin.models.pretrainer import PreTrainer
 
-    recipe = load_recipe(name, ()).pretraining_stage()
-    assert recipe.pretraining is not None
-    detector = build_detector(recipe, ClassStats.from_index(source.index))[0]
+    recipe = load_recipe(name, ())
+    config = recipe.pretraining
+    if config is None:
+        raise SystemExit(f"{name} has no section `pretraining`")
+    detector = build_detector(recipe.pretraining_stage(), ClassStats.from_index(source.index))[0]
     assert isinstance(detector, FasterRCNN)
-    shell = PreTrainer(detector, recipe.pretraining, iterations=1000).train()
-    dataset = pretraining_set(source, data, recipe.pretraining.preset)
+    shell = PreTrainer(detector, config, iterations=1000).train()
+    dataset = pretraining_set(source, data, config.preset)
     samples = [dataset.sample(0, int(row), 0) for row in dataset.rows()[:batch]]
     images, targets = [image for image, _ in samples], [target for _, target in samples]
     seconds = []

@@ -23,6 +23,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -192,7 +193,7 @@ def _proposals(subject: Subject) -> Iterator[None]:
         ]
         return (features, drawn, sizes, *more)
 
-    handle = subject.model.roi_heads.register_forward_pre_hook(replace)
+    handle = subject.model.get_submodule("roi_heads").register_forward_pre_hook(replace)
     try:
         yield
     finally:
@@ -365,7 +366,8 @@ def _stats(recipe: Recipe, given: str, classes: int | None) -> ClassStats:
     number = classes or CLASSES.get(_data_set(given))
     if number is None:
         raise UserError(f"{given}: the number of its classes is not known without its data; give --classes")
-    return ClassStats(image_count=[100] * number, instance_count=[100] * number, num_images=100 * number)
+    count = np.full(number, 100)
+    return ClassStats(image_count=count, instance_count=count, num_images=100 * number)
 
 
 def _data_set(given: str) -> str:

@@ -165,11 +165,11 @@ def fit(accelerator: Accelerator, stage: Stage) -> nn.Module:
     return average.module if average is not None else plain
 
 
-def moving_average(decay: float) -> Callable[[list[Tensor], list[Tensor], Any], None]:
-    """The update of the averaged weights; counters and flags are not averaged, which would round them down, but copied."""
+def moving_average(decay: float) -> Callable[[Any, Any, Any], None]:
+    """The update of the averaged weights; counters and flags are copied, an average would round them down."""
     average = get_ema_multi_avg_fn(decay)
 
-    def update(averaged: list[Tensor], current: list[Tensor], number: Any) -> None:
+    def update(averaged: Any, current: Any, number: Any) -> None:
         if averaged[0].is_floating_point():
             average(averaged, current, number)
         else:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +26,7 @@ from tailfin.models import build_detector
 from tailfin.models.transfer import Transfer, class_logits
 from tailfin.schema.stepwise import Distillation
 from tailfin.stats import ClassStats
+from tailfin.stop_signals import Interrupted
 from tailfin.training_log import TrainingLog
 
 RECIPE = """\
@@ -145,10 +148,10 @@ def test_interrupted_and_resumed(straight, recipe, tmp_path, monkeypatch, where)
             write, written = exemplar_scores._write, []
 
             def write_or_stop(path, found):
-                if len(written) == 3:
-                    raise Stopped
-                written.append(path)
                 write(path, found)
+                written.append(path)
+                if len(written) == 3:
+                    os.kill(os.getpid(), signal.SIGTERM)
 
             patch.setattr(exemplar_scores, "_write", write_or_stop)
         else:
@@ -160,8 +163,9 @@ def test_interrupted_and_resumed(straight, recipe, tmp_path, monkeypatch, where)
                     raise Stopped
 
             patch.setattr(TrainingLog, "add", add_or_stop)
-        with pytest.raises(Stopped):
+        with pytest.raises((Stopped, Interrupted)) as stop:
             tailfin.train(recipe, out=out, resume=True)
+    assert where != "exemplars" or (stop.value.exit_code, stop.value.run) == (143, out)
     assert not (out / "model.safetensors").exists()
     assert where in ("exemplars", "head") or (out / "stages" / "3-tail" / "last").exists()
     if where == "exemplars":

@@ -10,11 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from typer.testing import CliRunner
 
 import tailfin
 from tailfin import ClassStats, api, losses
 from tailfin.calibration import calibrate
 from tailfin.checkpoint import load_model_file
+from tailfin.cli.main import app
 from tailfin.config import load_recipe
 from tailfin.data.dataset import TrainingDataset
 from tailfin.data.index import open_index
@@ -406,6 +408,17 @@ def test_calibrate_by_hand_and_by_training_pictures(softmax_run, tmp_path, tiny_
         assert metrics["bbox"]["AP"] == pytest.approx(tried[value], abs=1e-4)
     few, _ = calibrate(softmax_run, out, train=tiny_set[0], max_images=6, overwrite=True, device="cpu")
     assert 0 <= few <= 1
+
+
+def test_calibrate_command(softmax_run, tmp_path, tiny_set):
+    out = tmp_path / "calibrated.safetensors"
+    words = ["calibrate", str(softmax_run), "--out", str(out), "--device", "cpu"]
+    shown = CliRunner().invoke(app, [*words, "--train", str(tiny_set[0]), "--max-images", "5"])
+    assert shown.exit_code == 0, shown.output
+    gamma = tailfin.load(out).recipe.evaluation.norcal
+    assert f"gamma {gamma:g}: " in shown.output and "│ 0.5   │" in shown.output
+    again = CliRunner().invoke(app, [*words, "--gamma", "0.3", "--overwrite"])
+    assert again.exit_code == 0 and tailfin.load(out).recipe.evaluation.norcal == 0.3
 
 
 def test_calibrate_refuses(softmax_run, tmp_path, tiny_set):

@@ -127,7 +127,7 @@ def test_weights_of_the_losses():
     plain, weighted = values
     assert torch.isclose(weighted["loss_centerness"], 3 * plain["loss_centerness"])
     assert torch.isclose(weighted["loss_rpn_box_reg"], 0.5 * plain["loss_rpn_box_reg"])
-    assert float(weighted["loss_iou"]) == 0
+    assert weighted["loss_iou"].item() == 0
     assert torch.isclose(weighted["loss_box_reg"], 2 * plain["loss_box_reg"])
 
 

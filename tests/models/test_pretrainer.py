@@ -199,6 +199,14 @@ def test_sr_of_a_perfect_reconstruction_without_mask_is_zero(monkeypatch):
     assert masked(images, targets)["loss_sr"].item() > 0
 
 
+def test_sr_of_a_share_of_the_pictures_is_the_sr_of_these():
+    images, targets = samples(4)
+    weights = {"hcl": 0, "lcl": 0, "det": 0, "ar": 0}
+    half = shell(weights=weights, reconstruction={"share": 0.5, "mask_fraction": 0}, norm="gn")(images, targets)
+    whole = shell(weights=weights, reconstruction={"mask_fraction": 0}, norm="gn")(images[:2], targets[:2])
+    torch.testing.assert_close(half["loss_sr"], whole["loss_sr"])
+
+
 def test_reconstructions_leave_no_trace_in_the_running_statistics():
     images, targets = samples()
     one, other = shell(weights={"sr": 0.9}), shell(weights={"sr": 0.0})
@@ -277,6 +285,7 @@ def test_padding_does_not_count_in_the_holistic_feature():
         {"reconstruction": {"bridge": "bilinear"}},
         {"reconstruction": {"bridge": "half_target"}},
         {"reconstruction": {"mask_proposals": "all", "mask_fill": "noise", "stop_gradient": True, "layers": [3, 4]}},
+        {"reconstruction": {"share": 0.5}},
         {"symmetric": True, "third_view": True},
         {"box": {"levels": "all"}, "image": {"loss": "cosine"}},
         {"det_loss": "class_agnostic"},

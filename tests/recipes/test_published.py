@@ -57,7 +57,8 @@ def test_numbers_are_as_printed():
     assert recipes.published_row("bacl/XIII/simcal/lvis_v1/r50").numbers == {}
 
 
-@pytest.mark.parametrize("row_id", RUNNABLE)
+# rows on Deformable DETR: test_published_stepwise.py
+@pytest.mark.parametrize("row_id", [row_id for row_id in RUNNABLE if ROWS[row_id].detector != "deformable_detr"])
 def test_runnable_row(row_id):
     """The recipe of a row is what the row says, field by field."""
     row, run = ROWS[row_id], RUNS[row_id]
@@ -147,13 +148,13 @@ def check_bacl(row: recipes.Row, recipe: Recipe) -> None:
 
 def test_runnable_rows_per_table():
     counted = Counter((ROWS[row_id].paper, ROWS[row_id].table) for row_id in RUNNABLE)
-    in_full = ("I", "III", "IV", "V", "VI", "VII", "VIII", "IX", "X", "XI", "Fig4")
+    in_full = ("I", "III", "IV", "V", "VI", "VII", "VIII", "IX", "X", "XI", "XV", "Fig4")
     for table in in_full:
         assert counted["bacl", table] == recipes.papers()["bacl"].tables[table].rows
     assert counted["bacl", "XII"] == 4  # the other 4: Cascade Faster R-CNN
     assert counted["bacl", "XIII"] == 4 * 16 + 3 + 2 + 1 + 4  # TDE, Forest R-CNN, SimCal, DisAlign without their dashes
     assert counted["2drcl", "3a"] == 12
-    assert len(RUNNABLE) == sum(counted.values()) == 139
+    assert len(RUNNABLE) == sum(counted.values()) == 147 + 39  # 39 on Deformable DETR
 
 
 def test_the_ablations_of_bacl_are_switches_of_one_recipe():
@@ -218,7 +219,6 @@ def test_reasons_of_some_rows():
         "2drcl/3b/softmax/lvis_v1/r50": "not yet: needs Mask R-CNN",
         "bacl/XIV/bacl/lvis_v1/r50": "not yet: needs Mask R-CNN",
         "bacl/XII/bacl/lvis_v1/r50/cascade_faster_rcnn": "not yet: needs Cascade Faster R-CNN",
-        "bacl/XV/bacl/coco_lt/r50": "not yet: needs recipes for COCO-LT",
         "2drcl/A.1/loce/lvis_v1/r50": "not yet: needs Mask R-CNN",
         "stepwise/1/lst/lvis_v0.5/r50": "not yet: needs LST's class-incremental phases with replay and generated "
         "classifier weights, a detector, which the paper does not state",

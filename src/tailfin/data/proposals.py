@@ -8,6 +8,7 @@ and memory-mapped afterwards.
 from __future__ import annotations
 
 import importlib
+import io
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from tailfin.data.dataset import Source
 from tailfin.data.index import AnnotationIndex
 from tailfin.errors import UserError
 from tailfin.evaluation.parsing import Box, boxes_array, column, load_typed, nearest_id, rows_of
-from tailfin.files import existing_file
+from tailfin.files import existing_file, write_atomic, write_json
 from tailfin.schema.pretraining import Proposals
 
 Boxes = NDArray[np.float32]  # [N, 4] xyxy, pixels of the picture's file
@@ -234,10 +235,6 @@ def write_proposals(
         scores: [N].
         made_by: which model wrote them (kept in .npz alone).
     """
-    import io
-
-    from tailfin.files import write_atomic, write_json
-
     path = Path(path)
     if path.suffix == ".json":
         owners = np.repeat(image_ids, np.diff(offsets)).tolist()
@@ -269,7 +266,7 @@ def _columns(path: Path) -> cache.Bundle:
     owners, boxes, scores, made_by = _from_npz(path) if path.suffix == ".npz" else _from_json(path)
     order = np.lexsort([-scores, owners])
     ids, counts = np.unique(owners, return_counts=True)
-    columns = {
+    columns: dict[str, np.ndarray] = {
         "image_ids": ids.astype(np.int64),
         "offsets": np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
         "boxes": boxes[order].astype(np.float32),

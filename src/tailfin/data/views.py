@@ -273,5 +273,5 @@ def _jittered(boxes: Boxes, geometry: Geometry, config: Views, rng: np.random.Ge
     centres = boxes[:, :2] + sides / 2 + change[:, :2] * sides
     half = sides * (1 + change[:, 2:]) / 2
     moved = geometry.clip(np.concatenate([centres - half, centres + half], axis=1).astype(np.float32))
-    thin = (moved[:, 2:] - moved[:, :2] < 1).any(axis=1)
-    return np.where(thin[:, None], boxes, moved)
+    thin = (moved[:, 2:] - moved[:, :2]).min(axis=1, initial=np.inf) < 1
+    return np.where(thin.reshape(-1, 1), boxes, moved)

@@ -61,8 +61,8 @@ class ClassificationLoss(ExactBuffers):
 
     num_logits: int
     alone: bool = True  # False for a term that has no scores of its own and cannot be a detector's whole loss
-    # keywords that a box head fills, [N] each: "gt_index", the row's object over the batch (-1: none); "memory", whether
-    # the row comes from a feature memory; "quality", the IoU of its predicted box with its object (0 on background)
+    # keywords that a box head fills, [N] each: "gt_index", the row's object over the batch (-1: none); "memory",
+    # whether it comes from a feature memory; "quality", the IoU of its predicted box with its object (0 on background)
     row_facts: tuple[str, ...] = ()
 
     def __init__(self, stats: ClassStats) -> None:
@@ -115,15 +115,19 @@ def one_hot(labels: Tensor, width: int, dtype: torch.dtype) -> Tensor:
     return targets.scatter_(1, labels.clamp(max=width - 1)[:, None], inside[:, None])
 
 
+def several_ranks() -> bool:
+    """Whether this process is one of several."""
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return distributed and torch.distributed.get_world_size() > 1
+
+
 def sum_over_ranks(*values: Tensor) -> tuple[Tensor, ...]:
     """Sums of float tensors over all processes, in one collective; the values themselves where there is one process.
 
     Call it on every rank in every training step, also where a rank has nothing to add: a rank that skips it leaves the
     others waiting.
     """
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return values
-    if torch.distributed.get_world_size() == 1:
+    if not several_ranks():
         return values
     flat = torch.cat([value.detach().reshape(-1).to(values[0].dtype) for value in values])
     torch.distributed.all_reduce(flat)
@@ -138,9 +142,7 @@ def gather_over_ranks(*values: Tensor) -> tuple[Tensor, ...]:
     All `values` have one entry per row along the first dimension, any dtype; processes may have different numbers of
     rows, also none. Call it on every rank, as `sum_over_ranks`.
     """
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return values
-    if torch.distributed.get_world_size() == 1:
+    if not several_ranks():
         return values
     rows = len(values[0])
     packed = [

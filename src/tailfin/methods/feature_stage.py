@@ -1,10 +1,10 @@
 """A stage as its feature module wants it: a memory that is full at the start, a second stream of balanced pictures.
 
-Most feature modules live in the box head alone (`models/extra_rows.py`). Two need something of the training around them:
+Most feature modules live in the box head alone (`models/extra_rows.py`). Two need something of the training around:
 
-    feature_memory    before a second stage, class after class, its memory is filled with features of the frozen detector
+    feature_memory    before a second stage its memory is filled, class by class, with features of the frozen detector
     meta_reweighting  every training picture brings a partner, drawn so that classes come about equally often: with
-                      probability in proportion to 1 / images of its rarest class. The partners' rows are balanced rows
+                      probability in proportion to 1 / images of its rarest class; its rows are the balanced rows
 """
 
 from __future__ import annotations

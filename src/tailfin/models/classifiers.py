@@ -72,8 +72,9 @@ def box_heads(
         shared = TwoMLPHead(channels * config.roi_size**2, width)
         predictor = BoxPredictor(width, loss, agnostic, _layer(base, width, loss))
         if name == "pcb":
-            size = {"channels": channels, "roi_size": config.roi_size}
-            return IterativeRoIHeads(pool, shared, predictor, loss, **size, **_without_base(given), **options)
+            options = {**options, **_without_base(given)}
+            size = config.roi_size
+            return IterativeRoIHeads(pool, shared, predictor, loss, channels=channels, roi_size=size, **options)
     except ValueError as error:
         raise UserError(f"detector.classifier {name}: {error}") from None
     return RoIHeads(pool, shared, predictor, loss, **options)

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
+from collections import OrderedDict
 from collections.abc import Sequence
 
 import torch
@@ -68,7 +70,7 @@ class DeformableDETR(nn.Module):
         super().__init__()
         layers = transformers_config(config)
         channels = config.channels
-        self.backbone = body
+        self.backbone = nn.Sequential(OrderedDict(body=body))
         self.input_proj = nn.ModuleList(
             nn.Sequential(nn.Conv2d(width, channels, 1), nn.GroupNorm(32, channels)) for width in widths
         )
@@ -234,9 +236,7 @@ class DeformableDETR(nn.Module):
             boxes.append(box)
         return torch.stack(hidden), torch.stack(boxes)
 
-    def _proposals(
-        self, memory: Tensor, mask: Tensor | None, centres: Tensor, shapes: Shapes
-    ) -> tuple[Tensor, Tensor]:
+    def _proposals(self, memory: Tensor, mask: Tensor | None, centres: Tensor, shapes: Shapes) -> tuple[Tensor, Tensor]:
         """Objectness [B, S, 1] and box logits [B, S, 4] of every token; infinite boxes where no proposal can be."""
         sides = torch.cat(
             [centres.new_full((h * w, 2), PROPOSAL_SIDE * 2**level) for level, (h, w) in enumerate(shapes)]
@@ -249,9 +249,7 @@ class DeformableDETR(nn.Module):
         delta = self._box_delta(self.bbox_embed[-1], found)
         return self.class_embed[-1](found).float(), delta + anchors.logit().masked_fill(~valid, math.inf)
 
-    def _queries_of(
-        self, logits: Tensor, raw: Tensor, mask: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _queries_of(self, logits: Tensor, raw: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """(position part, content part, boxes) of the queries: the best proposals, without a gradient to them."""
         ranked = logits[..., 0].detach()
         if mask is not None:
@@ -361,6 +359,7 @@ def build_deformable_detr(
 
 def transformers_config(config: DeformableDETRConfig) -> DeformableDetrConfig:
     """The settings that transformers' layers read."""
+    warnings.filterwarnings("ignore", message="You'd better set embed_dim")  # about a CUDA kernel that is not used here
     return DeformableDetrConfig(
         backbone_config=ResNetConfig(),
         d_model=config.channels,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 # part of a released name -> part of ours, applied in this order
 RENAMED = (
-    (r"^backbone\.0\.body\.", "backbone."),
+    (r"^backbone\.0\.body\.", "backbone.body."),
     (r"^transformer\.encoder\.layers\.(\d+)\.norm1\.", r"encoder.\1.self_attn_layer_norm."),
     (r"^transformer\.encoder\.layers\.(\d+)\.norm2\.", r"encoder.\1.final_layer_norm."),
     (r"^transformer\.decoder\.layers\.(\d+)\.norm1\.", r"decoder.\1.encoder_attn_layer_norm."),
@@ -61,7 +61,9 @@ def convert_released(state: Mapping[str, Tensor], num_logits: int | None = None)
 def _class_heads(state: dict[str, Tensor], num_logits: int | None) -> dict[str, Tensor]:
     layers = 1 + max((int(key.split(".")[1]) for key in state if key.startswith("decoder.")), default=-1)
     shared = f"bbox_embed.{layers - 1}.layers.0.weight"
-    one_stage_shared = "query_embed.weight" in state and layers > 1 and _same(state, "bbox_embed.0.layers.0.weight", shared)
+    one_stage_shared = (
+        "query_embed.weight" in state and layers > 1 and _same(state, "bbox_embed.0.layers.0.weight", shared)
+    )
     result = {}
     for key, value in state.items():
         if key.startswith(("class_embed.", "bbox_embed.")):

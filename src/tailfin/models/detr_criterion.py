@@ -109,7 +109,9 @@ class SetCriterion(nn.Module):
         }
         if len(logits) > 1:
             box_terms = self.box_weight * l1[:-1] + self.giou_weight * giou[:-1]
-            losses["loss_auxiliary"] = self.class_weight * torch.stack(classes[:-1]).sum() + box_terms.sum() / normalizer
+            losses["loss_auxiliary"] = (
+                self.class_weight * torch.stack(classes[:-1]).sum() + box_terms.sum() / normalizer
+            )
         if proposals is not None:
             pairs = matched[1]
             labels = torch.ones(proposals[0].shape[1:3], dtype=torch.int64, device=logits.device)

@@ -18,6 +18,7 @@ training on several processes never waits for their gradients.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -377,17 +378,19 @@ class PreTrainer(nn.Module):
             else:
                 losses["loss_ar"] = weights.ar * recon.appearance_loss(small, made, None)
         if weights.sr:
+            taken = slice(math.ceil(config.share * len(pictures)))  # a batch is in random order: any will do
+            made = made[taken]
             if self.generator.scale != 1:
                 made = F.interpolate(made, size=pictures.shape[-2:], mode="bilinear", align_corners=False)
-                made = made if valid is None else made * valid
-            rectangles = recon.mask_rectangles(view.boxes, config.mask_fraction, which=config.mask_proposals)
+                made = made if valid is None else made * valid[taken]
+            rectangles = recon.mask_rectangles(view.boxes[taken], config.mask_fraction, which=config.mask_proposals)
             masked = recon.mask_pictures(made, rectangles, fill=config.mask_fill)
             body = self.detector.backbone.body
             with running_statistics_kept(body):
                 again = body_layers(body, masked)
             names = [f"layer{layer}" for layer in config.layers if f"layer{layer}" in again]
             value = recon.semantic_loss(
-                [features.layers[name] for name in names],
+                [features.layers[name][taken] for name in names],
                 [again[name] for name in names],
                 stop_gradient=config.stop_gradient,
             )

@@ -106,6 +106,7 @@ class ForestClassifier(nn.Module):
 
     def __init__(self, width: int, loss: Forest) -> None:
         super().__init__()
+        self.in_features = width
         self.hidden = nn.ModuleList(nn.Linear(width, width) for _ in loss.widths)
         self.classifiers = nn.ModuleList(nn.Linear(width, outputs) for outputs in loss.widths)
         _start(self.hidden, nn.init.xavier_uniform_)

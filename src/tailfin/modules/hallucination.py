@@ -19,7 +19,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from tailfin.losses.base import sum_over_ranks
+from tailfin.losses.base import several_ranks, sum_over_ranks
 
 SPREADS = ("deviation", "variance")
 
@@ -126,7 +126,7 @@ class FeatureStatistics(nn.Module):
             )
         inside = (labels >= 0) & (labels < classes)
         features, labels = features[inside].to(self.mean.dtype), labels[inside]
-        if self.across_ranks:
+        if self.across_ranks and several_ranks():  # other processes may have other classes
             present, group = torch.arange(classes, device=labels.device), labels
         else:
             present, group = torch.unique(labels, return_inverse=True)

@@ -77,13 +77,14 @@ class DualPredictor(nn.Module):
         self.head = head.requires_grad_(False)
         self.predictor = predictor.requires_grad_(False)
         self.calibrated_head = copy.deepcopy(head).requires_grad_(True)
-        self.calibrated_classifier = copy.deepcopy(predictor.cls_score).requires_grad_(True)
+        classifier = copy.deepcopy(predictor.cls_score).requires_grad_(True)
+        self.calibrated_classifier = classifier
         if fresh:
             for module in self.calibrated_head.modules():
                 if callable(reset := getattr(module, "reset_parameters", None)):
                     reset()
-            nn.init.normal_(self.calibrated_classifier.weight, std=0.01)
-            nn.init.zeros_(self.calibrated_classifier.bias)
+            nn.init.normal_(classifier.get_parameter("weight"), std=0.01)
+            nn.init.zeros_(classifier.get_parameter("bias"))
 
     def forward(self, pooled: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
         with torch.no_grad():

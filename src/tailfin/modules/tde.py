@@ -73,6 +73,7 @@ class TDEHead(ExactBuffers):
             raise ValueError(f"mu must be in 0..1 (given: {mu})")
         if not gamma >= 0:
             raise ValueError(f"gamma must not be negative (given: {gamma})")
+        self.in_features = in_features
         self.num_classes = num_classes
         self.num_heads = num_heads
         self.tau = tau

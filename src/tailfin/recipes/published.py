@@ -126,7 +126,7 @@ METHODS: dict[str, Method] = {
     "bacl": Method("bacl", "fcbl", stages=2),
     "loce": Method("loce", "ebl", stages=2),
     "balms": Method("balms", "balanced_sigmoid"),  # its form for detection
-    "stepwise": Method("stepwise", "focal", "step-wise learning"),
+    "stepwise": Method("stepwise", "focal", stages=3),
     "rio": Method("rio", "softmax"),
     "fasa": Method("fasa", "softmax"),
     "forest_rcnn": Method("forest_rcnn", "softmax"),
@@ -174,6 +174,9 @@ SCHEDULES: dict[int, dict[str | None, tuple[str, ...]]] = {  # stages of the met
             *("second.schedule.epochs=6", "second.schedule.milestones=[3, 5]"),
         ),
     },
+    # of step-wise learning: which steps there are is said by the row's switches; with more than two parts the paper
+    # states none, and each further part has the 2 epochs of step 2
+    3: {"50+1+2": (), "50+1": (), "50+2": (), None: ()},
 }
 # pre-training -> overrides. Those that contrast boxes take them from DATA/proposals.json (`tailfin data proposals`)
 PRETRAINING = {
@@ -231,6 +234,13 @@ SWITCHES: dict[str, dict[Any, tuple[str, ...]]] = {
         for part in ("hcl", "lcl", "ar", "sr")
     },
     "drb": {True: (), False: ("pretraining.sampler=plain",)},
+    # tables 3, 4 and 8 of step-wise learning
+    "fine_tuning": {True: (), False: ("stepwise.head=null",)},
+    "knowledge_transfer": {True: (), False: ("stepwise.tail=null",)},
+    "soq": {None: (), True: (), False: ("stepwise.tail.distillation.shared_queries=false",)},
+    "fm_dis": {True: (), False: ("stepwise.tail.distillation.feature=0",)},
+    "cls_dis": {True: (), False: ("stepwise.tail.distillation.classes=0",)},
+    "stepwise_rfs": {True: (), False: ("stepwise.head.rfs=plain", "stepwise.tail.rfs=plain")},
     "backbone_init_for_pretraining": {"imagenet": ()},
     "copied_from": {"EFL paper": ()},
 }
@@ -240,6 +250,12 @@ SWITCH_KEYS = {
     "beta": "second.hallucination.beta",
     "c": "second.hallucination.sampled_num_classes",
     "m": "second.hallucination.sampled_num_features",
+    # tables 5 to 7 of step-wise learning
+    "division": "stepwise.division",
+    "d_head_n_head": "stepwise.head.per_head_class",
+    "d_head_n_tail": "stepwise.head.per_tail_class",
+    "d_tail_n_head": "stepwise.tail.per_head_class",
+    "d_tail_n_tail": "stepwise.tail.per_tail_class",
 }
 
 
@@ -322,7 +338,9 @@ def _method(row: Row) -> Method:
 def _overrides(row: Row) -> tuple[list[str], list[str]]:
     """What the row's fields say as overrides, and those that no rule above knows."""
     schedules = SCHEDULES[_method(row).stages]
-    overrides = [*BACKBONES[row.backbone], *PRETRAINING.get(row.pretraining, ()), *SAMPLERS[row.sampler]]
+    # step-wise learning's RFS is that of its steps, which `stepwise_rfs` switches; step 0 has none
+    sampler = None if row.method_key == "stepwise" else row.sampler
+    overrides = [*BACKBONES[row.backbone], *PRETRAINING.get(row.pretraining, ()), *SAMPLERS[sampler]]
     missing = []
     if row.schedule in schedules:
         overrides += schedules[row.schedule]

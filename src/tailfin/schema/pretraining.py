@@ -120,6 +120,7 @@ class Reconstruction(Section):
     mask_fill: Literal["zero", "noise"] = "zero"  # zero is the mean colour
     layers: tuple[Annotated[int, Field(ge=1, le=4)], ...] = (1, 2, 3, 4)  # backbone layers that SR compares
     stop_gradient: bool = False  # the real picture's features are a fixed target of SR
+    share: Annotated[float, Field(gt=0, le=1)] = 1.0  # of the pictures that SR encodes again: its mean is over these
 
 
 class Pretraining(Section):

@@ -95,6 +95,8 @@ def _read(run: Run) -> _Model | None:
             stats = ClassStats.from_dict(json.loads(metadata["categories"]))
             names = list(file.keys())
             weights = sorted((name for name in names if _WEIGHT.fullmatch(name)), key=_natural)
+            layers = getattr(recipe.detector, "decoder_layers", 0)  # of a DETR; the encoder's head comes after theirs
+            weights = [name for name in weights if name.endswith(f"class_embed.{layers - 1}.weight")] or weights
             if not weights:
                 return None
             loss = losses.build(recipe.loss.name, stats, **recipe.loss.options)
@@ -185,7 +187,7 @@ def _rank_correlation(first: np.ndarray, second: np.ndarray) -> str | None:
     ranks = [_ranks(values) for values in (first, second)]
     if any(rank.std() == 0 for rank in ranks):
         return None
-    return f"{np.corrcoef(*ranks)[0, 1]:+.2f}".replace("-", "−")
+    return f"{np.corrcoef(ranks[0], ranks[1])[0, 1]:+.2f}".replace("-", "−")
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:
