@@ -47,7 +47,8 @@ ROWS: dict[str, list[str] | None] = {  # row -> overrides; none is the detector 
     "+ holistic contrast": [OFF["lcl"], OFF["ar"], OFF["sr"]],
     "+ local contrast": [OFF["ar"], OFF["sr"]],
     "+ appearance": [OFF["sr"]],
-    "+ semantic = 2DRCL": [],
+    "+ semantic = 2DRCL": ["pretraining.reconstruction.share=1"],
+    "2DRCL, SR on half the pictures": ["pretraining.reconstruction.share=0.5"],
     "AlignDet": ["pretraining.preset=aligndet"],
     "MoCo v2": ["pretraining.preset=moco_v2"],
 }

@@ -27,6 +27,8 @@ def proposals(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
 ) -> None:
     """Write class-agnostic proposals for every image; repeated after an interruption, it goes on."""
+    from accelerate import PartialState
+
     from tailfin.errors import UserError
     from tailfin.files import write_json
     from tailfin.propose import average_recall, propose  # loads torch's detectors
@@ -38,6 +40,8 @@ def proposals(
     found, index = propose(
         model, annotations, out, images=images, top=top, nms_iou=nms, device=device, overwrite=overwrite
     )
+    if not PartialState().is_main_process:
+        return
     typer.echo(f"wrote {out}: {len(found.boxes)} proposals of {len(found.image_ids)} of {len(index)} images")
     if evaluate:
         recall = average_recall(found, index, sorted({min(limit, top) for limit in (10, 100, 300, 1000)}))

@@ -150,7 +150,7 @@ def _similarities(shell: PreTrainer, first: View, second: View) -> dict[str, Any
         queries, positives = shell.embed(term, queries), shell.embed(term, positives, keys=True)
         found[f"{prefix}positive"] = (queries * positives).sum(1).cpu().numpy()
         if term in shell.queues:
-            stored = shell.queues[term].rows
+            stored = shell.queue(term).rows
             some = stored[torch.linspace(0, len(stored) - 1, min(NEGATIVES, len(stored))).long().to(stored.device)]
             found[f"{prefix}negative"] = (queries @ some.T).cpu().numpy()
     return found

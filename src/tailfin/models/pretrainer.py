@@ -322,7 +322,7 @@ class PreTrainer(nn.Module):
             waiting["dense"] = [means for *_, means in cells]
         if self.training:
             for name, rows in waiting.items():
-                self.queues[name].enqueue(gather_rows(torch.cat(rows)))
+                self.queue(name).enqueue(gather_rows(torch.cat(rows)))
         factors = {"hcl": weights.hcl, "lcl": weights.lcl, "dense": weights.dense}
         return {f"loss_{name}": factors[name] * torch.stack(values).mean() for name, values in terms.items()}
 
@@ -330,7 +330,7 @@ class PreTrainer(nn.Module):
         own: Contrast = getattr(self.config, name)
         if own.loss == "cosine":
             return cosine_distance(queries, keys, rows=share)
-        return info_nce(queries, keys, self.queues[name].rows, own.temperature, rows=share)
+        return info_nce(queries, keys, self.queue(name).rows, own.temperature, rows=share)
 
     def _assigned_boxes(self, view: View, features: Features, shared: Tensor, ids: Tensor) -> Tensor:
         """AlignDet's box term: foreground rows of view 1 against those that the momentum network finds in view 2."""
@@ -364,7 +364,8 @@ class PreTrainer(nn.Module):
         config, weights = self.config.reconstruction, self.config.weights
         pictures = view.batch.tensors
         made = self.generator(features.layers[self.deepest])
-        valid = recon.valid_pixels(view.batch.image_sizes, *pictures.shape[-2:], pictures.device)
+        height, width = pictures.shape[-2:]
+        valid = recon.valid_pixels(view.batch.image_sizes, height, width, pictures.device)
         losses = {}
         if self.generator.scale == 1:
             made = made if valid is None else made * valid  # padding is 0 in both
@@ -396,6 +397,12 @@ class PreTrainer(nn.Module):
             )
             losses["loss_sr"] = weights.sr * value
         return losses
+
+    def queue(self, term: str) -> RingQueue:
+        """The queue of a term that has one."""
+        queue = self.queues[term]
+        assert isinstance(queue, RingQueue)
+        return queue
 
     # ---- small things ----------------------------------------------------------------------------------------------
 

@@ -74,9 +74,7 @@ def nt_xent(first: Tensor, second: Tensor, temperature: float) -> Tensor:
     return F.cross_entropy(similarity, (places + count) % max(len(own), 1) + before) if count else own.sum()
 
 
-def box_nt_xent(
-    queries: Tensor, query_ids: Tensor, keys: Tensor, key_ids: Tensor, temperature: float
-) -> Tensor:
+def box_nt_xent(queries: Tensor, query_ids: Tensor, keys: Tensor, key_ids: Tensor, temperature: float) -> Tensor:
     """Contrast of RoIs that belong to boxes: rows of the same box in the other view against rows of other boxes.
 
     Queries [N, D] and keys [M, D] with the box of each, int64. A pair of one box is weighed against all rows of other

@@ -25,8 +25,7 @@ def follow(average: nn.Module, module: nn.Module, momentum: float) -> None:
     trained: list[tuple[Tensor, Tensor]] = list(zip(average.parameters(), module.parameters(), strict=True))
     trained = [(mine, theirs) for mine, theirs in trained if theirs.requires_grad]  # the others never change
     if trained:
-        mine, theirs = zip(*trained, strict=True)
-        torch._foreach_lerp_(mine, [value.detach() for value in theirs], 1 - momentum)
+        torch._foreach_lerp_([mine for mine, _ in trained], [theirs.detach() for _, theirs in trained], 1 - momentum)
     for mine, theirs in zip(average.buffers(), module.buffers(), strict=True):
         mine.copy_(theirs)
 

@@ -229,10 +229,7 @@ SWITCHES: dict[str, dict[Any, tuple[str, ...]]] = {
         6: ("pretraining.schedule.epochs=6", "pretraining.schedule.milestones=[4, 5]"),
     },
     # table 5 of 2DRCL: holistic and local contrast, dynamic rebalancing, appearance and semantic reconstruction
-    **{
-        part: {True: (), False: (f"pretraining.weights.{part}=0",)}
-        for part in ("hcl", "lcl", "ar", "sr")
-    },
+    **{part: {True: (), False: (f"pretraining.weights.{part}=0",)} for part in ("hcl", "lcl", "ar", "sr")},
     "drb": {True: (), False: ("pretraining.sampler=plain",)},
     # tables 3, 4 and 8 of step-wise learning
     "fine_tuning": {True: (), False: ("stepwise.head=null",)},
