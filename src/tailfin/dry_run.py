@@ -41,6 +41,8 @@ def show_plan(recipe: Recipe, out: Path | None) -> None:
     lengths = np.diff(plan.boundaries)
     table.add_row("training images", f"{len(dataset.rows())} of {len(train.index)} in {train.index.path}")
     table.add_row("classes", f"{stats.num_classes} (rare {groups['r']}, common {groups['c']}, frequent {groups['f']})")
+    if (before := recipe.pretraining) is not None:
+        table.add_row("pre-training", f"{before.preset}: {before.schedule.epochs:g} epochs before what follows here")
     table.add_row("method", f"{recipe.method}: one stage, loss {recipe.loss.name}, sampler {recipe.sampler.name}")
     table.add_row("iterations", f"{plan.iterations} of {schedule.batch} images, {lengths[0]} in the first epoch")
     rates = [learning_rate(i, plan.iterations, milestones, schedule) for i in (0, schedule.warmup, plan.iterations - 1)]

@@ -237,8 +237,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "views": {**_BYOL_VIEWS, "crop_area": (0.5, 1.0), "min_valid": 2, "box_jitter": 0.1},
         "weights": {"hcl": 0.0, "lcl": 1.0, "ar": 0.0, "sr": 0.0, "det": 0.0},
         "box": {"loss": "cosine", "hidden": 4096, "levels": "all"},
-        "views": {"box_jitter": 0.1},
-        "proposals": {"per_image": 4},
         "det_loss": "none",
         "momentum": 0.99,
         "momentum_schedule": "cosine",
