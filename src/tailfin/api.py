@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from tailfin import evaluation
-from tailfin.checkpoint import load_model_file
+from tailfin.checkpoint import load_model_file, memories
 from tailfin.config import load_recipe, recipe_from_file
 from tailfin.data.dataset import Source, to_test_size
 from tailfin.data.images import read_image, to_rgb
@@ -80,6 +80,12 @@ class Detector:
         return results
 
     def _limits(self, score_threshold: float | None, max_dets: int | None) -> _Limits:
+        """What every prediction of classes runs in."""
+        if self.recipe.detector.name == "localizer":
+            raise UserError(
+                "a localizer finds objects and knows no classes, so it cannot predict or be evaluated; its boxes, and "
+                "their recall, come from `tailfin data proposals MODEL --annotations FILE --out FILE --evaluate`"
+            )
         return _Limits(self.model.limits, score_threshold, max_dets)
 
 
@@ -109,8 +115,9 @@ def load(path: str | Path, device: str | torch.device | None = None) -> Detector
         path = path / "model.safetensors"
     file = load_model_file(path)
     model, _ = build_detector(file.recipe, file.stats, start=False)
+    empty = {key: value for key, value in model.state_dict().items() if key.startswith(memories(model))}
     try:
-        model.load_state_dict(file.weights)
+        model.load_state_dict({**empty, **file.weights})
     except RuntimeError as error:
         raise UserError(
             f"model {path}: its weights do not fit its recipe: {' '.join(str(error).split())[:200]}"
@@ -215,6 +222,7 @@ def predict_to_results(
     from tailfin.run import new_accelerator, on_main
 
     detector = load(model_path, "cpu")
+    limits = detector._limits(None, max_dets)
     accelerator = new_accelerator(detector.recipe.schedule.precision, cpu=device == "cpu")
     detector.model.to(accelerator.device)
     index = open_index(annotations)
@@ -222,7 +230,7 @@ def predict_to_results(
     out = on_main(accelerator, lambda: Path(out_folder).absolute())  # one folder, also where each process has its own
     shards = out / "results.shards"
     on_main(accelerator, lambda: shards.mkdir(parents=True, exist_ok=True))
-    with detector._limits(None, max_dets):
+    with limits:
         infer(
             detector.model,
             source,

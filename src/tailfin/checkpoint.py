@@ -54,10 +54,15 @@ def save_model(
 ) -> None:
     """Write `model`'s weights with recipe, categories and provenance, atomically.
 
-    Of `parts` only: beginnings of the weights' names.
+    Of `parts` only: beginnings of the weights' names. Memories of a stage (`memories`) are left out.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    state = {key: value for key, value in model.state_dict().items() if key.startswith(parts)}
+    without = memories(model)
+    state = {
+        key: value
+        for key, value in model.state_dict().items()
+        if key.startswith(parts) and not key.startswith(without)
+    }
     weights = {key: value.detach().cpu().contiguous() for key, value in state.items()}
     metadata = {
         "format": FORMAT,
@@ -75,6 +80,13 @@ def save_model(
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def memories(model: nn.Module) -> tuple[str, ...]:
+    """Beginnings of the names of what serves one stage's training alone and can be large: stored rows of a feature
+    module (`stage_memory`). Resume points have them, model files do not, and no stage takes over those of another.
+    """
+    return tuple(f"{name}." for name, module in model.named_modules() if getattr(module, "stage_memory", False))
 
 
 def load_model_file(path: str | Path) -> ModelFile:

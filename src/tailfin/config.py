@@ -6,8 +6,8 @@ Overrides are `a.b=c` and pass the same check::
 
     recipe = load_recipe("fod/faster_rcnn_r18_softmax", ["schedule.epochs=4", "loss=focal", "loss.focal_gamma=1.5"])
 
-A section that is chosen by name (`loss`, `sampler`, `detector.classifier`) may be given as the bare name; a new name drops the options of
-the old one.
+A section that is chosen by name (`loss`, `sampler`, `detector.classifier`) may be given as the bare name; a new name
+drops the options of the old one.
 """
 
 from __future__ import annotations

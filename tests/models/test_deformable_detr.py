@@ -265,9 +265,7 @@ def test_a_padded_picture_gives_what_it_gives_alone():
     class Pooled(nn.Module):
         def forward(self, pixels: Tensor) -> dict[str, Tensor]:
             maps = [nn.functional.avg_pool2d(pixels, side).mean(1, keepdim=True) for side in (8, 16, 32)]
-            return {str(w): m.expand(-1, w, -1, -1) for w, m in zip((31, 32, 64), maps, strict=True)} and {
-                "0": maps[0].expand(-1, 32, -1, -1), "1": maps[1].expand(-1, 32, -1, -1), "2": maps[2].expand(-1, 64, -1, -1)
-            }  # fmt: skip
+            return {str(n): m.expand(-1, w, -1, -1) for n, (m, w) in enumerate(zip(maps, (32, 32, 64), strict=True))}
 
     model.backbone = Pooled()
     model.input_proj[3] = nn.Conv2d(64, 32, 2, stride=2)

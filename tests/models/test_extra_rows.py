@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,11 +13,13 @@ from safetensors.torch import load_file
 
 import tailfin
 from tailfin import losses
+from tailfin.checkpoint import load_resume_point
 from tailfin.config import load_recipe
 from tailfin.data.dataset import TrainingDataset, open_source
 from tailfin.errors import UserError
 from tailfin.losses.base import gather_over_ranks
 from tailfin.methods.feature_stage import PartneredDataset
+from tailfin.methods.stepwise import _copy
 from tailfin.models import build_detector
 from tailfin.models.extra_rows import AugmentedFeatures
 from tailfin.models.roi_heads import ExtraRows, FeatureModule
@@ -34,6 +37,7 @@ SECOND = [
     "second.schedule.milestones=[]",
     "schedule.epochs=0.4",
 ]
+EVERY = "logging.checkpoint_every=1"  # two iterations: there is a resume point of the first one
 METHODS = {
     "hallucination": [*SECOND, "method=bacl", "loss=objectness", "second.loss=fcbl", "second.hallucination={}"],
     "feature_memory": [*SECOND, "second.loss=ebl", "second.feature_memory.size=20"],
@@ -58,6 +62,12 @@ STATE = {  # a buffer that must have moved
 
 def weights(run):
     return load_file(run / "model.safetensors")
+
+
+def memory(run):
+    """What the last stage's resume point has beyond the model file: the stored rows."""
+    state, filed = load_resume_point(max((run / "stages").iterdir()))["model"], weights(run)
+    return {key: value for key, value in state.items() if key not in filed}
 
 
 def assert_same(first, second):
@@ -100,7 +110,9 @@ def test_trains_loads_and_resumes_to_the_bit(name, tmp_path, monkeypatch, tiny_s
     run = tmp_path / "run"
     tailfin.train(out=run, **arguments)
     after = weights(run)
-    assert after[STATE[name]].any()
+    stored = memory(run)
+    assert {**after, **stored}[STATE[name]].any()
+    assert (STATE[name] in stored) == (name in ("feature_memory", "rio"))  # rows are no part of a model file
     assert all(torch.isfinite(value).all() for value in after.values() if value.is_floating_point())
     detections = tailfin.load(run).predict(torch.zeros((3, 60, 60), dtype=torch.uint8))[0]
     assert set(detections) == {"boxes", "scores", "labels"}
@@ -108,6 +120,7 @@ def test_trains_loads_and_resumes_to_the_bit(name, tmp_path, monkeypatch, tiny_s
     two = (run / "stages" / "2-classifier").is_dir()
     resumed(monkeypatch, tmp_path / "again", "classifier" if two else "train", **arguments)
     assert_same(after, weights(tmp_path / "again"))
+    assert_same(stored, memory(tmp_path / "again"))
     if two:  # frozen parts are those of the first stage
         before = load_file(run / "stages" / "1-representation" / "model.safetensors")
         kept = [key for key in before if key.startswith(("backbone.", "roi_heads.head."))]
@@ -134,7 +147,7 @@ def test_two_processes_resume_to_the_bit(name, tmp_path, tiny_set, tiny_recipe, 
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
         os.environ.update(MASTER_ADDR="localhost", MASTER_PORT="1", CUDA_VISIBLE_DEVICES="")  # the group is there
         tailfin.train(tiny_recipe, train=tiny_set[0], out=run, overrides=overrides)
-        straight = weights(run)
+        straight = {**weights(run), **memory(run)}
         torch.distributed.barrier()
         if rank == 0:
             assert (run / "stages" / "2-classifier" / "last" / "complete.json").exists()
@@ -142,32 +155,45 @@ def test_two_processes_resume_to_the_bit(name, tmp_path, tiny_set, tiny_recipe, 
             (run / "model.safetensors").unlink()
         torch.distributed.barrier()
         tailfin.train("", out=run, resume=True)
-        assert_same(straight, weights(run))
+        assert_same(straight, {**weights(run), **memory(run)})
 
     run_on_ranks(on_rank)
 
 
 def test_the_memory_is_full_of_every_class_before_the_second_stage(tmp_path, tiny_set, tiny_recipe):
-    short = [*METHODS["feature_memory"], "second.schedule.epochs=0.1", "second.schedule.lr=1e-12"]
+    short = [*METHODS["feature_memory"], "second.schedule.epochs=0.3", "second.schedule.lr=1e-12", EVERY]
     for stores in ("shared", "pooled"):
         more = [f"second.feature_memory.stores={stores}", "second.feature_memory.dtype=float16"]
         tailfin.train(tiny_recipe, train=tiny_set[0], out=tmp_path / stores, overrides=[*short, *more])
-    shared, pooled = weights(tmp_path / "shared"), weights(tmp_path / "pooled")
+    shared, pooled = memory(tmp_path / "shared"), memory(tmp_path / "pooled")
     key = "roi_heads.extra_rows.memory."
     assert (shared[key + "written"] >= 20).all()
     assert shared[key + "features"].dtype == torch.float16
     # behind frozen shared layers both are the same rows
     assert torch.equal(shared[key + "boxes"], pooled[key + "boxes"])
     module = build_detector(load_recipe(tiny_recipe), three_classes(1, 1, 1), start=False)[0]
-    module.load_state_dict({name: value for name, value in pooled.items() if "extra_rows" not in name}, strict=False)
+    own = weights(tmp_path / "pooled")
+    module.load_state_dict({name: value for name, value in own.items() if "extra_rows" not in name}, strict=False)
     embedded = module.roi_heads.head(pooled[key + "features"].flatten(0, 1).float()).view_as(shared[key + "features"])
     torch.testing.assert_close(embedded, shared[key + "features"].float(), rtol=5e-3, atol=5e-3)
 
 
+def test_a_step_takes_over_weights_and_no_stored_rows(tiny_recipe):
+    """A step that was finished before has no rows any more, one that ran just now has some: both go on alike."""
+    recipe, stats = load_recipe(tiny_recipe, ["rio.max_images=12"]), three_classes(20, 10, 5)
+    trained = build_detector(recipe, stats, start=False)[0]
+    trained.roi_heads.extra_rows.bank.written.fill_(3)
+    copied = _copy(SimpleNamespace(stats=stats), recipe, trained).state_dict()
+    assert not copied.pop(STATE["rio"]).any()
+    before = trained.state_dict()
+    assert before.pop(STATE["rio"]).all()
+    assert_same(before, copied)
+
+
 def test_without_prefill_the_memory_starts_empty(tmp_path, tiny_set, tiny_recipe):
-    short = [*METHODS["feature_memory"], "second.schedule.epochs=0.1", "second.feature_memory.prefill=false"]
+    short = [*METHODS["feature_memory"], "second.schedule.epochs=0.3", "second.feature_memory.prefill=false", EVERY]
     tailfin.train(tiny_recipe, train=tiny_set[0], out=tmp_path / "run", overrides=short)
-    assert weights(tmp_path / "run")["roi_heads.extra_rows.memory.written"].sum() < 16 * 8  # of one batch
+    assert memory(tmp_path / "run")["roi_heads.extra_rows.memory.written"].sum() < 16 * 8  # of one batch
 
 
 # ---- the box head ----------------------------------------------------------------------------------------------------

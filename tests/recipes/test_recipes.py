@@ -24,11 +24,7 @@ STEPWISE = [name for name in recipes.names() if load_recipe(name).stepwise]  # s
 LOCALIZERS = [name for name in recipes.names() if "/localizer_" in name]  # see test_localizer_recipes.py
 DETRS = [name for name in recipes.names() if name.endswith("/deformable_detr_tiny")]  # see test_published_stepwise.py
 APART = STEPWISE + LOCALIZERS + DETRS
-SMALL = [
-    name
-    for name in recipes.names()
-    if name.split("/")[0] in ("demo", "fod", "road12") and name not in APART
-]
+SMALL = [name for name in recipes.names() if name.split("/")[0] in ("demo", "fod", "road12") and name not in APART]
 
 # last word of a recipe's name -> losses of its stages
 LOSSES = {

@@ -93,11 +93,11 @@ def evaluate(
             found = {str(path): path for path in results}
         else:
             checkpoint, annotations, images = _model_and_files(run, model, annotations, images)
-            options["train_counts"] = options["train_counts"] or _model_counts(checkpoint, annotations)
             folder = save or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tailfin-evaluate-")))
             found = {str(run or model): _predict(checkpoint, annotations, images, folder, protocol, max_dets, kinds)}
             if int(os.environ.get("RANK", "0")):  # under torchrun the first process alone has the results
                 return
+            options["train_counts"] = options["train_counts"] or _model_counts(checkpoint, annotations)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UserWarning)
             metrics = {

@@ -44,8 +44,6 @@ def predict(
     detector = api.load(model, device)
     wanted = _chosen(classes, detector.names)
     ids = np.asarray(detector.stats.category_ids)
-    if draw is not None:
-        draw.mkdir(parents=True, exist_ok=True)
     results: list[dict[str, Any]] = []
     drawn: set[str] = set()
     done = 0
@@ -53,6 +51,8 @@ def predict(
     with Progress("predict", len(files)) as progress:
         for group in _groups(enumerate(pictures, start=1), batch):
             found = detector.predict([image for _, (_, image) in group], max_dets=max_dets, batch=batch)
+            if draw is not None:
+                draw.mkdir(parents=True, exist_ok=True)
             for (image_id, (name, image)), output in zip(group, found, strict=True):
                 keep = np.isin(output["labels"].numpy(), wanted)
                 boxes, labels = output["boxes"].numpy()[keep], output["labels"].numpy()[keep]

@@ -30,6 +30,8 @@ from tailfin.schema.pretraining import Proposals
 Boxes = NDArray[np.float32]  # [N, 4] xyxy, pixels of the picture's file
 BORDER = 1.0  # pixels by which a box may pass the picture's border: files round
 ASPECT, SIZE = 2.0, (0.15, 0.8)  # random boxes: bound of the aspect, square root of the share of the picture
+INSTANCE_IOU = 0.5  # from which a proposal counts as an instance of an annotation's class
+PAIRS = 2_000_000  # pairs of a proposal and an annotation that are compared at a time
 EXTRA = "opencv-contrib-python-headless"
 
 
@@ -79,6 +81,44 @@ class ProposalSource:
             found = found[rng.choice(len(found), config.per_image, replace=False)]
         return np.ascontiguousarray(found, dtype=np.float32)
 
+    def instances(self, index: AnnotationIndex) -> NDArray[np.int64]:
+        """Usable proposals of each class in a whole training set, int64 [C]; only for sources that are not random.
+
+        A proposal belongs to the class of the annotation that it overlaps most, by an IoU of at least 0.5; others are
+        of no class. Where the fallback takes the place of too few boxes, the picture's annotations count. A class with
+        annotations that no proposal finds counts as one: no share may be 0.
+        """
+        clean, images, classes = index.clean(), len(index), len(index.categories)
+        truths = np.diff(clean.offsets)
+        labels = index.labels[clean.rows].astype(np.int64)
+        if self.stored is not None:
+            starts, counts, all_boxes = self.stored.starts, self.stored.counts, self.stored.boxes
+        elif self.config.source == "gt":
+            starts, counts, all_boxes = clean.offsets[:-1], truths, clean.boxes
+        else:
+            raise ValueError(f"proposals of {self.config.source} are not known before they are drawn")
+        found = np.zeros(classes, dtype=np.int64)
+        # chunks of pictures by the memory that they need: pairs of a proposal and an annotation, and proposals
+        chunk = np.cumsum(counts * (truths + 1)) // PAIRS
+        bounds = np.concatenate([[0], np.flatnonzero(np.diff(chunk)) + 1, [images]])
+        for first, last in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
+            own = np.arange(first, last)
+            boxes = all_boxes[_ragged(starts[own], counts[own])]
+            image = np.repeat(own, counts[own])
+            area = index.widths[image].astype(np.float64) * index.heights[image]
+            keep = _within(boxes, area, self.config)
+            boxes, image = boxes[keep], image[keep]
+            if self.config.top:
+                place = np.arange(len(image)) - np.searchsorted(image, image)
+                boxes, image = boxes[place < self.config.top], image[place < self.config.top]
+            if self.config.fallback != "none":
+                few = np.bincount(image - first, minlength=last - first) < self.config.fallback_below
+                boxes, image = boxes[~few[image - first]], image[~few[image - first]]
+                found += np.bincount(labels[_ragged(clean.offsets[own[few]], truths[own[few]])], minlength=classes)
+            best = _best_truth(boxes, image, clean.boxes, clean.offsets)
+            found += np.bincount(labels[best[best >= 0]], minlength=classes)
+        return np.maximum(found, np.bincount(labels, minlength=classes) > 0)
+
     def _candidates(self, source: str, truth: Boxes, image: Tensor, row: int, rng: np.random.Generator) -> Boxes:
         if source in ("file", "rpn"):
             assert self.stored is not None
@@ -113,15 +153,52 @@ def open_proposals(config: Proposals, source: Source, root: str | Path = "") -> 
 
 def usable(boxes: Boxes, size: tuple[int, int], config: Proposals) -> Boxes:
     """The boxes of a picture of `size` (height, width) within the recipe's bounds of side, aspect and size."""
+    keep = _within(boxes, size[0] * size[1], config)
+    return boxes if keep.all() else boxes[keep]
+
+
+def _within(boxes: Boxes, area: int | NDArray[np.float64], config: Proposals) -> NDArray[np.bool_]:
+    """Which boxes [N, 4] of pictures of `area` pixels (one, or [N]) are usable, bool [N]."""
     sides = boxes[:, 2:] - boxes[:, :2]
     small, large = sides.min(axis=1), sides.max(axis=1)
     keep = (small >= config.min_side) & (small > 0)
     if config.max_aspect:
         keep &= large <= config.max_aspect * small
     if tuple(config.size) != (0.0, 1.0):
-        share = np.sqrt(sides.prod(axis=1) / (size[0] * size[1]))
+        share = np.sqrt(sides.prod(axis=1) / area)
         keep &= (share >= config.size[0]) & (share <= config.size[1])
-    return boxes if keep.all() else boxes[keep]
+    return keep
+
+
+def _best_truth(
+    boxes: Boxes, image: NDArray[np.int64], truth: Boxes, offsets: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """Row of the annotation that each box [N, 4] of its `image` [N] overlaps most, int64 [N]; -1 below IoU 0.5.
+
+    Picture i has the annotations truth[offsets[i] : offsets[i + 1]]; of equals the first one.
+    """
+    result = np.full(len(boxes), -1, dtype=np.int64)
+    counts = offsets[image + 1] - offsets[image]
+    box, other = np.repeat(np.arange(len(boxes)), counts), _ragged(offsets[image], counts)
+    if not len(box):
+        return result
+    one, two = boxes[box].astype(np.float64), truth[other].astype(np.float64)
+    sides = np.minimum(one[:, 2:], two[:, 2:]) - np.maximum(one[:, :2], two[:, :2])
+    shared = np.clip(sides, 0, None).prod(axis=1)
+    areas = (one[:, 2:] - one[:, :2]).prod(axis=1) + (two[:, 2:] - two[:, :2]).prod(axis=1)
+    iou = shared / (areas - shared)
+    some = np.flatnonzero(counts)
+    best = np.maximum.reduceat(iou, np.concatenate([[0], np.cumsum(counts[some])[:-1]]))
+    hit = np.flatnonzero((iou == np.repeat(best, counts[some])) & (iou >= INSTANCE_IOU))
+    owner, place = np.unique(box[hit], return_index=True)
+    result[owner] = other[hit[place]]
+    return result
+
+
+def _ragged(starts: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Rows starts[0] .. starts[0] + counts[0], then those of the next, ...: int64 [sum of counts]."""
+    before = np.cumsum(counts) - counts
+    return np.repeat(starts - before, counts) + np.arange(int(counts.sum()))
 
 
 def jittered_truth(truth: Boxes, size: tuple[int, int], config: Proposals, rng: np.random.Generator) -> Boxes:

@@ -16,6 +16,7 @@ a new classifier and box layer. RUN/pretrained.safetensors holds the same for ot
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -49,7 +50,10 @@ def start(run: Run) -> nn.Module:
     wanted = config.proposals if config.uses_proposals else Proposals(source="gt")  # image terms need no file
     proposals = open_proposals(wanted, run.train, recipe.data.root)
     dataset = PretrainingDataset(run.train, recipe.data, recipe.seed, config.views, proposals, third=config.third_view)
-    plan = batch_plan(recipe, dataset, run.stats)
+    stats = run.stats
+    if config.sampler.instance_source == "proposal":
+        stats = replace(stats, instance_count=proposals.instances(run.train.index))
+    plan = batch_plan(recipe, dataset, stats)
     detector = run.detector(recipe)
     assert isinstance(detector, FasterRCNN)
     shell = PreTrainer(detector, config, iterations=plan.iterations, accumulation=recipe.schedule.accumulation)

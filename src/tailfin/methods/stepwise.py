@@ -25,7 +25,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from tailfin.checkpoint import file_hash, load_model_file, load_weights, save_model
+from tailfin.checkpoint import file_hash, load_model_file, load_weights, memories, save_model
 from tailfin.data import smooth_tail
 from tailfin.data.dataset import TrainingDataset
 from tailfin.data.smooth_tail import Exemplars, PlannedStep, planned_steps
@@ -200,10 +200,12 @@ def _step(run: Run, trained: nn.Module, step: PlannedStep, exemplars: Exemplars,
 
 
 def _copy(run: Run, recipe: Recipe, trained: nn.Module) -> nn.Module:
-    """A new detector with the weights of `trained`, as the recipe freezes and wraps it."""
+    """A new detector with the weights of `trained`, as the recipe freezes and wraps it; memories start empty."""
     torch.manual_seed(recipe.seed)
     model, _ = build_detector(recipe, run.stats, start=False)
-    model.load_state_dict(trained.state_dict())
+    anew = memories(trained)  # a step that was finished before has none either
+    weights = {key: value for key, value in trained.state_dict().items() if not key.startswith(anew)}
+    model.load_state_dict({**model.state_dict(), **weights})
     return model
 
 

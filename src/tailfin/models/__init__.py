@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torchvision.models.detection.backbone_utils import BackboneWithFPN
 
 from tailfin import losses
 from tailfin.checkpoint import FORMAT, load_weights, read_safetensors
@@ -48,7 +49,21 @@ def _faster_rcnn(
 ) -> nn.Module:
     config = recipe.detector
     assert isinstance(config, FasterRCNN)
-    backbone = resnet_fpn(
+    backbone = _pyramid(recipe, config, body, source)
+    channels_last = recipe.schedule.channels_last
+    model = build_faster_rcnn(backbone, loss, config, recipe.evaluation, stats, channels_last=channels_last)
+    model.roi_heads.extra_rows = build_feature_module(recipe, stats, loss)
+    calibrate(model, config.classifier, stats)
+    check_extra_rows(model, config.classifier)
+    if recipe.evaluation.norcal:
+        model.roi_heads.rescore = NorCal(stats, model.roi_heads.loss, recipe.evaluation.norcal)
+    return model
+
+
+def _pyramid(
+    recipe: Recipe, config: FasterRCNN | Localizer, body: dict[str, Tensor] | None, source: str
+) -> BackboneWithFPN:
+    return resnet_fpn(
         recipe.backbone,
         norm=config.norm,
         layers=config.fpn_layers,
@@ -58,14 +73,6 @@ def _faster_rcnn(
         state=body,
         source=source,
     )
-    channels_last = recipe.schedule.channels_last
-    model = build_faster_rcnn(backbone, loss, config, recipe.evaluation, stats, channels_last=channels_last)
-    model.roi_heads.extra_rows = build_feature_module(recipe, stats, loss)
-    calibrate(model, config.classifier, stats)
-    check_extra_rows(model, config.classifier)
-    if recipe.evaluation.norcal:
-        model.roi_heads.rescore = NorCal(stats, model.roi_heads.loss, recipe.evaluation.norcal)
-    return model
 
 
 def _deformable_detr(
@@ -81,16 +88,7 @@ def _localizer(
 ) -> nn.Module:
     config = recipe.detector
     assert isinstance(config, Localizer)
-    backbone = resnet_fpn(
-        recipe.backbone,
-        norm=config.norm,
-        layers=config.fpn_layers,
-        channels=config.fpn_channels,
-        pool=config.fpn_pool,
-        frozen_layers=config.frozen_layers,
-        state=body,
-        source=source,
-    )
+    backbone = _pyramid(recipe, config, body, source)
     return build_localizer(backbone, config, channels_last=recipe.schedule.channels_last)
 
 

@@ -26,7 +26,7 @@ class DeformableAttention(DeformableDetrMultiscaleDeformableAttention):
     `reference_points` [B, Q, L, 2] are centres, or [B, Q, L, 4] boxes, in fractions of the padded maps.
     """
 
-    def forward(
+    def forward(  # type: ignore[override]
         self,
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
@@ -62,7 +62,9 @@ class DeformableAttention(DeformableDetrMultiscaleDeformableAttention):
 class EncoderLayer(DeformableDetrEncoderLayer):
     """transformers' encoder layer without its check for infinite values, which waits for the device in every layer."""
 
-    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **keywords: Any) -> Tensor:
+    def forward(  # type: ignore[override]
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, **keywords: Any
+    ) -> Tensor:
         attended, _ = self.self_attn(
             hidden_states=hidden_states,
             attention_mask=attention_mask,
@@ -116,7 +118,7 @@ class _DenseSampling(torch.autograd.Function):
         x, y = places.transpose(1, 2).unbind(-1)  # [B, H, Q, L, P]
         columns, across, inside_x = _neighbours(x, sides[:, 0, None])
         rows, down, inside_y = _neighbours(y, sides[:, 1, None])
-        rows = [row * sides[:, 0, None] + first for row in rows]
+        rows = (rows[0] * sides[:, 0, None] + first, rows[1] * sides[:, 0, None] + first)
         own = weights.transpose(1, 2)
         shape = (*x.shape[:3], 4, *x.shape[3:])
         index = torch.empty(shape, dtype=torch.int64, device=x.device)

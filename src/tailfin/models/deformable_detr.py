@@ -1,4 +1,4 @@
-"""Deformable DETR (Zhu et al., ICLR'21) on the layers of transformers, one- or two-stage, with or without box refinement.
+"""Deformable DETR (Zhu et al., ICLR'21) on the layers of transformers, one- or two-stage, with or without refinement.
 
     images -> batch -> backbone -> input_proj -> encoder -> proposals -> decoder -> heads -> losses or detections
 
@@ -293,7 +293,7 @@ class DeformableDETR(nn.Module):
         """The published start: Xavier in the transformer, sampling in a star, priors in the class heads, boxes that
         stay where their reference is.
         """
-        transformer = [self.encoder, self.decoder]
+        transformer: list[nn.Module] = [self.encoder, self.decoder]
         transformer += [self.enc_output, self.pos_trans] if self.two_stage else [self.reference_points]
         for part in transformer:
             for name, parameter in part.named_parameters():
@@ -308,16 +308,18 @@ class DeformableDETR(nn.Module):
             if isinstance(module, DeformableAttention):
                 _reset_sampling(module)
         for projection in self.input_proj:
-            nn.init.xavier_uniform_(projection[0].weight)
-            nn.init.zeros_(projection[0].bias)
+            convolution = projection.get_submodule("0")
+            nn.init.xavier_uniform_(convolution.get_parameter("weight"))
+            nn.init.zeros_(convolution.get_parameter("bias"))
         bias = torch.full((loss.num_logits,), FOCAL_BIAS) if type(loss) is Focal else loss.prior_bias()
-        for head in self.class_embed:
-            head.bias.copy_(bias if head.out_features == len(bias) else torch.full((head.out_features,), FOCAL_BIAS))
-        for head in self.bbox_embed:
-            nn.init.zeros_(head.layers[-1].weight)
-            nn.init.zeros_(head.layers[-1].bias)
-        if not self.two_stage:
-            self.bbox_embed[0].layers[-1].bias[2:] = -2.0  # learned queries start with small boxes
+        for own in (head.get_parameter("bias") for head in self.class_embed):
+            own.copy_(bias if len(own) == len(bias) else torch.full_like(own, FOCAL_BIAS))
+        for number, head in enumerate(self.bbox_embed):
+            *_, last = head.get_submodule("layers").children()
+            nn.init.zeros_(last.get_parameter("weight"))
+            nn.init.zeros_(last.get_parameter("bias"))
+            if number == 0 and not self.two_stage:
+                last.get_parameter("bias")[2:] = -2.0  # learned queries start with small boxes
 
 
 def build_deformable_detr(
@@ -378,7 +380,7 @@ def transformers_config(config: DeformableDETRConfig) -> DeformableDetrConfig:
         num_feature_levels=config.levels,
         two_stage=config.two_stage,
         with_box_refine=config.refine,
-        attn_implementation="sdpa",
+        attn_implementation="sdpa",  # type: ignore[call-arg]
     )
 
 
@@ -441,7 +443,7 @@ def _sines(values: Tensor, channels: int) -> Tensor:
 
 
 def grid(shape: tuple[int, int], ratio: Tensor) -> Tensor:
-    """Centres (x, y) of a level's cells in fractions of the picture, [B, h w, 2]; ratio [B, 2] is its share of the map."""
+    """Centres (x, y) of a level's cells in fractions of the picture, [B, h w, 2]; its share of the map is ratio [B, 2]."""
     y, x = torch.meshgrid(
         *[(torch.arange(side, device=ratio.device) + 0.5) / side for side in shape],
         indexing="ij",

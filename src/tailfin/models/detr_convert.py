@@ -1,7 +1,7 @@
 """Released Deformable DETR checkpoints in tailfin's names.
 
-The released code of Deformable DETR, and of the work built on it, keeps the transformer under `transformer.`, the ResNet
-under `backbone.0.body.` and the heads at the top; self-attention is one matrix for queries, keys and values. Left out
+The released code of Deformable DETR, and of the work built on it, keeps the transformer under `transformer.`, the
+ResNet under `backbone.0.body.` and the heads at the top; self-attention is one matrix for queries, keys and values. Left out
 are the copies of the heads inside the decoder and what torchvision counts batches with.
 """
 

@@ -1,4 +1,4 @@
-"""The training side of Deformable DETR: one-to-one matching of queries and objects, and the losses of the matched pairs.
+"""The training side of Deformable DETR: one-to-one matching of queries and objects, and losses of the matched pairs.
 
     loss = class_weight * classification + box_weight * L1 + giou_weight * (1 - GIoU)
 
@@ -33,7 +33,7 @@ FOCAL_ALPHA, FOCAL_GAMMA = 0.25, 2.0  # of the matching cost and of the proposal
 
 
 class Outputs(NamedTuple):
-    """What Deformable DETR says about a batch, in float32: L decoder layers, B pictures, Q queries, S encoder tokens."""
+    """What Deformable DETR says about a batch, in float32: L decoder layers, B pictures, Q queries, S tokens."""
 
     logits: Tensor  # [L, B, Q, K], K the width of the classification loss
     boxes: Tensor  # [L, B, Q, 4]
@@ -66,8 +66,8 @@ class Pairs(NamedTuple):
 class SetCriterion(nn.Module):
     """Losses of an `Outputs`; holds the classification loss, whose running statistics are part of the model.
 
-    The statistics move once per step, by the last decoder layer, whose scores are the detector's: `momentum`s keep their
-    meaning whatever the number of layers. The other layers see the same statistics and leave them alone.
+    The statistics move once per step, by the last decoder layer, whose scores are the detector's: `momentum`s keep
+    their meaning whatever the number of layers. The other layers see the same statistics and leave them alone.
     """
 
     def __init__(self, loss: ClassificationLoss, config: DeformableDETRConfig) -> None:
@@ -162,7 +162,7 @@ class SetCriterion(nn.Module):
     def match(
         self, logits: Tensor, boxes: Tensor, targets: Sequence[dict[str, Tensor]], sizes: Tensor
     ) -> list[tuple[Tensor, Tensor]]:
-        """Per picture the (query, object) indices of the best assignment of one layer [B, Q, K], [B, Q, 4]; by query."""
+        """Per picture the (query, object) indices of the best assignment of a layer [B, Q, K], [B, Q, 4]; by query."""
         objects = pad_objects(targets, sizes)
         pairs = assign([self.matching_cost(self.scores(logits[None]), boxes[None], objects)], objects.counts)[0]
         counts = torch.bincount(pairs.picture, minlength=len(objects.counts)).tolist()

@@ -8,7 +8,7 @@ features of each. Their rows train classification and box regression like sample
     drawn = memory.sample(loss.mean_score[:-1])
     value = loss(logits, labels, gt_index=gt_index, memory=from_memory)
 
-The rings are buffers, so a checkpoint has them, and the same on every process: each stores the rows of all, in the
+The rings are buffers, so a resume point has them, and the same on every process: each stores the rows of all, in the
 order of the processes, which is what one process stores of the joined batch. Pooled features [256, 7, 7] of LVIS need
 4.8 GB in float32, 2.4 GB in half precision. Where the layers behind the pooling are frozen, their output [1024] can be
 stored in its place: the rows that come out are the same, and the rings a twelfth of the size, 0.4 GB.
@@ -48,6 +48,7 @@ class FeatureMemory(nn.Module):
         keep_on_cpu: leave the features in main memory whatever device the model moves to.
     """
 
+    stage_memory = True  # of the stage that trains with it: no part of a model file
     features: Tensor
     boxes: Tensor
     gt_boxes: Tensor

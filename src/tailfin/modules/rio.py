@@ -35,6 +35,7 @@ class FeatureBank(nn.Module):
             configuration of it 5).
     """
 
+    stage_memory = True  # of the stage that trains with it: no part of a model file
     target_classes: Tensor
     features: Tensor
     boxes: Tensor

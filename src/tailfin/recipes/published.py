@@ -179,7 +179,7 @@ SCHEDULES: dict[int, dict[str | None, tuple[str, ...]]] = {  # stages of the met
     3: {"50+1+2": (), "50+1": (), "50+2": (), None: ()},
 }
 # pre-training -> overrides. Those that contrast boxes take them from DATA/proposals.json (`tailfin data proposals`)
-PRETRAINING = {
+PRETRAINING: dict[str | None, tuple[str, ...]] = {
     None: ("weights=imagenet",),
     "imagenet": ("weights=imagenet",),
     "2drcl": ("weights=imagenet", "pretraining={preset: drcl, proposals: {file: proposals.json}}"),

@@ -92,7 +92,7 @@ class BatchPlan:
             return class_aware_order(*self._labels, len(self.rows), rng)
         if self.sampler.name == "plain":
             return rng.permutation(self.rows)
-        progress = min(1.0, epoch / self.epochs)
+        progress = min(1.0, (epoch + self.sampler.first_epoch) / self.epochs)
         factors = category_factors(self.stats, self.sampler.name, self.sampler.threshold, progress)
         per_image = image_factors(factors, *self._labels, len(self.index))[self.rows]
         uniform = rng.random(len(self.rows))

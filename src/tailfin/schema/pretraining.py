@@ -123,6 +123,13 @@ class Reconstruction(Section):
     share: Annotated[float, Field(gt=0, le=1)] = 1.0  # of the pictures that SR encodes again: its mean is over these
 
 
+class ProposalSampler(Sampler):
+    """`sampler`, where instances may be proposals."""
+
+    # what counts as instances of a class: its annotations, or the proposals that overlap one by half
+    instance_source: Literal["gt", "proposal"] = "gt"
+
+
 class Pretraining(Section):
     """Terms, networks and schedule of the pre-training stage."""
 
@@ -143,7 +150,7 @@ class Pretraining(Section):
     third_view: bool = False  # the second view at half size, as one more target of the box term
     freeze_backbone: bool = False
     keep_predictor: bool = False  # go on with classifier and box layer too, where they fit
-    sampler: Annotated[Sampler, BeforeValidator(by_name)] = Sampler(name="dynamic")
+    sampler: Annotated[ProposalSampler, BeforeValidator(by_name)] = ProposalSampler(name="dynamic")
     schedule: Schedule = Schedule()
 
     @model_validator(mode="before")
@@ -176,9 +183,28 @@ class Pretraining(Section):
             and not (weights.lcl or self.detects)
         ):
             raise ValueError("freeze_backbone leaves nothing to train: its terms train the backbone alone")
+        if self.sampler.instance_source == "proposal":
+            self._check_proposal_counts()
         if list(self.reconstruction.layers) != sorted(set(self.reconstruction.layers)):
             raise ValueError("reconstruction.layers must ascend")
         return self
+
+    def _check_proposal_counts(self) -> None:
+        source, what = self.proposals.source, "sampler.instance_source proposal"
+        if self.sampler.name not in ("dynamic", "irfs"):
+            raise ValueError(f"{what} needs a sampler that counts instances: dynamic or irfs, not {self.sampler.name}")
+        if not self.uses_proposals:
+            raise ValueError(f"{what}: no term of this pre-training uses proposals")
+        if source == "gt_jitter":
+            raise ValueError(
+                f'{what}: proposals.source "gt_jitter" draws new boxes for every sample, they cannot be counted; take '
+                'instance_source "gt", or proposals.source file, rpn or gt'
+            )
+        if source == "selective_search":
+            raise ValueError(
+                f'{what}: proposals.source "selective_search" has no boxes before training; write them with `tailfin '
+                'data proposals selective_search` and take proposals.source "file"'
+            )
 
     @property
     def detects(self) -> bool:

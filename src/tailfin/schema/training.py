@@ -34,6 +34,7 @@ class Sampler(Section):
     name: Literal["plain", "rfs", "irfs", "class_aware", "dynamic"] = "plain"
     threshold: Positive = 1e-3
     rounding: Literal["stochastic", "ceil"] = "stochastic"
+    first_epoch: Literal[0, 1] = 0  # of dynamic: number of the first epoch; 0 starts as rfs, 1 ends at the instances
 
 
 class Schedule(Section):
