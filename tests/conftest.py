@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import multiprocessing
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,10 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed
+from accelerate.state import AcceleratorState
 from PIL import Image
+
+from tailfin.run import Run
 
 ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(int(os.environ.get("TAILFIN_TEST_THREADS", "1")))
@@ -141,6 +145,18 @@ def run_tailfin():
     return run
 
 
+@pytest.fixture(scope="module")
+def quick_training() -> Iterator[None]:
+    """Trainings in this process take half the time: no report is written, and the garbage collection at the end of a
+    stage does not go through all imported modules."""
+    gc.collect()
+    gc.freeze()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "_report", lambda self: None)
+        yield
+    gc.unfreeze()
+
+
 @pytest.fixture(scope="session")
 def start_tailfin():
     """Start the command line and return the running process."""
@@ -186,6 +202,23 @@ def run_on_ranks() -> Callable[..., list[Any]]:
         for rank, (error, _) in results.items():
             assert error is None, f"rank {rank}: {error}"
         return [results[rank][1] for rank in range(n)]
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def train_on_ranks(run_on_ranks: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
+    """As `run_on_ranks`, with what a launcher sets: `tailfin.train` in `function` is one process of n. Forked processes
+    have all imports already, which `run_tailfin(..., processes=n)` pays for n times."""
+
+    def run(function: Callable[[int], Any], n: int = 2) -> list[Any]:
+        def on_rank(rank: int) -> Any:
+            AcceleratorState._reset_state(reset_partial_state=True)
+            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(n), LOCAL_WORLD_SIZE=str(n))
+            os.environ.update(MASTER_ADDR="localhost", MASTER_PORT="1", CUDA_VISIBLE_DEVICES="")  # the group is there
+            return function(rank)
+
+        return run_on_ranks(on_rank, n)
 
     return run
 

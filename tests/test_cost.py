@@ -7,12 +7,16 @@ import json
 import pytest
 import torch
 from torch import nn
+from typer.testing import CliRunner
 
 import tailfin
 from tailfin import cost as costs
+from tailfin.cli.main import app
 from tailfin.cost import cost, open_subject, sample_picture
 from tailfin.errors import UserError
 from tailfin.models.images import batch_images
+
+pytestmark = pytest.mark.usefixtures("quick_training")
 
 
 @pytest.fixture(scope="module")
@@ -122,17 +126,16 @@ def test_classes_of_the_training_file(tiny_set, tiny_recipe):
     assert found.classes == 3
 
 
-def test_command(run_tailfin, tmp_path, tiny_recipe, trained, tiny_set):
+def test_command(tmp_path, tiny_recipe, trained, tiny_set):
     pictures = sorted(tiny_set[1].with_suffix("").glob("*.png"))[:2]
-    words = [tiny_recipe, trained, "roi", "detector.head_channels=48", "--classes", 3, "--rounds", 1]
+    words = ["cost", tiny_recipe, trained, "detector.head_channels=48", "--classes", 3, "--rounds", 1]
     words += ["--images", pictures[0], "--images", pictures[1], "--json", tmp_path / "cost.json", "--device", "cpu"]
-    words.remove("roi")
-    done = run_tailfin("cost", *words)
-    assert done.returncode == 0, done.stderr
+    done = CliRunner().invoke(app, [str(word) for word in words])
+    assert done.exit_code == 0, done.output
     first, second = json.loads((tmp_path / "cost.json").read_text())
     assert first["parameters"] > second["parameters"]  # the override is the recipe's
-    assert f"x {second['parameters'] / first['parameters']:.3f}" in done.stdout
-    assert "post-processing" in done.stdout and "random weights" in done.stdout
+    assert f"x {second['parameters'] / first['parameters']:.3f}" in done.output
+    assert "post-processing" in done.output and "random weights" in done.output
     assert (first["size"], second["trained"]) == ([64, 64], True)
 
 

@@ -1,13 +1,18 @@
-"""The documents name what exists: links, files, losses and the modules of the package."""
+"""The documents name what exists: links, files, losses, recipes, modules of the package; their commands are right."""
 
 from __future__ import annotations
 
+import itertools
 import re
+import shlex
 from pathlib import Path
 
 import pytest
+import typer.main
 
-from tailfin import losses
+from tailfin import losses, recipes
+from tailfin.cli.main import app
+from tailfin.config import load_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted(
@@ -45,3 +50,49 @@ def test_the_architecture_names_every_module():
         *(path for part in ("data", "models", "methods", "samplers") for path in (package / part).glob("*.py")),
     ]
     assert [path.stem for path in files if path.stem not in text and not path.stem.startswith("__")] == []
+
+
+def test_the_table_of_recipes_has_them_all():
+    text = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    table = text[text.index("## Names") : text.index("## Overrides")]
+    rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    named = [name for row in rows for pattern in re.findall("`([^`]+)`", row) for name in expanded(pattern)]
+    assert sorted(named) == sorted(recipes.names())
+
+
+def expanded(pattern: str) -> list[str]:
+    """`a_{b,c}` as a shell reads it."""
+    parts = [part.split(",") for part in re.split(r"[{}]", pattern)]
+    return ["".join(words) for words in itertools.product(*parts)]
+
+
+def test_the_number_of_rows_that_can_be_run():
+    count = sum(isinstance(recipes.resolve(row.id), recipes.Runnable) for row in recipes.rows())
+    for page in ("README.md", "CHANGELOG.md", "docs/recipes.md"):
+        text = " ".join((ROOT / page).read_text(encoding="utf-8").split())
+        assert re.search(rf"\b{count} (of the rows )?can be\b", text), (page, count)
+
+
+def commands(page: Path) -> list[list[str]]:
+    """The words of every `tailfin ...` line in the blocks of a page."""
+    blocks = re.findall(r"(?ms)^```\w*\n(.*?)^```", page.read_text(encoding="utf-8"))
+    lines = [line.strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    found = [
+        line[line.index("tailfin ") :]
+        for line in lines
+        if re.match(r"(torchrun .*-m |accelerate .*-m )?tailfin ", line)
+    ]
+    return [shlex.split(line, comments=True)[1:] for line in found]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_are_right(page):
+    """Verbs and options exist, arguments parse, and a recipe takes the overrides beside it."""
+    for words in commands(page):
+        command, rest = typer.main.get_command(app), [word for word in words if word != "..."]
+        while hasattr(command, "commands"):
+            command = command.commands[rest.pop(0)]
+        values = command.make_context("tailfin", list(rest)).params
+        if values.get("recipe") and values["recipe"] != "RECIPE" and not values["recipe"].endswith(".yaml"):
+            load_recipe(values["recipe"], values["overrides"] or ())
+    assert page.name not in ("README.md", "data.md", "training.md", "recipes.md") or len(commands(page)) > 4

@@ -59,9 +59,7 @@ def save_model(
     path.parent.mkdir(parents=True, exist_ok=True)
     without = memories(model)
     state = {
-        key: value
-        for key, value in model.state_dict().items()
-        if key.startswith(parts) and not key.startswith(without)
+        key: value for key, value in model.state_dict().items() if key.startswith(parts) and not key.startswith(without)
     }
     weights = {key: value.detach().cpu().contiguous() for key, value in state.items()}
     metadata = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +14,15 @@ from rich.table import Table
 from torch import nn
 
 from tailfin.data.dataset import TrainingDataset, open_source
+from tailfin.data.smooth_tail import ALL, divide, planned_steps
 from tailfin.errors import UserError
+from tailfin.methods.stepwise import class_specific
 from tailfin.models import build_detector
 from tailfin.report.draw import draw_detections
 from tailfin.run import batch_plan
 from tailfin.schedule import learning_rate
 from tailfin.schema.recipe import Recipe
+from tailfin.schema.stepwise import Stepwise
 from tailfin.stats import ClassStats
 
 SHOWN = 16  # pictures of the batch
@@ -41,9 +45,13 @@ def show_plan(recipe: Recipe, out: Path | None) -> None:
     lengths = np.diff(plan.boundaries)
     table.add_row("training images", f"{len(dataset.rows())} of {len(train.index)} in {train.index.path}")
     table.add_row("classes", f"{stats.num_classes} (rare {groups['r']}, common {groups['c']}, frequent {groups['f']})")
-    if (before := recipe.pretraining) is not None:
-        table.add_row("pre-training", f"{before.preset}: {before.schedule.epochs:g} epochs before what follows here")
-    table.add_row("method", f"{recipe.method}: one stage, loss {recipe.loss.name}, sampler {recipe.sampler.name}")
+    stages = planned_stages(recipe, dataset, stats)
+    table.add_row("method", f"{recipe.method}: {len(stages)} stage{'s' * (len(stages) > 1)}")
+    for number, (name, text) in enumerate(stages, start=1):
+        table.add_row(f"stage {number}, {name}", text)
+    if len(stages) > 1:
+        table.add_section()
+        table.add_row("below", "the recipe's own schedule and detector: its stage on all annotations")
     table.add_row("iterations", f"{plan.iterations} of {schedule.batch} images, {lengths[0]} in the first epoch")
     rates = [learning_rate(i, plan.iterations, milestones, schedule) for i in (0, schedule.warmup, plan.iterations - 1)]
     table.add_row("learning rate", f"{rates[0]:.2g} at first, {rates[1]:.2g} after the warm-up, {rates[2]:.2g} at last")
@@ -61,6 +69,52 @@ def show_plan(recipe: Recipe, out: Path | None) -> None:
     _batch_picture(first, list(stats.names)).save(picture, quality=90)
     table.add_row("first batch", str(picture))
     Console().print(table)
+
+
+def planned_stages(recipe: Recipe, dataset: TrainingDataset, stats: ClassStats) -> list[tuple[str, str]]:
+    """Name and plan of every stage that `recipe` trains, in order; names are those of the stages' folders."""
+
+    def described(stage: Recipe, own: TrainingDataset = dataset) -> str:
+        order = batch_plan(stage, own, stats)
+        return (
+            f"{stage.schedule.epochs:g} epochs, {order.iterations} iterations of {stage.schedule.batch}, lr "
+            f"{stage.schedule.lr:g}, loss {stage.loss.name}, sampler {stage.sampler.name}"
+        )
+
+    stages = []
+    if recipe.pretraining is not None:
+        stages.append(("pretrain", f"{recipe.pretraining.preset}: {described(recipe.pretraining_stage())}"))
+    if recipe.stepwise is not None:
+        return stages + _steps(recipe, recipe.stepwise, dataset, stats, described)
+    if recipe.second is None:
+        return [*stages, ("train", described(recipe))]
+    trains = f"trains {', '.join(recipe.second.trains)}"
+    second = f"{described(recipe.second_stage())}, {trains}"
+    return [*stages, ("representation", described(recipe)), ("classifier", second)]
+
+
+def _steps(
+    recipe: Recipe, settings: Stepwise, whole: TrainingDataset, stats: ClassStats, described: Callable[..., str]
+) -> list[tuple[str, str]]:
+    """The steps of step-wise learning. Which pictures the exemplars are in is known once step 0 is trained: the number
+    of annotations is that which the step's counts allow."""
+    parts = divide(stats.image_count, settings.division, settings.boundary)
+    stages, source = [], whole.source
+    if settings.base != "given":
+        kept = (parts == 0)[source.index.labels] if settings.base == "head" else None
+        base = recipe.base_step()
+        stages = [("base", described(base, TrainingDataset(source, base.data, base.seed, kept=kept)))]
+    for step in planned_steps(settings, parts):
+        config, own = step.config, int(step.own.sum())
+        trains = ", ".join(config.trains or class_specific(recipe))
+        counts = np.where(step.counts == ALL, stats.instance_count, np.minimum(step.counts, stats.instance_count))
+        text = (
+            f"{config.epochs:g} epochs, lr {config.lr:g}, {own} classes of its own, at most {int(counts.sum())} "
+            f"annotations, repeat factors {config.rfs.name}, trains {trains}"
+        )
+        taught = config.distillation is not None and step.old.any()
+        stages.append((step.name, text + (", taught by the step before" if taught else "")))
+    return stages
 
 
 def memory_estimate(

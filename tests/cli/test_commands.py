@@ -189,19 +189,6 @@ def test_weights_of_an_earlier_model(tailfin, trained, tiny_recipe, tiny_set, tm
     assert "another shape: 2 (roi_heads.predictor.cls_score.bias" in outcome.err
 
 
-def test_dry_run_writes_a_picture_and_nothing_else(tailfin, tiny_recipe, tiny_set, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    train = ["train", tiny_recipe, "--train", tiny_set[0], "--val", tiny_set[1], "--dry-run"]
-    outcome = tailfin(*train)
-    assert outcome.code == 0, outcome.err
-    assert files(tmp_path) == {"dry-run.jpg"}
-    for text in ("38 of 4 images", "rare 1, common 2", "memory", "learning rate"):
-        assert text in outcome.out
-    assert min(Image.open("dry-run.jpg").size) > 64
-    assert tailfin(*train, "--out", tmp_path / "sub" / "run").code == 0
-    assert files(tmp_path) == {"dry-run.jpg", "sub/run-dry-run.jpg"}
-
-
 def test_the_module_is_the_same_command(trained, tiny_set, tmp_path):
     results = tmp_path / "found.json"
     words = ["predict", str(trained), str(tiny_set[1].with_suffix("") / "1.png"), "--out", str(results)]

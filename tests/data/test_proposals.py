@@ -14,7 +14,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision.ops import box_iou
+from typer.testing import CliRunner
 
+from tailfin.cli.main import app
+from tailfin.data import proposals as proposals_module
 from tailfin.data.dataset import Source, open_source
 from tailfin.data.index import open_index
 from tailfin.data.proposals import (
@@ -209,6 +212,62 @@ def test_unusable_npz(source, tmp_path, changes, message):
     with pytest.raises(UserError, match=str(path)) as error:
         read_proposals(path, source.index)
     assert message in str(error.value)
+
+
+# ---- instances of the dynamic sampler --------------------------------------------------------------------------------
+
+
+def counted_one_by_one(index, stored, config: Proposals) -> np.ndarray:
+    """Proposals per class, picture by picture and with torchvision's IoU."""
+    clean, found = index.clean(), np.zeros(len(index.categories), dtype=np.int64)
+    labels = index.labels[clean.rows]
+    for row in range(len(index)):
+        own = slice(clean.offsets[row], clean.offsets[row + 1])
+        boxes = usable(stored.of(row), (index.heights[row], index.widths[row]), config)
+        boxes = boxes[: config.top] if config.top else boxes
+        if len(boxes) < config.fallback_below and config.fallback != "none":
+            found += np.bincount(labels[own], minlength=len(found))
+        elif len(boxes) and own.stop > own.start:
+            both = (torch.from_numpy(values.astype(np.float64)) for values in (boxes, clean.boxes[own]))
+            iou = box_iou(*both)
+            best, place = iou.max(1)
+            found += np.bincount(labels[own][place[best >= 0.5].numpy()], minlength=len(found))
+    return np.maximum(found, np.bincount(labels, minlength=len(found)) > 0)
+
+
+@pytest.mark.parametrize("pairs", [1, 50, 2_000_000])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"fallback": "none"}, {"top": 3, "fallback_below": 2}, {"min_side": 12, "max_aspect": 2, "size": (0.1, 0.7)}],
+)
+def test_proposals_as_instances(source, tmp_path, monkeypatch, options, pairs):
+    monkeypatch.setattr(proposals_module, "PAIRS", pairs)
+    clean = source.index.clean()
+    ids, offsets, boxes, scores = columns(source.index, per_image=12)
+    order = np.argsort(source.index.image_ids)[1:]  # a third of the boxes lies near an annotation
+    rng = np.random.default_rng(5)
+    for place, row in enumerate(order):
+        truth = clean.boxes[clean.offsets[row] : clean.offsets[row + 1]]
+        if len(truth):
+            boxes[12 * place : 12 * place + 4] = truth[rng.integers(len(truth), size=4)]
+            boxes[12 * place : 12 * place + 4, 2:] -= rng.random((4, 2), dtype=np.float32) * 8
+    path = tmp_path / "proposals.npz"
+    write_proposals(path, ids, offsets, boxes, scores, "localizer")
+    config = Proposals(file=str(path), **options)
+    opened = open_proposals(config, source)
+    found = opened.instances(source.index)
+    assert found.dtype == np.int64 and found.sum() > 30
+    np.testing.assert_array_equal(found, counted_one_by_one(source.index, opened.stored, config))
+
+
+def test_annotations_as_proposals_are_their_own_instances(source):
+    index = source.index
+    found = open_proposals(Proposals(source="gt"), source).instances(index)
+    np.testing.assert_array_equal(found, np.bincount(index.labels[index.clean().rows], minlength=3))
+    few = open_proposals(Proposals(source="gt", min_side=1000, fallback="none"), source).instances(index)
+    assert few.tolist() == [1, 1, 1]  # no share is 0
+    with pytest.raises(ValueError, match="gt_jitter are not known"):
+        open_proposals(Proposals(source="gt_jitter"), source).instances(index)
 
 
 def test_damaged_missing_and_foreign_files(source, tmp_path):
@@ -416,12 +475,13 @@ def test_other_options_start_anew(models, tiny_set, tmp_path, monkeypatch):
     assert len(found.boxes) and not parts.exists()
 
 
-def test_the_command(models, tiny_set, tmp_path, run_tailfin):
+def test_the_command(models, tiny_set, tmp_path):
     out, recall = tmp_path / "p.npz", tmp_path / "r.json"
     words = ("data", "proposals", models["localizer"], "--annotations", tiny_set[1], "--out", out)
-    done = run_tailfin(*words, "--evaluate", "--json", recall, "--top", 20, "--device", "cpu")
-    assert done.returncode == 0, done.stderr
-    assert f"wrote {out}: " in done.stdout and "AR@20" in done.stdout
+    options = ("--evaluate", "--json", recall, "--top", 20, "--device", "cpu")
+    done = CliRunner().invoke(app, [str(word) for word in (*words, *options)])
+    assert done.exit_code == 0, done.output
+    assert f"wrote {out}: " in done.output and "AR@20" in done.output
     assert set(json.loads(recall.read_text())) >= {"AR@10", "AR@20", "R50@10", "ARs@20"}
     before = out.read_bytes()
     with pytest.raises(UserError, match="--overwrite replaces it"):

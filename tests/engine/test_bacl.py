@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import socket
-import subprocess
-import sys
-import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,7 +13,11 @@ from safetensors.torch import load_file
 
 import tailfin
 from tailfin import checkpoint
+from tailfin.models import extra_rows
+from tailfin.modules.hallucination import FeatureHallucination, FeatureStatistics
+from tailfin.training_log import TrainingLog
 
+pytestmark = pytest.mark.usefixtures("quick_training")
 BACL = [
     "method=bacl",
     "loss=objectness",
@@ -25,57 +25,11 @@ BACL = [
     "second.loss=fcbl",
     "second.hallucination={sampled_num_classes: 4, sampled_num_features: 6}",
     "second.sampler={name: rfs, threshold: 0.5}",
-    "second.schedule={epochs: 3, batch: 4, lr: 0.01, warmup: 2, milestones: [2]}",
+    "second.schedule={epochs: 2, batch: 4, lr: 0.01, warmup: 2, milestones: [1]}",
 ]
 TRAINS = ("roi_heads.predictor.", "rpn.")
-STATE = ("roi_heads.loss.", "roi_heads.extra_rows.")  # indicator and hallucination
 INDICATOR = "roi_heads.loss.cm_numerator"
 MEAN = "roi_heads.extra_rows.hallucination.statistics.mean"
-
-# The same batch gives the same losses whoever has it: samplers take the first rows and anchors, boxes shift by a half,
-# and the draws are numbered over all processes, each having its share.
-NUMBERED = """
-import os, signal, sys
-import torch
-from tailfin.cli.main import main
-from tailfin.models import extra_rows
-from tailfin.modules.hallucination import FeatureHallucination, FeatureStatistics
-from tailfin.training_log import TrainingLog
-
-rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-torch.randperm = lambda n, **options: torch.arange(n)
-
-shifted = extra_rows.perturbed_boxes
-extra_rows.perturbed_boxes = lambda boxes, size, **options: shifted(boxes, size, draws=torch.full((4, 16), 0.5))
-
-sample = FeatureHallucination.sample
-
-def numbered(self, indicator, **options):
-    every = (torch.arange(world * self.sampled_num_classes) + 0.5) / (world * self.sampled_num_classes)
-    uniform = every[rank::world]
-    chosen, place = torch.arange(len(uniform)), torch.arange(self.sampled_num_features)
-    phase = (1 + uniform)[:, None, None] * (1 + place)[:, None] * torch.arange(self.statistics.mean.shape[1])
-    return sample(self, indicator, draws=(uniform, phase.flatten(0, 1).sin()))
-
-FeatureHallucination.sample = numbered
-begin = FeatureStatistics.__init__
-
-def all_used(self, *arguments, **options):
-    begin(self, *arguments, **options)
-    self.used.fill_(True)  # no row is missing on one process only
-
-FeatureStatistics.__init__ = all_used
-stop = int(sys.argv.pop(1))
-add = TrainingLog.add
-
-def stopping(self, parts, rate, done):
-    add(self, parts, rate, done)
-    if done == stop and rank == world - 1:
-        os.kill(os.getpid(), signal.SIGTERM)
-
-TrainingLog.add = stopping
-main()
-"""
 
 
 def changed(first: dict[str, torch.Tensor], last: dict[str, torch.Tensor]) -> set[str]:
@@ -101,9 +55,8 @@ def stage_one(tmp_path_factory, tiny_set, tiny_recipe) -> Path:
 )
 def test_frozen_tensors_keep_their_bits(tmp_path, tiny_set, tiny_recipe, stage_one, changes):
     """Weights and buffers, those of batch norm too, against decay, momentum and averages."""
-    out = tailfin.train(
-        tiny_recipe, train=tiny_set[0], out=tmp_path / "run", overrides=[*BACL, *changes], stage1=stage_one
-    )
+    overrides = [*BACL, "second.schedule.epochs=1", *changes]
+    out = tailfin.train(tiny_recipe, train=tiny_set[0], out=tmp_path / "run", overrides=overrides, stage1=stage_one)
     first = load_file(stage_one / "stages" / "1-representation" / "model.safetensors")
     last = load_file(out / "model.safetensors")
     trains = ("roi_heads.predictor.cls_score.",) if "second.trains=[classifier]" in changes else TRAINS
@@ -118,22 +71,27 @@ def test_frozen_tensors_keep_their_bits(tmp_path, tiny_set, tiny_recipe, stage_o
 
 def iterations(run: Path) -> list[int]:
     path = run / "stages" / "2-classifier" / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    return [json.loads(line)["iteration"] for line in lines if line.endswith("}")]
+    return [json.loads(line)["iteration"] for line in path.read_text().splitlines()]
 
 
-def test_kill_inside_stage_two_and_resume(tmp_path, tiny_set, tiny_recipe, stage_one, start_tailfin):
+class Stopped(Exception):
+    pass
+
+
+def test_stopped_inside_stage_two_and_resumed(tmp_path, tiny_set, tiny_recipe, stage_one, monkeypatch):
     """Indicator and hallucination statistics are part of the resume point: the very bits of the run that went on."""
-    out = tmp_path / "run"
-    process = start_tailfin("train", tiny_recipe, "--train", tiny_set[0], "--out", out, "--stage1", stage_one, *BACL)
-    deadline = time.monotonic() + 100
-    while process.poll() is None and time.monotonic() < deadline and max(iterations(out), default=0) < 12:
-        time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    assert not (out / "model.safetensors").exists(), process.stdout.read()
+    out, add = tmp_path / "run", TrainingLog.add
+
+    def stopping(self, parts, rate, done):
+        add(self, parts, rate, done)
+        if done == 8:
+            raise Stopped
+
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(TrainingLog, "add", stopping)
+        tailfin.train(tiny_recipe, train=tiny_set[0], out=out, overrides=BACL, stage1=stage_one)
     point = checkpoint.load_resume_point(out / "stages" / "2-classifier")
-    assert 10 <= point["iteration"] < iterations(stage_one)[-1]
+    assert point["iteration"] == 5
     assert point["model"][INDICATOR].any() and point["model"][MEAN].any()
     tailfin.train("", out=out, resume=True)
     straight, resumed = (load_file(run / "model.safetensors") for run in (stage_one, out))
@@ -142,56 +100,49 @@ def test_kill_inside_stage_two_and_resume(tmp_path, tiny_set, tiny_recipe, stage
     assert iterations(out) == iterations(stage_one)
 
 
-# ---- two processes ---------------------------------------------------------------------------------------------------
+def number_all_draws(rank: int, world: int) -> None:
+    """The same batch gives the same losses whoever has it: samplers take the first rows and anchors, boxes shift by a
+    half, and the draws are numbered over all processes, each having its share."""
+    torch.randperm = lambda n, **options: torch.arange(n)
+    shifted, sample, begin = extra_rows.perturbed_boxes, FeatureHallucination.sample, FeatureStatistics.__init__
+
+    def shifted_by_a_half(boxes, size, **options):
+        return shifted(boxes, size, draws=torch.full((4, 16), 0.5))
+
+    def numbered(self, indicator, **options):
+        every = (torch.arange(world * self.sampled_num_classes) + 0.5) / (world * self.sampled_num_classes)
+        uniform, place = every[rank::world], torch.arange(self.sampled_num_features)
+        phase = (1 + uniform)[:, None, None] * (1 + place)[:, None] * torch.arange(self.statistics.mean.shape[1])
+        return sample(self, indicator, draws=(uniform, phase.flatten(0, 1).sin()))
+
+    def all_used(self, *arguments, **options):
+        begin(self, *arguments, **options)
+        self.used.fill_(True)  # no row is missing on one process only
+
+    extra_rows.perturbed_boxes = shifted_by_a_half
+    FeatureHallucination.sample = numbered
+    FeatureStatistics.__init__ = all_used
 
 
-@pytest.fixture(scope="module")
-def numbered(tmp_path_factory, tiny_set, tiny_recipe, stage_one):
-    """`run(out, processes, stop)`: stage 2 with numbered draws, 4 classes drawn per iteration over all processes."""
-    script = tmp_path_factory.mktemp("numbered") / "numbered.py"
-    script.write_text(NUMBERED)
+def test_two_processes_train_the_classifier_that_one_trains(
+    tmp_path, tiny_set, tiny_recipe, stage_one, train_on_ranks: Callable
+):
+    """Half the batch each: weights, indicator and class statistics agree with those of one process, where 4 classes are
+    drawn per iteration over all processes."""
 
-    def run(out: Path, processes: int, stop: int = 0, resume: bool = False) -> None:
-        words = ["--resume", out]
-        if not resume:
-            words = [tiny_recipe, "--train", tiny_set[0], "--out", out, "--stage1", stage_one, *BACL]
-            words += [f"second.hallucination.sampled_num_classes={4 // processes}", "second.schedule.epochs=1"]
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            port = str(free.getsockname()[1])
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        environment |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
-        environment |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
-        command = list(map(str, [sys.executable, script, stop, "train", *words]))
-        started = [
-            subprocess.Popen(
-                command,
-                env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-            for rank in range(processes)
-        ]
-        outputs = [process.communicate(timeout=200)[0] for process in started]
-        codes = {process.returncode for process in started}
-        assert codes == ({128 + signal.SIGTERM} if stop else {0}), "\n".join(outputs)
+    def train(rank: int) -> None:
+        world = int(os.environ["WORLD_SIZE"])
+        number_all_draws(rank, world)
+        shared = [f"second.hallucination.sampled_num_classes={4 // world}", "second.schedule.epochs=1"]
+        out = tmp_path / str(world)
+        tailfin.train(tiny_recipe, train=tiny_set[0], out=out, overrides=[*BACL, *shared], stage1=stage_one)
 
-    return run
-
-
-@pytest.fixture(scope="module")
-def two(tmp_path_factory, numbered) -> Path:
-    out = tmp_path_factory.mktemp("two") / "run"
-    numbered(out, 2)
-    return out
-
-
-def test_two_processes_train_the_classifier_that_one_trains(tmp_path, numbered, two, stage_one):
-    """Half the batch each: weights, indicator and class statistics agree with those of one process."""
-    numbered(tmp_path / "one", 1)
+    for world in (1, 2):
+        train_on_ranks(train, world)
+        environment = json.loads((tmp_path / str(world) / "environment.json").read_text())
+        assert environment["devices"]["processes"] == world
     first = load_file(stage_one / "stages" / "1-representation" / "model.safetensors")
-    alone, joined = (load_file(run / "model.safetensors") for run in (tmp_path / "one", two))
+    alone, joined = (load_file(tmp_path / str(world) / "model.safetensors") for world in (1, 2))
     assert alone.keys() == joined.keys()
     for key, value in alone.items():
         torch.testing.assert_close(joined[key], value, rtol=1e-3, atol=2e-5, msg=lambda text, key=key: f"{key}: {text}")
@@ -199,13 +150,3 @@ def test_two_processes_train_the_classifier_that_one_trains(tmp_path, numbered, 
     for key in ("roi_heads.predictor.cls_score.weight", "roi_heads.predictor.bbox_pred.weight"):
         assert (alone[key] - joined[key]).abs().max() < 0.01 * (alone[key] - first[key]).abs().max()
     assert alone[INDICATOR].sum() > 10 and alone[MEAN].any()
-
-
-def test_two_processes_stopped_and_resumed(tmp_path, numbered, two):
-    out = tmp_path / "run"
-    numbered(out, 2, stop=4)
-    point = checkpoint.load_resume_point(out / "stages" / "2-classifier")
-    assert point["iteration"] == 4 and point["processes"] == 2
-    numbered(out, 2, resume=True)
-    straight, resumed = (load_file(run / "model.safetensors") for run in (two, out))
-    assert changed(straight, resumed) == set()

@@ -12,6 +12,7 @@ import tailfin
 from tailfin.config import load_recipe
 from tailfin.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("quick_training")
 SECOND = [
     "method=decoupled",
     "second.loss=objectness",

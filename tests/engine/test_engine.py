@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import math
 from pathlib import Path
@@ -23,21 +22,12 @@ from tailfin.errors import UserError
 from tailfin.schedule import build_optimizer, learning_rate
 from tailfin.schema.training import Schedule
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick_collections():
-    """A stage ends with a garbage collection: not through all imported modules each time."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
+pytestmark = pytest.mark.usefixtures("quick_training")
 
 
 @pytest.fixture
-def train(tmp_path, tiny_set, tiny_recipe, monkeypatch):
-    """Train the tiny recipe in this process with changes, without a report:
-    `train("name", {"schedule.epochs": 1}) -> run folder`."""
-    monkeypatch.setattr(run_module.Run, "_report", lambda self: None)
+def train(tmp_path, tiny_set, tiny_recipe):
+    """Train the tiny recipe in this process with changes: `train("name", {"schedule.epochs": 1}) -> run folder`."""
 
     def call(name: str, changes: dict[str, Any] | None = None, val: bool = False) -> Path:
         short = {"schedule.epochs": 1, "schedule.lr": 0.02}

@@ -17,6 +17,8 @@ from tailfin.checkpoint import file_hash
 from tailfin.config import load_recipe
 from tailfin.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("quick_training")
+
 BACL = ["method=bacl", "loss=objectness", "schedule.epochs=0.5", "second.loss=fcbl", "second.hallucination={}"]
 BACL += ["second.schedule={epochs: 0.5, batch: 4, lr: 0.01, warmup: 0, milestones: []}"]
 STAGE = Path("stages", "1-representation", "model.safetensors")

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
-import signal
-import time
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
@@ -17,11 +14,15 @@ from safetensors.torch import load_file
 
 from tailfin import api, checkpoint
 from tailfin.config import load_recipe, recipe_from_file
+from tailfin.data.index import open_index
 from tailfin.errors import UserError
 from tailfin.methods import pretraining as method
 from tailfin.models import build_detector
-from tailfin.run import Run
+from tailfin.run import Run, batch_plan
 from tailfin.schema.pretraining import PRESETS
+from tailfin.training_log import TrainingLog
+
+pytestmark = pytest.mark.usefixtures("quick_training")
 
 SECTION = """\
 pretraining:
@@ -32,9 +33,13 @@ pretraining:
   dense: {queue: 24, hidden: 32, dim: 16}
   reconstruction: {widths: [16, 16, 8]}
   sampler: {threshold: 0.5}
-  schedule: {epochs: 2, batch: 4, lr: 0.01, warmup: 4, milestones: [1]}
+  schedule: {epochs: 1.4, batch: 4, lr: 0.01, warmup: 4, milestones: [1]}
 """
-SHORT = ["schedule.epochs=1", "schedule.milestones=[1]"]
+SHORT = ["schedule.epochs=0.3", "schedule.milestones=[]"]
+
+
+class Stopped(Exception):
+    pass
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +70,7 @@ def test_the_stage_comes_first_and_its_parts_are_taken_over(straight):
     for line in parts:  # the sum is that of its weighted parts
         named = sum(value for key, value in line.items() if key.startswith("loss_"))
         assert line["loss"] == pytest.approx(named, rel=1e-5)
-    assert len(parts) == len(lines) >= 14
+    assert len(parts) == len(lines) >= 9
 
 
 def test_the_model_file_of_the_stage_is_a_detector(straight):
@@ -125,17 +130,19 @@ def test_pictures_for_the_report(straight):
         assert (np.abs(found[name]) <= 1 + 1e-5).all()
 
 
-def test_killed_in_pretraining_and_resumed(straight, recipe, tiny_set, tmp_path, start_tailfin):
+def test_stopped_in_pretraining_and_resumed(straight, recipe, tiny_set, tmp_path, monkeypatch):
     reference, _ = straight
     out = tmp_path / "run"
-    log = out / "stages/1-pretrain/metrics.jsonl"
-    process = start_tailfin("train", recipe, "--train", tiny_set[0], *SHORT, "--out", out)
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not (log.exists() and len(log.read_text().splitlines()) >= 7):
-        assert process.poll() is None, process.stdout.read()
-        time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    add = TrainingLog.add
+
+    def stopping(self, parts, rate, done):
+        add(self, parts, rate, done)
+        if done == 7:
+            raise Stopped
+
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(TrainingLog, "add", stopping)
+        api.train(recipe, train=tiny_set[0], out=out, overrides=SHORT)
     state = checkpoint.load_resume_point(out / "stages/1-pretrain")
     assert state is not None and {"queues.image.rows", "queues.box.place"} <= state["model"].keys()
     api.train("", out=out, resume=True)
@@ -179,3 +186,47 @@ def test_mistakes_leave_nothing_behind(recipe, tiny_set, tmp_path):
 
 def test_pretraining_can_be_dropped(recipe):
     assert load_recipe(recipe, ["pretraining=null"]).pretraining is None
+
+
+def test_proposals_as_instances_reach_the_plan(tmp_path, tiny_set, recipe, monkeypatch):
+    seen = []
+
+    def plan(*arguments):
+        seen.append(made := batch_plan(*arguments))
+        return made
+
+    monkeypatch.setattr(method, "batch_plan", plan)
+    more = ["instance_source=proposal", "first_epoch=1"]
+    overrides = [
+        *SHORT,
+        "schedule.epochs=0.2",
+        "pretraining.schedule.epochs=0.2",
+        "pretraining.proposals.source=gt",
+        "pretraining.proposals.min_side=20",
+        "pretraining.proposals.fallback=none",
+        *(f"pretraining.sampler.{key}" for key in more),
+    ]
+    api.train(recipe, train=tiny_set[0], out=tmp_path / "run", overrides=overrides)
+    index = open_index(tiny_set[0])
+    clean = index.clean()
+    large = ((clean.boxes[:, 2:] - clean.boxes[:, :2]) >= 20).all(axis=1)
+    counts = np.maximum(np.bincount(index.labels[clean.rows][large], minlength=3), 1)
+    assert seen[0].stats.instance_count.tolist() == counts.tolist() != np.bincount(index.labels).tolist()
+    stored = recipe_from_file(tmp_path / "run" / "recipe.yaml").pretraining.sampler
+    assert (stored.instance_source, stored.first_epoch, stored.name) == ("proposal", 1, "dynamic")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ([], "gt_jitter.* draws new boxes for every sample, they cannot be counted"),
+        (["pretraining.proposals.source=selective_search"], "write them with `tailfin data proposals"),
+        (["pretraining.sampler.name=rfs"], "needs a sampler that counts instances: dynamic or irfs, not rfs"),
+        (["pretraining.weights.lcl=0", "pretraining.weights.sr=0"], "no term of this pre-training uses proposals"),
+    ],
+)
+def test_what_cannot_be_counted_is_refused(recipe, overrides, message):
+    with pytest.raises(UserError, match=message):
+        load_recipe(recipe, ["pretraining.sampler.instance_source=proposal", *overrides])
+    with pytest.raises(UserError, match="instance_source"):
+        load_recipe(recipe, ["sampler.instance_source=proposal"])  # a training without proposals

@@ -29,6 +29,7 @@ from tailfin.stats import ClassStats
 from tailfin.stop_signals import Interrupted
 from tailfin.training_log import TrainingLog
 
+pytestmark = pytest.mark.usefixtures("quick_training")
 RECIPE = """\
 method: stepwise
 weights: none
@@ -137,7 +138,7 @@ class Stopped(Exception):
 def test_interrupted_and_resumed(straight, recipe, tmp_path, monkeypatch, where):
     out = tmp_path / "run"
     shutil.copytree(straight, out)  # a run that has come to the step in question
-    for made in ("model.safetensors", "metrics.json", "report.html", "results.bbox.json"):
+    for made in ("model.safetensors", "metrics.json", "results.bbox.json"):
         (out / made).unlink()
     for later in {"exemplars": ("2-head", "3-tail"), "head": ("2-head", "3-tail"), "tail": ("3-tail",)}[where]:
         shutil.rmtree(out / "stages" / later)
@@ -232,12 +233,11 @@ def test_a_given_detector_takes_the_place_of_step_0(straight, recipe, tiny_set, 
     assert not (tmp_path / "none").exists()
 
 
-def test_selection_does_not_depend_on_the_processes(straight, recipe, tiny_set, tmp_path, run_tailfin):
-    weights = straight / "stages" / "1-base" / "model.safetensors"
+def test_selection_does_not_depend_on_the_processes(straight, recipe, tiny_set, tmp_path, train_on_ranks):
     out = tmp_path / "run"
-    options = ["--train", tiny_set[0], "--weights", weights, "--out", out, "stepwise.base=given"]
-    done = run_tailfin("train", recipe, *options, "stepwise.head=null", "stepwise.tail.epochs=1", processes=2)
-    assert done.returncode == 0, done.stderr
+    arguments = {"train": tiny_set[0], "out": out, "weights": straight / "stages" / "1-base" / "model.safetensors"}
+    overrides = ["stepwise.base=given", "stepwise.head=null", "stepwise.tail.epochs=1"]
+    train_on_ranks(lambda rank: tailfin.train(recipe, **arguments, overrides=overrides))
     lists = [json.loads((run / "exemplars.json").read_text())["classes"] for run in (straight, out)]
     assert lists[0] == lists[1]
     keys = changed(stage(out, "0-base"), load_file(out / "model.safetensors"))

@@ -21,6 +21,7 @@ from tailfin.models.images import batch_images
 from tailfin.models.roi_heads import BoxPredictor
 from tailfin.stats import ClassStats
 
+pytestmark = pytest.mark.usefixtures("quick_training")
 WHOLE = [name for name, kind in losses.LOSSES.items() if kind.alone]
 STEPS, ROWS = 120, 512
 
@@ -44,7 +45,7 @@ def features(tmp_path_factory, tiny_set, tiny_recipe) -> Features:
         tiny_recipe,
         train=tiny_set[0],
         out=tmp_path_factory.mktemp("features") / "run",
-        overrides={"loss": "softmax", "schedule.epochs": 14, "schedule.milestones": [12]},
+        overrides={"loss": "softmax", "schedule.epochs": 8, "schedule.milestones": [7]},
     )
     detector = tailfin.load(run, "cpu")
     model, heads = detector.model, detector.model.roi_heads

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import DeformableDetrForObjectDetection, ResNetConfig
 
 import tailfin
+from tailfin import api
 from tailfin.config import check_recipe
 from tailfin.dry_run import show_plan
 from tailfin.errors import UserError
@@ -367,11 +368,11 @@ class Killed(Exception):
     pass
 
 
-def test_train_resume_and_predict(tmp_path, monkeypatch, tiny_set, capsys):
+def test_train_resume_and_predict(tmp_path, monkeypatch, tiny_set, quick_training):
     recipe = tmp_path / "detr.yaml"
     recipe.write_text(RECIPE)
     files: dict[str, Any] = {"train": tiny_set[0], "val": tiny_set[1]}
-    show_plan(tailfin.api.resolve_recipe(recipe, tiny_set[0], tiny_set[1]), tmp_path / "dry")
+    show_plan(api.resolve_recipe(recipe, tiny_set[0], tiny_set[1]), tmp_path / "dry")
     assert (tmp_path / "dry-dry-run.jpg").exists()
     straight = tailfin.train(recipe, **files, out=tmp_path / "straight")
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 import tailfin
@@ -28,6 +26,7 @@ from tailfin.modules.feature_memory import FeatureMemory
 from tailfin.modules.rio import FeatureBank
 from tailfin.stats import ClassStats
 
+pytestmark = pytest.mark.usefixtures("quick_training")
 SECOND = [
     "method=decoupled",
     "second.schedule.epochs=1",
@@ -137,15 +136,12 @@ def test_trains_in_bf16(name, tmp_path, tiny_set, tiny_recipe):
 
 
 @pytest.mark.parametrize("name", ["hallucination", "feature_memory"])
-def test_two_processes_resume_to_the_bit(name, tmp_path, tiny_set, tiny_recipe, run_on_ranks):
+def test_two_processes_resume_to_the_bit(name, tmp_path, tiny_set, tiny_recipe, train_on_ranks):
     """Both have the same state, or the resumed process 1 would go on with that of process 0."""
     run = tmp_path / "run"
     overrides = [*METHODS[name], "logging.checkpoint_every=4"]
 
     def on_rank(rank):
-        AcceleratorState._reset_state(reset_partial_state=True)
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
-        os.environ.update(MASTER_ADDR="localhost", MASTER_PORT="1", CUDA_VISIBLE_DEVICES="")  # the group is there
         tailfin.train(tiny_recipe, train=tiny_set[0], out=run, overrides=overrides)
         straight = {**weights(run), **memory(run)}
         torch.distributed.barrier()
@@ -157,7 +153,7 @@ def test_two_processes_resume_to_the_bit(name, tmp_path, tiny_set, tiny_recipe, 
         tailfin.train("", out=run, resume=True)
         assert_same(straight, {**weights(run), **memory(run)})
 
-    run_on_ranks(on_rank)
+    train_on_ranks(on_rank)
 
 
 def test_the_memory_is_full_of_every_class_before_the_second_stage(tmp_path, tiny_set, tiny_recipe):

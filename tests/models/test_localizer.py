@@ -168,7 +168,7 @@ def test_training_raises_recall(tiny_set):
     before = recall()
     model.train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.005, momentum=0.9)
-    for iteration in range(60):
+    for iteration in range(40):
         torch.manual_seed(iteration)
         rows = np.random.default_rng(iteration).choice(samples.rows(), 4)
         batch = [samples[(iteration, int(row), 0)] for row in rows]

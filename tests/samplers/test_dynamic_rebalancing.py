@@ -7,7 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tailfin.samplers import category_factors, round_factors
+from tailfin.data.index import open_index
+from tailfin.samplers import category_factors, image_factors, round_factors
+from tailfin.samplers.plan import BatchPlan
+from tailfin.samplers.repeat_factor import training_labels
+from tailfin.schema.training import Sampler
 from tailfin.stats import ClassStats
 
 COUNTS = st.lists(st.tuples(st.integers(1, 500), st.integers(0, 500)), min_size=1, max_size=6)
@@ -63,3 +67,17 @@ def test_stochastic_rounding_has_the_factor_as_its_mean():
     assert draws.mean(0) == pytest.approx(factors, abs=0.03)
     again = round_factors(factors, "stochastic", np.random.default_rng([0, 7]).random(4))
     assert (again == draws[7]).all()
+
+
+@pytest.mark.parametrize(("first", "shares"), [(0, (0.0, 0.5)), (1, (0.5, 1.0))])
+def test_the_number_of_the_first_epoch(tiny_set, first, shares):
+    """From 0, two epochs go by the images' shares and by both; from 1, by both and by the instances'."""
+    index = open_index(tiny_set[0])
+    stats = ClassStats(image_count=[20, 10, 2], instance_count=[200, 10, 20], num_images=26)
+    sampler = Sampler(name="dynamic", threshold=0.9, rounding="ceil", first_epoch=first)
+    plan = BatchPlan(index, np.arange(len(index)), stats, sampler, batch=4, epochs=2, seed=0)
+    for epoch, progress in enumerate(shares):
+        factors = image_factors(category_factors(stats, "dynamic", 0.9, progress), *training_labels(index), len(index))
+        counted = np.bincount(plan.order(epoch), minlength=len(index))
+        np.testing.assert_array_equal(counted, np.ceil(factors))
+    assert len(plan.order(0)) != len(plan.order(1))

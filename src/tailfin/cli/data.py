@@ -12,6 +12,7 @@ from PIL import Image
 from rich.console import Console
 
 from tailfin.cli import data_make
+from tailfin.cli.data_coco_lt import coco_lt
 from tailfin.cli.data_proposals import proposals
 from tailfin.cli.data_smooth_tail import smooth_tail
 from tailfin.data.check import check_file
@@ -92,6 +93,7 @@ def check(
 
 for verb in (data_make.synth, data_make.split, data_make.convert, data_make.merge, proposals):
     app.command()(verb)
+app.command("coco-lt")(coco_lt)
 app.command("smooth-tail")(smooth_tail)
 
 

@@ -109,9 +109,9 @@ def split(
     pictures = image_folder(file, images)
     for target, part in ((out_train, train), (out_val, val_part)):
         if target is not None and part is not None:
-            part, note = _leading_to_pictures(part, pictures, target)
+            part, note = leading_to_pictures(part, pictures, target)
             write_json(target, part)
-            typer.echo(_summary(target, part))
+            typer.echo(summary(target, part))
             notes.append(note)
     for note in filter(None, notes):
         typer.echo(note)
@@ -217,7 +217,7 @@ def read_counts(path: Path) -> dict[str, int]:
 # details
 
 
-def _leading_to_pictures(document: dict[str, Any], folder: Path, target: Path) -> tuple[dict[str, Any], str]:
+def leading_to_pictures(document: dict[str, Any], folder: Path, target: Path) -> tuple[dict[str, Any], str]:
     """The document with file names that lead from the picture folder of `target` to `folder`; else a note."""
     from tailfin.data.document import file_name
     from tailfin.data.folders import leading_prefix
@@ -250,7 +250,7 @@ def _range(counts: Any) -> str:
     return f"{high} per class" if low == high else f"{high} to {low} per class"
 
 
-def _summary(path: Path, document: dict[str, Any]) -> str:
+def summary(path: Path, document: dict[str, Any]) -> str:
     present = len({annotation["category_id"] for annotation in document["annotations"]})
     return (
         f"{path}: {len(document['images'])} pictures, {len(document['annotations'])} objects, "

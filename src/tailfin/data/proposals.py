@@ -170,26 +170,27 @@ def _within(boxes: Boxes, area: int | NDArray[np.float64], config: Proposals) ->
     return keep
 
 
-def _best_truth(
-    boxes: Boxes, image: NDArray[np.int64], truth: Boxes, offsets: NDArray[np.int64]
-) -> NDArray[np.int64]:
+def _best_truth(boxes: Boxes, image: NDArray[np.int64], truth: Boxes, offsets: NDArray[np.int64]) -> NDArray[np.int64]:
     """Row of the annotation that each box [N, 4] of its `image` [N] overlaps most, int64 [N]; -1 below IoU 0.5.
 
-    Picture i has the annotations truth[offsets[i] : offsets[i + 1]]; of equals the first one.
+    Picture i has the annotations truth[offsets[i] : offsets[i + 1]]; of equals the first one. `image` ascends.
     """
     result = np.full(len(boxes), -1, dtype=np.int64)
     counts = offsets[image + 1] - offsets[image]
     box, other = np.repeat(np.arange(len(boxes)), counts), _ragged(offsets[image], counts)
     if not len(box):
         return result
-    one, two = boxes[box].astype(np.float64), truth[other].astype(np.float64)
-    sides = np.minimum(one[:, 2:], two[:, 2:]) - np.maximum(one[:, :2], two[:, :2])
-    shared = np.clip(sides, 0, None).prod(axis=1)
-    areas = (one[:, 2:] - one[:, :2]).prod(axis=1) + (two[:, 2:] - two[:, :2]).prod(axis=1)
-    iou = shared / (areas - shared)
-    some = np.flatnonzero(counts)
-    best = np.maximum.reduceat(iou, np.concatenate([[0], np.cumsum(counts[some])[:-1]]))
-    hit = np.flatnonzero((iou == np.repeat(best, counts[some])) & (iou >= INSTANCE_IOU))
+    base = int(offsets[image[0]])
+    near = truth[base : int(offsets[image[-1] + 1])]
+    one, two = (np.ascontiguousarray(values.T, dtype=np.float64) for values in (boxes, near))  # whole columns: fast
+    first, second = one[:, box], two[:, other - base]
+    shared = np.minimum(first[2], second[2]) - np.maximum(first[0], second[0])
+    np.clip(shared, 0, None, out=shared)
+    shared *= np.clip(np.minimum(first[3], second[3]) - np.maximum(first[1], second[1]), 0, None)
+    area, own = ((corners[2] - corners[0]) * (corners[3] - corners[1]) for corners in (one, two))
+    iou = shared / (area[box] + own[other - base] - shared)
+    hit = np.flatnonzero(iou >= INSTANCE_IOU)
+    hit = hit[np.lexsort((-iou[hit], box[hit]))]  # stable: of equals the first
     owner, place = np.unique(box[hit], return_index=True)
     result[owner] = other[hit[place]]
     return result

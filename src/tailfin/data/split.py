@@ -71,10 +71,10 @@ def long_tail_subsample(
     crowd = np.array([bool(a.get("iscrowd")) for a in document["annotations"]], bool)
     present = np.bincount(category_of[~crowd], minlength=len(document["categories"]))
     if counts is not None:
-        wanted = _given(document, present, counts)
+        wanted = given_counts(document, present, counts)
     else:
         assert imbalance is not None
-        wanted = _exponential(present, imbalance, largest)
+        wanted = exponential_counts(present, imbalance, largest)
     keep = _choose(image_of, category_of, crowd, np.minimum(wanted, present), len(document["images"]), seed)
     had = np.bincount(image_of, minlength=len(document["images"])) > 0
     has = np.bincount(image_of[keep], minlength=len(document["images"])) > 0
@@ -177,7 +177,8 @@ def _mend(rows: _Rows, in_val: Bools) -> None:
 # long tail
 
 
-def _given(document: Document, present: Ints, counts: Mapping[str, int]) -> Ints:
+def given_counts(document: Document, present: Ints, counts: Mapping[str, int]) -> Ints:
+    """Wanted annotations per category [C]: `counts` by name, `present` for classes that it does not name."""
     place = {category["name"]: position for position, category in enumerate(document["categories"])}
     wanted = present.copy()
     for name, count in counts.items():
@@ -189,7 +190,8 @@ def _given(document: Document, present: Ints, counts: Mapping[str, int]) -> Ints
     return wanted
 
 
-def _exponential(present: Ints, imbalance: float, largest: int | None) -> Ints:
+def exponential_counts(present: Ints, imbalance: float, largest: int | None) -> Ints:
+    """Wanted annotations per category [C], falling from `largest` to largest / imbalance in the order of `present`."""
     if not 1 <= imbalance < float("inf"):
         raise UserError(f"the imbalance is {imbalance}, it must be at least 1")
     if largest is not None and largest < 1:
