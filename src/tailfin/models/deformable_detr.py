@@ -443,7 +443,7 @@ def _sines(values: Tensor, channels: int) -> Tensor:
 
 
 def grid(shape: tuple[int, int], ratio: Tensor) -> Tensor:
-    """Centres (x, y) of a level's cells in fractions of the picture, [B, h w, 2]; its share of the map is ratio [B, 2]."""
+    """Centres (x, y) of a level's cells in fractions of the picture, [B, h w, 2]; its share of the map is `ratio`."""
     y, x = torch.meshgrid(
         *[(torch.arange(side, device=ratio.device) + 0.5) / side for side in shape],
         indexing="ij",

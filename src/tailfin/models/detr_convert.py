@@ -1,8 +1,8 @@
 """Released Deformable DETR checkpoints in tailfin's names.
 
 The released code of Deformable DETR, and of the work built on it, keeps the transformer under `transformer.`, the
-ResNet under `backbone.0.body.` and the heads at the top; self-attention is one matrix for queries, keys and values. Left out
-are the copies of the heads inside the decoder and what torchvision counts batches with.
+ResNet under `backbone.0.body.` and the heads at the top; self-attention is one matrix for queries, keys and values.
+Left out are the copies of the heads inside the decoder and what torchvision counts batches with.
 """
 
 from __future__ import annotations
