@@ -193,7 +193,11 @@ def test_accumulated_gradients_are_those_of_the_batch(train, monkeypatch):
         return {"loss": torch.stack([value.square().mean() for value in features.values()]).sum()}
 
     original = run_module.Run.stage
-    monkeypatch.setattr(run_module.Run, "stage", lambda self, name, model: original(self, name, model, step=step))
+
+    def stage(self, name, model, **options):
+        return original(self, name, model, **{**options, "step": step})
+
+    monkeypatch.setattr(run_module.Run, "stage", stage)
     changes = {"schedule.lr": 1e-4, "detector.norm": "gn", "schedule.warmup": 0}
     one, two = train("one", changes), train("two", {**changes, "schedule.accumulation": 2})
     first, second = load_file(one / "model.safetensors"), load_file(two / "model.safetensors")

@@ -214,19 +214,6 @@ def test_ignored_rows_are_removed_first():
     torch.testing.assert_close(other, loss(logits, labels, draws=draws))
 
 
-def test_extreme_logits_and_half_precision_stay_finite():
-    loss = build(counts(1203))
-    for change in (lambda z: 60 * z, lambda z: z.bfloat16(), lambda z: z.half(), lambda z: -300 + 0 * z):
-        logits, labels = rows(7, 16, loss, torch.float32)
-        labels[:8] = 1203
-        value = change(logits).detach().requires_grad_()
-        result = loss(value, labels)
-        result.backward()
-        assert result.dtype == torch.float32
-        assert torch.isfinite(result)
-        assert torch.isfinite(value.grad).all()
-
-
 def test_state_prior_and_options():
     loss = build([5, 50, 60])
     assert loss.state_dict() == {}

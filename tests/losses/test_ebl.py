@@ -214,29 +214,6 @@ def test_ignored_rows_take_their_keywords_with_them(build):
     assert torch.equal(one.mean_score, other.mean_score)
 
 
-def test_state_is_saved_and_changes_in_train_mode_only(build):
-    loss, other = build(4), build(4)
-    loss(*rows(3, 20, 4)[:2])
-    assert set(loss.state_dict()) == {"mean_score"}
-    other.load_state_dict(loss.state_dict())
-    loss.eval()
-    loss(*rows(5, 20, 4)[:2])
-    assert torch.equal(other.mean_score, loss.mean_score)
-    assert loss.bfloat16().mean_score.dtype == torch.float64
-
-
-@pytest.mark.parametrize("labels", [[], [-1, -1], [3, 3, 3], [0, 0]])
-def test_no_rows_and_no_foreground(build, labels):
-    loss = build(3)
-    logits = torch.zeros((len(labels), 4), requires_grad=True)
-    value = loss(logits, torch.tensor(labels, dtype=torch.int64))
-    value.backward()
-    assert torch.isfinite(value)
-    assert torch.isfinite(logits.grad).all()
-    if 0 not in labels:
-        assert loss.mean_score.tolist() == [0.01] * 4
-
-
 def test_extreme_logits_and_half_precision_stay_finite(build):
     for change in (lambda z: 60 * z, lambda z: z.bfloat16(), lambda z: z.half()):
         loss = build(1203)

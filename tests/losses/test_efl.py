@@ -233,44 +233,6 @@ def test_two_processes_are_one_on_the_joined_batch(run_on_ranks, build, situatio
             np.testing.assert_array_equal(result[2][name], results[0][2][name])
 
 
-def test_state_is_saved_and_changes_in_train_mode_only(build):
-    loss = build(4)
-    loss(*rows(3, 20, 4))
-    assert set(loss.state_dict()) == set(STATE)
-    other = build(4)
-    other.load_state_dict(loss.state_dict())
-    torch.testing.assert_close(other(*rows(4, 20, 4)), loss(*rows(4, 20, 4)), rtol=0, atol=0)
-    before = {name: value.clone() for name, value in loss.state_dict().items()}
-    loss.eval()
-    loss(*rows(5, 20, 4))
-    for name, value in loss.state_dict().items():
-        assert torch.equal(value, before[name])
-        assert value.dtype == torch.float64
-    assert loss.half().pos_grad.dtype == torch.float64
-
-
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("labels", [[], [-1, -1], [3, 3, 3], [0], [-1, 2, 3, 0]])
-def test_no_rows_and_no_foreground(build, labels, training):
-    loss = build(3).train(training)
-    logits = torch.randn((len(labels), 3), generator=torch.Generator().manual_seed(0), requires_grad=True)
-    value = loss(logits, torch.tensor(labels, dtype=torch.int64))
-    value.backward()
-    assert torch.isfinite(value)
-    assert torch.isfinite(logits.grad).all()
-    if not any(label >= 0 for label in labels):
-        assert value.item() == 0
-        assert loss.pos_neg.tolist() == [1, 1, 1]
-
-
-def test_ignored_rows_are_removed_first(build):
-    logits, labels = rows(6, 10, 4)
-    padded = torch.cat([logits, torch.full((3, 4), 50.0, dtype=logits.dtype)])
-    one, other = build(4), build(4)
-    torch.testing.assert_close(other(padded, torch.cat([labels, torch.full((3,), -1)])), one(logits, labels))
-    assert torch.equal(one.neg_grad, other.neg_grad)
-
-
 @pytest.mark.parametrize("pos_neg", [0.0, 1.0])
 def test_extreme_logits_and_half_precision_stay_finite(build, pos_neg):
     for change in (lambda z: 60 * z, lambda z: z.bfloat16(), lambda z: z.half(), lambda z: -300 + 0 * z):

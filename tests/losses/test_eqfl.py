@@ -165,40 +165,6 @@ def test_ignored_rows_take_their_quality_with_them(build):
     )
 
 
-def test_state_is_saved_and_changes_in_train_mode_only(build):
-    loss, other = build(4), build(4)
-    loss(*rows(3, 20, 4)[:2])
-    other.load_state_dict(loss.state_dict())
-    assert torch.equal(other.pos_neg, loss.pos_neg)
-    loss.eval()
-    logits, labels, quality = rows(5, 20, 4)
-    loss(logits, labels, quality=quality)
-    for name in STATE:
-        assert torch.equal(getattr(other, name), getattr(loss, name))
-
-
-@pytest.mark.parametrize("labels", [[], [-1, -1], [3, 3, 3], [0, 0]])
-def test_no_rows_and_no_foreground(build, labels):
-    loss = build(3)
-    logits = torch.zeros((len(labels), 3), requires_grad=True)
-    value = loss(logits, torch.tensor(labels, dtype=torch.int64), quality=torch.ones(len(labels)))
-    value.backward()
-    assert torch.isfinite(value)
-    assert torch.isfinite(logits.grad).all()
-
-
-def test_extreme_logits_and_half_precision_stay_finite(build):
-    for change in (lambda z: 60 * z, lambda z: z.bfloat16(), lambda z: z.half()):
-        loss = build(1203)
-        loss.pos_neg.fill_(0.3)
-        logits, labels, quality = rows(7, 16, 1203, torch.float32)
-        value = change(logits).detach().requires_grad_()
-        result = loss(value, labels, quality=quality)
-        result.backward()
-        assert torch.isfinite(result)
-        assert torch.isfinite(value.grad).all()
-
-
 def test_prior_scores_and_mistakes(build):
     loss = build(6)
     torch.testing.assert_close(loss.scores(loss.prior_bias()[None]), torch.full((1, 6), 0.001))

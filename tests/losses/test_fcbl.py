@@ -201,24 +201,6 @@ def test_order_of_update(stats_of):
     assert second(logits, labels).item() == pytest.approx(known)
 
 
-def test_statistics_change_in_train_mode_only(stats_of):
-    for indicator in INDICATORS:
-        loss = FCBL(stats_of([9] * 5), indicator=indicator).eval()
-        before = {name: buffer.clone() for name, buffer in loss.named_buffers()}
-        loss(*rows(3, 20, 5, 10))
-        for name, buffer in loss.named_buffers():
-            torch.testing.assert_close(buffer, before[name], rtol=0, atol=0)
-            assert buffer.dtype == torch.float64
-
-
-@pytest.mark.parametrize("indicator", ["confusion", "cumulative", "score", "tpr"])
-def test_state_dict_round_trip(stats_of, indicator):
-    loss = trained(stats_of, 6, indicator=indicator)
-    other = FCBL(stats_of([9] * 6), indicator=indicator)
-    other.load_state_dict(loss.state_dict())
-    torch.testing.assert_close(other.indicator_diagonal(), loss.indicator_diagonal(), rtol=0, atol=0)
-
-
 @pytest.mark.parametrize("cut", [11, 22, 40, 0])  # rows on rank 0: some, all foreground, all, none
 @pytest.mark.parametrize("indicator", ["confusion", "cumulative", "score", "tpr"])
 def test_two_ranks_equal_one_process(stats_of, run_on_ranks, indicator, cut):

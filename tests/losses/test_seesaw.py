@@ -167,43 +167,6 @@ def test_two_processes_are_one_on_the_joined_batch(run_on_ranks, situation):
         np.testing.assert_array_equal(result[2], joined.cum_samples)
 
 
-def test_state_is_saved_and_changes_in_train_mode_only():
-    loss, other = build(4), build(4)
-    loss(*rows(3, 20, 4))
-    assert set(loss.state_dict()) == {"cum_samples"}
-    other.load_state_dict(loss.state_dict())
-    torch.testing.assert_close(other(*rows(4, 20, 4)), loss(*rows(4, 20, 4)), rtol=0, atol=0)
-    before = loss.cum_samples.clone()
-    loss.eval()
-    loss(*rows(5, 20, 4))
-    assert torch.equal(loss.cum_samples, before)
-    assert loss.half().cum_samples.dtype == torch.float64
-
-
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("labels", [[], [-1, -1], [3, 3, 3], [0], [-1, 2, 3, 0]])
-def test_no_rows_and_no_foreground(labels, training):
-    loss = build(3).train(training)
-    logits = torch.randn((len(labels), 5), generator=torch.Generator().manual_seed(0), requires_grad=True)
-    value = loss(logits, torch.tensor(labels, dtype=torch.int64))
-    value.backward()
-    assert torch.isfinite(value)
-    assert torch.isfinite(logits.grad).all()
-    assert loss.cum_samples.sum() == (sum(label >= 0 for label in labels) if training else 0)
-    if not any(label in (0, 1, 2) for label in labels):
-        assert loss.parts["classes"].item() == 0
-    if not any(label >= 0 for label in labels):
-        assert value.item() == 0
-
-
-def test_ignored_rows_are_removed_first():
-    logits, labels = rows(6, 10, 4)
-    padded = torch.cat([logits, torch.full((3, 6), 50.0, dtype=logits.dtype)])
-    one, other = build(4), build(4)
-    torch.testing.assert_close(other(padded, torch.cat([labels, torch.full((3,), -1)])), one(logits, labels))
-    assert torch.equal(one.cum_samples, other.cum_samples)
-
-
 @pytest.mark.parametrize("seen", [0.0, 1e9])
 def test_extreme_logits_and_half_precision_stay_finite(seen):
     for change in (lambda z: 60 * z, lambda z: z.bfloat16(), lambda z: z.half(), lambda z: -300 + 0 * z):
