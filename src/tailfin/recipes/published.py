@@ -150,8 +150,10 @@ DETECTORS = {
 }
 DATASETS = {"lvis_v1": "LVIS v1", "lvis_v0.5": "LVIS v0.5", "coco": "COCO", "coco_lt": "COCO-LT"}
 BACKBONES = {"r50": ("backbone=resnet50",), "r101": ("backbone=resnet101",)}
-# not stated: the one of the method's recipe, plain in all but ECM's and RIO's
+# not stated: the one of the method's recipe, plain in all but ECM's and RIO's; see also OWN_RUNS
 SAMPLERS = {None: (), "random": ("sampler=plain",), "rfs": ("sampler=rfs",), "irfs": ("sampler=irfs",)}
+# Rows of 2DRCL whose numbers no other table prints are runs of its own code base, whose default sampler is RFS.
+OWN_RUNS = {"2drcl": "rfs"}
 TWO_STAGES = (
     *("schedule.epochs=12", "schedule.milestones=[8, 11]"),
     *("second.schedule.epochs=12", "second.schedule.milestones=[8, 11]"),
@@ -337,6 +339,8 @@ def _overrides(row: Row) -> tuple[list[str], list[str]]:
     schedules = SCHEDULES[_method(row).stages]
     # step-wise learning's RFS is that of its steps, which `stepwise_rfs` switches; step 0 has none
     sampler = None if row.method_key == "stepwise" else row.sampler
+    if row.sampler is None and row.role == "comparison" and not row.same_numbers_as:
+        sampler = OWN_RUNS.get(row.paper)
     overrides = [*BACKBONES[row.backbone], *PRETRAINING.get(row.pretraining, ()), *SAMPLERS[sampler]]
     missing = []
     if row.schedule in schedules:
