@@ -37,7 +37,7 @@ from torchvision.ops import FrozenBatchNorm2d
 from tailfin.config import load_recipe
 from tailfin.models import build_detector
 from tailfin.models.faster_rcnn import FasterRCNN
-from tailfin.models.pretrainer import PreTrainer
+from tailfin.pretraining.shell import PreTrainer
 from tailfin.stats import ClassStats
 
 SMALL, LARGE = "fod/drcl_r18", "lvis_v1/faster_rcnn_r50_drcl"

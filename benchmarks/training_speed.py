@@ -47,7 +47,7 @@ from torchvision.ops import MultiScaleRoIAlign
 from tailfin.config import load_recipe
 from tailfin.engine import detector_step
 from tailfin.models import build_detector
-from tailfin.models.backbone import resnet_fpn
+from tailfin.models.backbones import resnet_fpn
 from tailfin.models.faster_rcnn import FasterRCNN
 from tailfin.models.images import batch_images
 from tailfin.schema.recipe import Recipe

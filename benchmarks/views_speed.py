@@ -138,7 +138,7 @@ def step_rate(name: str, source: Source, data: Data, batch: int, iterations: int
     """Pictures per second of a recipe's pre-training step, forward and backward, without loading."""
     from tailfin.models import build_detector
     from tailfin.models.faster_rcnn import FasterRCNN
-    from tailfin.models.pretrainer import PreTrainer
+    from tailfin.pretraining.shell import PreTrainer
 
     recipe = load_recipe(name, ())
     config = recipe.pretraining

@@ -20,7 +20,7 @@ from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from tailfin import ClassStats, losses
 from tailfin.data.dataset import TrainingDataset, open_source
 from tailfin.data.synth import make_synthetic
-from tailfin.models.roi_heads import BoxPredictor, RoIHeads
+from tailfin.models.heads.roi_heads import BoxPredictor, RoIHeads
 from tailfin.schema.data import Data, DataFiles
 
 

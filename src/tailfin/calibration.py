@@ -24,8 +24,8 @@ from tailfin.errors import UserError
 from tailfin.evaluation.results import ResultWriter
 from tailfin.files import existing_file, write_json
 from tailfin.inference import category_ids_for, counts_by_id, picture_scale
-from tailfin.models.classifiers import NorCal
 from tailfin.models.faster_rcnn import FasterRCNN
+from tailfin.models.heads import NorCal
 from tailfin.models.images import batch_images
 from tailfin.progress import Progress
 from tailfin.samplers.class_aware import class_aware_order

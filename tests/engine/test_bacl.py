@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 import tailfin
 from tailfin import checkpoint
 from tailfin.models import extra_rows
-from tailfin.modules.hallucination import FeatureHallucination, FeatureStatistics
+from tailfin.models.features.hallucination import FeatureHallucination, FeatureStatistics
 from tailfin.training_log import TrainingLog
 
 pytestmark = pytest.mark.usefixtures("quick_training")

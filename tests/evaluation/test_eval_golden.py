@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from tailfin.evaluation import evaluate
+from tailfin.evaluation.curves import coco_curves, lvis_curves
 from tailfin.evaluation.detections import best_per_image, load_detections
-from tailfin.evaluation.engine import coco_curves, lvis_curves
 from tailfin.evaluation.truth import load_truth
 
 TOLERANCE = 1e-9

@@ -19,7 +19,7 @@ from tailfin.losses.eqlv2 import EQLv2
 from tailfin.losses.fcbl import FCBL
 from tailfin.losses.fused import one_hot_bce, softplus
 from tailfin.losses.logit_adjusted import LogitAdjusted
-from tailfin.modules.meta_reweighter import MetaReweighter
+from tailfin.models.features.meta_reweighting import MetaReweighter
 
 LOSSES = {
     "fcbl": (FCBL, {}),

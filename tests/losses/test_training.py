@@ -17,8 +17,8 @@ import tailfin
 from tailfin import losses
 from tailfin.data.dataset import Source, to_test_size
 from tailfin.data.index import image_folder, open_index
+from tailfin.models.heads.roi_heads import BoxPredictor
 from tailfin.models.images import batch_images
-from tailfin.models.roi_heads import BoxPredictor
 from tailfin.stats import ClassStats
 
 pytestmark = pytest.mark.usefixtures("quick_training")

@@ -14,7 +14,7 @@ from tailfin import losses
 from tailfin.config import check_recipe
 from tailfin.losses import ClassificationLoss
 from tailfin.models import build_detector
-from tailfin.models.backbone import resnet_fpn
+from tailfin.models.backbones import resnet_fpn
 from tailfin.models.faster_rcnn import build_faster_rcnn
 from tailfin.models.images import MEAN, STD, batch_images
 from tailfin.schema.recipe import Recipe

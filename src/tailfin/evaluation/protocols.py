@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from tailfin.errors import UserError, nearest
+from tailfin.evaluation.curves import AREAS, Curves, coco_curves, lvis_curves
 from tailfin.evaluation.detections import (
     Detections,
     best_per_category,
@@ -20,7 +21,6 @@ from tailfin.evaluation.detections import (
     load_detections,
     warn_if_cut_per_image,
 )
-from tailfin.evaluation.engine import AREAS, Curves, coco_curves, lvis_curves
 from tailfin.evaluation.groups import (
     TrainCounts,
     as_train_counts,

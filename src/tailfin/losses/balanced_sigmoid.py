@@ -7,7 +7,7 @@ moved by its class's prior; background rows and test time use the plain logits::
     loss = sum over rows and classes of BCE(z', t), divided by all rows
 
 The authors' code leaves out the paper's constant 1 / (k - 1), and so does this. No state. The second half of BALMS,
-class weights learned on a balanced stream, is `tailfin.modules.meta_reweighter`.
+class weights learned on a balanced stream, is `tailfin.models.features.meta_reweighting`.
 """
 
 from __future__ import annotations

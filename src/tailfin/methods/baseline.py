@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from tailfin.methods.drcl import start
 from tailfin.methods.feature_stage import feature_stage
-from tailfin.methods.pretraining import start
 from tailfin.run import Run
 
 

@@ -12,11 +12,11 @@ import torch
 from torch import nn
 
 from tailfin.errors import UserError
+from tailfin.methods.drcl import start
 from tailfin.methods.feature_stage import feature_stage
-from tailfin.methods.pretraining import start
 from tailfin.models import build_detector
-from tailfin.models.classifiers import calibrate, uncalibrated
 from tailfin.models.faster_rcnn import FasterRCNN
+from tailfin.models.heads import calibrate, uncalibrated
 from tailfin.run import Run
 from tailfin.samplers.episodes import EpisodeDataset, EpisodePlan
 from tailfin.schema.detectors import FasterRCNN as FasterRCNNConfig

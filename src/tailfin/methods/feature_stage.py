@@ -1,6 +1,6 @@
 """A stage as its feature module wants it: a memory that is full at the start, a second stream of balanced pictures.
 
-Most feature modules live in the box head alone (`models/extra_rows.py`). Two need something of the training around:
+Most feature modules live in the box head alone (`models/features/__init__.py`). Two need something of the training around:
 
     feature_memory    before a second stage its memory is filled, class by class, with features of the frozen detector
     meta_reweighting  every training picture brings a partner, drawn so that classes come about equally often: with
@@ -21,10 +21,10 @@ from tailfin.checkpoint import resume_point
 from tailfin.data.dataset import Source, TrainingDataset, training_loader
 from tailfin.engine import seed_iteration
 from tailfin.errors import UserError
-from tailfin.models.extra_rows import LearntWeights, RememberedRows
 from tailfin.models.faster_rcnn import FasterRCNN
+from tailfin.models.features import LearntWeights, RememberedRows
+from tailfin.models.features.box_generator import COPIES
 from tailfin.models.images import batch_images
-from tailfin.modules.box_generator import COPIES
 from tailfin.run import Run, batch_plan
 from tailfin.samplers.repeat_factor import training_labels
 from tailfin.schedule import learning_rate

@@ -32,7 +32,7 @@ from tailfin.data.smooth_tail import Exemplars, PlannedStep, planned_steps
 from tailfin.errors import UserError, nearest
 from tailfin.exemplar_scores import read_scores, score_annotations
 from tailfin.files import write_json
-from tailfin.methods.pretraining import start
+from tailfin.methods.drcl import start
 from tailfin.models import build_detector
 from tailfin.models.transfer import Transfer
 from tailfin.run import Run, on_main

@@ -15,12 +15,12 @@ from tailfin.checkpoint import FORMAT, load_weights, read_safetensors
 from tailfin.errors import UserError
 from tailfin.files import existing_file
 from tailfin.losses.base import ClassificationLoss
-from tailfin.models.backbone import imagenet_state, resnet_fpn
-from tailfin.models.classifiers import NorCal, calibrate, check_extra_rows, check_start
-from tailfin.models.extra_rows import build_feature_module
+from tailfin.models.backbones import imagenet_state, resnet_fpn
 from tailfin.models.faster_rcnn import build_faster_rcnn
+from tailfin.models.features import build_feature_module
+from tailfin.models.features.meta_reweighting import MetaReweighter
+from tailfin.models.heads import NorCal, calibrate, check_extra_rows, check_start
 from tailfin.models.localizer import build_localizer
-from tailfin.modules.meta_reweighter import MetaReweighter
 from tailfin.schema.detectors import FasterRCNN, Localizer
 from tailfin.schema.recipe import Recipe
 from tailfin.stats import ClassStats

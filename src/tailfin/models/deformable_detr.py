@@ -30,7 +30,7 @@ from transformers.models.deformable_detr.modeling_deformable_detr import (
 from tailfin.checkpoint import load_weights
 from tailfin.losses.base import ClassificationLoss
 from tailfin.losses.focal import Focal
-from tailfin.models.backbone import NORMS, load_body
+from tailfin.models.backbones import NORMS, load_body
 from tailfin.models.deformable_attention import DeformableAttention, EncoderLayer, Shapes
 from tailfin.models.detr_convert import convert_released, is_released
 from tailfin.models.detr_criterion import Outputs, SetCriterion

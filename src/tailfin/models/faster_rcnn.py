@@ -19,10 +19,10 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 
 from tailfin.losses.base import ClassificationLoss
-from tailfin.models.classifiers import box_heads
+from tailfin.models.heads import box_heads
+from tailfin.models.heads.roi_heads import RoIHeads, Targets
 from tailfin.models.images import batch_images
 from tailfin.models.roi_align import PyramidRoIAlign
-from tailfin.models.roi_heads import RoIHeads, Targets
 from tailfin.samplers.nms_resampling import THRESHOLDS, ResamplingRPN
 from tailfin.schema.detectors import FasterRCNN as FasterRCNNConfig
 from tailfin.schema.recipe import Evaluation

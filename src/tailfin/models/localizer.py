@@ -23,9 +23,9 @@ from torchvision.models.detection.rpn import RPNHead, concat_box_prediction_laye
 from torchvision.ops import box_iou, clip_boxes_to_image, generalized_box_iou_loss, nms
 
 from tailfin.models.faster_rcnn import _Float32Anchors, _Float32RPNHead
+from tailfin.models.heads.roi_heads import Targets
 from tailfin.models.images import batch_images
 from tailfin.models.roi_align import PyramidRoIAlign
-from tailfin.models.roi_heads import Targets
 from tailfin.schema.detectors import Localizer as LocalizerConfig
 
 MIN_SIDE = 1.0  # pixels of the picture given; thinner boxes are dropped

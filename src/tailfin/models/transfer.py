@@ -1,6 +1,6 @@
 """Knowledge transfer of step-wise learning (Dong et al., ICCV'23, 3.3): a student that trains beside its teacher.
 
-    total = detection losses of the student + lambda_fm * eq. 2 + lambda_cls * eq. 3        (modules/distillation.py)
+    total = detection losses of the student + lambda_fm * eq. 2 + lambda_cls * eq. 3        (models/distillation.py)
 
 Deformable DETR: eq. 2 on the outputs of `input_proj`, eq. 3 on the teacher's object queries. Faster R-CNN: eq. 3 on the
 student's sampled proposals with the teacher's features, eq. 2 on the pyramid where it trains. The teacher is no
@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from tailfin.errors import UserError
 from tailfin.losses.base import ClassificationLoss
+from tailfin.models.distillation import box_masks, class_distillation, feature_distillation
 from tailfin.models.faster_rcnn import FasterRCNN
 from tailfin.models.images import batch_images
-from tailfin.modules.distillation import box_masks, class_distillation, feature_distillation
 from tailfin.schema.stepwise import Distillation
 
 Losses = dict[str, Tensor]

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tailfin.data.dataset import TrainingDataset
-from tailfin.modules.simcal import draw_episodes
+from tailfin.models.heads.simcal import draw_episodes
 from tailfin.samplers.plan import BatchPlan
 
 

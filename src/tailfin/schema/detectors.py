@@ -12,14 +12,14 @@ CALIBRATORS = ("disalign", "simcal")  # classifiers that a second stage puts aro
 
 
 class Classifier(Named):
-    """What makes class logits of the shared features, with options of its own (`tailfin.models.classifiers`)."""
+    """What makes class logits of the shared features, with options of its own (`tailfin.models.heads`)."""
 
     name: ConfigName = "linear"
 
     @model_validator(mode="after")
     def _check(self) -> Classifier:
         if self.name != "linear" or self.options:  # not for the default, which is made while the schema is imported
-            from tailfin.models.classifiers import check_options
+            from tailfin.models.heads import check_options
 
             check_options(self.name, self.options)
         return self

@@ -1,0 +1,176 @@
+"""Features made up from running class statistics: the feature hallucination module of BACL (TMM'23, section III-E).
+
+    mu_c <- beta mu_c + (1 - beta) mean,  sigma_c <- beta sigma_c + (1 - beta) variance         (eq. 11)
+    probability of class c = (1 - l_c) / sum(1 - l)        l: a long-term indicator in 0..1     (eq. 12)
+    feature = mu_c + noise * spread of the class           m features of each of the drawn classes (eq. 13)
+
+Statistics come from the features of the boxes that `tailfin.models.features.box_generator` makes around the ground truth, in
+the order: collect, hallucinate, loss::
+
+    module.update(features, labels)                                   # features [n, D], labels int64 [n]
+    extra, extra_labels = module.sample(loss.indicator_diagonal())
+    value = loss(classifier(torch.cat([rows, extra])), torch.cat([row_labels, extra_labels]))
+
+All state is in buffers, so a checkpoint has it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from tailfin.losses.base import several_ranks, sum_over_ranks
+
+SPREADS = ("deviation", "variance")
+
+
+class FeatureHallucination(nn.Module):
+    """Draws classes by a long-term indicator and features from their running distribution.
+
+    Args:
+        num_classes: C foreground classes.
+        channels: D, length of a feature.
+        beta: momentum of the running statistics.
+        sampled_num_classes: classes drawn per call (c); one can be drawn several times.
+        sampled_num_features: features per drawn class (m).
+        spread: what the noise is multiplied with: "deviation", the root of the running variance (released code), or
+            "variance" (the text, which calls sigma the variance).
+        across_ranks: statistics over the features of all processes, so that all have the same; without it, as in the
+            released code, each process keeps its own, and a checkpoint has those of the first.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        channels: int,
+        *,
+        beta: float = 0.9,
+        sampled_num_classes: int = 8,
+        sampled_num_features: int = 12,
+        spread: str = "deviation",
+        across_ranks: bool = True,
+    ) -> None:
+        super().__init__()
+        if spread not in SPREADS:
+            raise ValueError(f'spread must be "deviation" or "variance" (given: "{spread}")')
+        if sampled_num_classes < 1 or sampled_num_features < 1:
+            raise ValueError("sampled_num_classes and sampled_num_features must be at least 1")
+        self.sampled_num_classes = sampled_num_classes
+        self.sampled_num_features = sampled_num_features
+        self.spread = spread
+        self.statistics = FeatureStatistics(num_classes, channels, momentum=beta, across_ranks=across_ranks)
+
+    def update(self, features: Tensor, labels: Tensor) -> None:
+        """Move the statistics of the classes in `labels` [n] towards `features` [n, D]; only in train mode."""
+        self.statistics.update(features, labels)
+
+    @torch.no_grad()
+    def sample(
+        self,
+        indicator: Tensor,
+        *,
+        generator: torch.Generator | None = None,
+        draws: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Features [R, D] and their labels [R], R <= c m: classes without statistics give none.
+
+        `indicator` [C] in 0..1 is 1 for a class that needs nothing. `draws` takes the place of random numbers: c
+        uniforms and [R, D] normals.
+        """
+        statistics = self.statistics
+        if draws is None:
+            uniform = torch.rand(self.sampled_num_classes, generator=generator, device=indicator.device)
+            uniform = uniform.sort().values
+        else:
+            uniform = draws[0]
+        chosen = inverse_cdf(1 - indicator, uniform).to(statistics.used.device)
+        labels = chosen[statistics.used[chosen]].repeat_interleave(self.sampled_num_features)
+        noise = statistics.noise(len(labels), generator) if draws is None else draws[1]
+        return statistics.draw(labels, noise, self.spread), labels
+
+
+class FeatureStatistics(nn.Module):
+    """Running mean and unbiased variance of the features of each class.
+
+    Buffers: `mean` and `variance` [C, D], `used` bool [C]. A class's first features set its statistics, later ones move
+    them by 1 - momentum; a single feature has variance 0.
+    """
+
+    mean: Tensor
+    variance: Tensor
+    used: Tensor
+
+    def __init__(self, num_classes: int, channels: int, *, momentum: float = 0.9, across_ranks: bool = True) -> None:
+        super().__init__()
+        if not 0 <= momentum < 1:
+            raise ValueError(f"the momentum must lie in 0..1, without 1 (given: {momentum})")
+        self.momentum = momentum
+        self.across_ranks = across_ranks
+        self.register_buffer("mean", torch.zeros(num_classes, channels))
+        self.register_buffer("variance", torch.zeros(num_classes, channels))
+        self.register_buffer("used", torch.zeros(num_classes, dtype=torch.bool))
+
+    @torch.no_grad()
+    def update(self, features: Tensor, labels: Tensor) -> None:
+        """Take in `features` [n, D] of any float dtype; rows whose label is no foreground class are left out.
+
+        Nothing changes in evaluation mode. With `across_ranks` every process has to call it, also with no rows.
+        """
+        if not self.training:
+            return
+        classes = len(self.used)
+        if features.ndim != 2 or features.shape[1] != self.mean.shape[1] or labels.shape != features.shape[:1]:
+            raise ValueError(
+                f"features must be [n, {self.mean.shape[1]}] with labels [n], these are {list(features.shape)} and "
+                f"{list(labels.shape)}"
+            )
+        inside = (labels >= 0) & (labels < classes)
+        features, labels = features[inside].to(self.mean.dtype), labels[inside]
+        if self.across_ranks and several_ranks():  # other processes may have other classes
+            present, group = torch.arange(classes, device=labels.device), labels
+        else:
+            present, group = torch.unique(labels, return_inverse=True)
+
+        count, total = self._summed(torch.ones_like(features[:, :1]), features, group=group, length=len(present))
+        mean = total / count.clamp(min=1)
+        (squares,) = self._summed((features - mean[group]).square(), group=group, length=len(present))
+        variance = squares / (count - 1).clamp(min=1)
+
+        seen = count[:, 0] > 0
+        present, mean, variance = present[seen], mean[seen], variance[seen]
+        keep = self.momentum * self.used[present].to(mean.dtype)[:, None]
+        self.mean[present] = keep * self.mean[present] + (1 - keep) * mean
+        self.variance[present] = keep * self.variance[present] + (1 - keep) * variance
+        self.used[present] = True
+
+    def noise(self, rows: int, generator: torch.Generator | None = None) -> Tensor:
+        """[rows, D] standard normals in the statistics' dtype and on their device."""
+        shape = (rows, self.mean.shape[1])
+        return torch.randn(shape, generator=generator, device=self.mean.device, dtype=self.mean.dtype)
+
+    def draw(self, labels: Tensor, noise: Tensor, spread: str = "deviation") -> Tensor:
+        """[n, D] features of the classes `labels` [n], one per row of `noise` [n, D]."""
+        width = self.variance[labels]
+        if spread == "deviation":
+            width = width.sqrt()
+        return self.mean[labels] + width * noise.to(width)
+
+    def _summed(self, *values: Tensor, group: Tensor, length: int) -> tuple[Tensor, ...]:
+        """Per group sums of the rows of each of `values`, over all processes if the statistics are; reproducible."""
+        sums = tuple(
+            value.new_zeros(length, value.shape[1]).index_put_((group,), value, accumulate=True) for value in values
+        )
+        return sum_over_ranks(*sums) if self.across_ranks else sums
+
+
+def inverse_cdf(weights: Tensor, uniform: Tensor) -> Tensor:
+    """int64 indices drawn in proportion to `weights` [C] >= 0: the first whose cumulative share reaches `uniform`.
+
+    All are as likely where no weight is positive.
+    """
+    # sums in float64, on the CPU where the device has none: shares of a thousand classes
+    weights = weights.detach().clamp(min=0)
+    weights = weights.cpu().double() if weights.device.type == "mps" else weights.double()
+    weights = torch.where(weights.sum() > 0, weights, torch.ones_like(weights))
+    share = weights.cumsum(0) / weights.sum()
+    return torch.searchsorted(share, uniform.to(share)).clamp(max=len(share) - 1)

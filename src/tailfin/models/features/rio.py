@@ -1,0 +1,106 @@
+"""Feature bank of RIO (Chang et al., ICML'21): earlier RoI features of the rare classes join the batch.
+
+Each target class has a first-in first-out bank of its newest features, detached, with their boxes. When a target class
+shows up in a batch, its newest stored rows are appended to those of the box head, for classification and box regression
+alike, and only then is the bank updated with the batch's own. Meant for use with repeat factor sampling::
+
+    stored = bank.recall(labels)                   # of the classes in `labels`
+    bank.push(features, labels, boxes, gt_boxes)   # rows of no target class are left out
+    rows, row_labels = bank(features, labels)      # both in one, for a classifier alone
+
+All state is in buffers, so a checkpoint has it, and the same on every process: each stores the rows of all, in the
+order of the processes, which is what one process stores of the joined batch. What a process recalls follows its own
+classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from tailfin.losses.base import gather_over_ranks
+from tailfin.models.features.feature_memory import StoredRows, ring_slots
+
+
+class FeatureBank(nn.Module):
+    """Stored features of the target classes.
+
+    Args:
+        target_classes: labels of the classes to help, for instance those of the rare group.
+        channels: D, length of a feature.
+        size: rows kept per class.
+        cache: how many of them, at most, join a batch per class that is in it (the released code has 20, a base
+            configuration of it 5).
+    """
+
+    stage_memory = True  # of the stage that trains with it: no part of a model file
+    target_classes: Tensor
+    features: Tensor
+    boxes: Tensor
+    gt_boxes: Tensor
+    written: Tensor
+
+    def __init__(
+        self, target_classes: Sequence[int] | Tensor, channels: int = 1024, *, size: int = 60, cache: int = 20
+    ) -> None:
+        super().__init__()
+        if size < 1 or cache < 0:
+            raise ValueError(f"size must be at least 1 and cache not negative (given: {size} and {cache})")
+        self.size = size
+        self.cache = min(cache, size)
+        targets = torch.as_tensor(target_classes, dtype=torch.int64).unique()  # sorted
+        self.register_buffer("target_classes", targets, persistent=False)
+        self.register_buffer("features", torch.zeros(len(targets), size, channels))
+        self.register_buffer("boxes", torch.zeros(len(targets), size, 4))
+        self.register_buffer("gt_boxes", torch.zeros(len(targets), size, 4))
+        self.register_buffer("written", torch.zeros(len(targets), dtype=torch.int64))  # rows ever stored
+
+    def forward(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Features [N + R, D] and labels [N + R]: the rows given, then stored ones, class by class, newest first.
+
+        Boxes are not kept; in evaluation mode both come back as they are.
+        """
+        if not self.training:
+            return features, labels
+        stored = self.recall(labels)
+        none = features.new_zeros(len(labels), 4)
+        self.push(features, labels, none, none)
+        return torch.cat([features, stored.features.to(features.dtype)]), torch.cat([labels, stored.labels])
+
+    @torch.no_grad()
+    def recall(self, labels: Tensor) -> StoredRows:
+        """The newest rows, at most `cache`, of each target class in `labels` [N]: class by class, newest first."""
+        present = torch.unique(self._targets(labels)[1])
+        age = torch.arange(self.cache, device=labels.device)
+        place = (present[:, None], (self.written[present, None] - 1 - age) % self.size)
+        held = age < self.written[present, None].clamp(max=self.size)
+        own = self.target_classes[present, None].expand_as(held)
+        return StoredRows(self.features[place][held], own[held], self.boxes[place][held], self.gt_boxes[place][held])
+
+    @torch.no_grad()
+    def push(self, features: Tensor, labels: Tensor, boxes: Tensor, gt_boxes: Tensor) -> None:
+        """Store the target classes' rows of all processes; only in train mode.
+
+        features [N, D], labels int64 [N], boxes and gt_boxes [N, 4]. Call it on every process, also without rows.
+        """
+        if not self.training:
+            return
+        row, target = self._targets(labels)
+        features, target, boxes, gt_boxes = gather_over_ranks(
+            features[row].to(self.features.dtype), target, boxes[row].to(self.boxes), gt_boxes[row].to(self.boxes)
+        )
+        kept, slot = ring_slots(target, self.written, self.size)
+        self.features[target[kept], slot] = features[kept]
+        self.boxes[target[kept], slot] = boxes[kept]
+        self.gt_boxes[target[kept], slot] = gt_boxes[kept]
+        self.written += torch.bincount(target, minlength=len(self.written))
+
+    def _targets(self, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows of target classes and the place of each one's class in `target_classes`."""
+        if not len(self.target_classes):
+            return labels.new_zeros(0), labels.new_zeros(0)
+        place = torch.searchsorted(self.target_classes, labels).clamp(max=len(self.target_classes) - 1)
+        row = torch.where(self.target_classes[place] == labels)[0]
+        return row, place[row]

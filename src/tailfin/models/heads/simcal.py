@@ -1,0 +1,199 @@
+"""SimCal (Wang et al., ECCV'20): after normal training, a second classification head for the tail on balanced episodes.
+
+The detector is frozen. A copy of its box head (shared layers and classifier) is trained on episodes: classes drawn
+uniformly, then an image of each, then only that image's proposals of that class, with as many background proposals.
+At test time the two heads are joined: classes with fewer than `instance_threshold` training instances take the
+calibrated head's softmax, all others and the background the original's; nothing is renormalised::
+
+    detector.requires_grad_(False)
+    detector.roi_heads = with_calibrated_head(detector.roi_heads, stats)    # the new head alone is trained
+    for classes, rows in zip(*draw_episodes(image_of, labels, 1000, rng)):  # an epoch: 1000 episodes
+        images, targets = load(rows)
+        for target, label in zip(targets, classes):
+            target["sampled_class"] = torch.tensor(label)
+        detector(images, targets)["loss_classifier"]    # SGD, rate 0.01, from the 8th epoch 0.001, from the 11th 0.0001
+"""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tailfin.losses.base import ClassificationLoss, at_least_float32
+from tailfin.losses.softmax import Softmax
+from tailfin.models.heads.roi_heads import BoxPredictor, RoIHeads, Rows, Targets
+from tailfin.stats import ClassStats
+
+INSTANCE_THRESHOLD = 100  # LVIS; 400 for COCO-LT
+
+
+def simcal_scores(original: Tensor, calibrated: Tensor, replaced: Tensor) -> Tensor:
+    """[N, C + 1] logits of both heads (background last) to [N, C] scores; `replaced` bool [C]: take the calibrated."""
+    before = at_least_float32(original).softmax(dim=1)[:, :-1]
+    after = at_least_float32(calibrated).softmax(dim=1)[:, :-1]
+    return torch.where(replaced, after, before)
+
+
+class SimCal(ClassificationLoss):
+    """Both heads as one loss: logits are the original's C + 1, then the calibrated head's C + 1, background last.
+
+    loss = softmax cross-entropy of the calibrated head, mean over the rows; the original gets no gradient.
+    """
+
+    replaced: Tensor
+
+    def __init__(self, stats: ClassStats, *, instance_threshold: float = INSTANCE_THRESHOLD) -> None:
+        super().__init__(stats)
+        if instance_threshold < 0:
+            raise ValueError(f"instance_threshold must not be negative (given: {instance_threshold})")
+        self.num_logits = 2 * (self.num_classes + 1)
+        self.register_buffer("replaced", torch.as_tensor(stats.instance_count) < instance_threshold, persistent=False)
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        calibrated = logits[:, self.num_classes + 1 :]
+        return F.cross_entropy(calibrated, labels, reduction="sum") / max(len(labels), 1)
+
+    def scores(self, logits: Tensor) -> Tensor:
+        original, calibrated = logits.chunk(2, dim=1)
+        return simcal_scores(original, calibrated, self.replaced)
+
+
+class DualPredictor(nn.Module):
+    """Pooled features to (both heads' logits [N, 2 (C + 1)], the original's box deltas); the original is frozen.
+
+    Args:
+        head: the original shared layers, pooled features to [N, D].
+        predictor: the original predictor, [N, D] to (logits, deltas), with its classifier as `cls_score`.
+        fresh: start the calibrated head from random weights of the same shapes, not from the original's.
+    """
+
+    def __init__(self, head: nn.Module, predictor: BoxPredictor, *, fresh: bool = False) -> None:
+        super().__init__()
+        self.head = head.requires_grad_(False)
+        self.predictor = predictor.requires_grad_(False)
+        self.calibrated_head = copy.deepcopy(head).requires_grad_(True)
+        classifier = copy.deepcopy(predictor.cls_score).requires_grad_(True)
+        self.calibrated_classifier = classifier
+        if fresh:
+            for module in self.calibrated_head.modules():
+                if callable(reset := getattr(module, "reset_parameters", None)):
+                    reset()
+            nn.init.normal_(classifier.get_parameter("weight"), std=0.01)
+            nn.init.zeros_(classifier.get_parameter("bias"))
+
+    def forward(self, pooled: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            original, deltas = self.predictor(self.head(pooled))
+        calibrated = self.calibrated_classifier(self.calibrated_head(pooled))
+        return torch.cat([original, calibrated.to(original.dtype)], dim=1), deltas
+
+
+class CalibrationRoIHeads(RoIHeads):
+    """`RoIHeads` in calibration: `targets[i]["sampled_class"]` says which class of image i its rows are taken from.
+
+    Without it all classes of an image take part. Made by `with_calibrated_head`; in training it returns the
+    classification loss alone.
+    """
+
+    takes_extra_rows = False
+
+    def parts(self) -> dict[str, nn.Module]:
+        """The classifier is the calibrated head with its own copy of the shared layers."""
+        dual = self.predictor
+        calibrated = nn.ModuleList([dual.calibrated_head, dual.calibrated_classifier])
+        return {"classifier": calibrated, "box": dual.predictor.bbox_pred, "head": dual.head}
+
+    def losses(
+        self, features: dict[str, Tensor], rows: Rows, image_sizes: list[tuple[int, int]], targets: Targets
+    ) -> dict[str, Tensor]:
+        """The calibrated head's loss on the rows of the episode."""
+        counts = [len(own) for own in rows.boxes]
+        image_of = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)).to(rows.labels.device)
+        sampled = None
+        if "sampled_class" in targets[0]:
+            sampled = torch.stack([target["sampled_class"] for target in targets]).to(rows.labels.device)
+        labels = calibration_labels(rows.labels, image_of, sampled, self.loss.num_classes)
+        chosen = labels >= 0
+        boxes = [own[keep] for own, keep in zip(rows.boxes, chosen.split(counts), strict=True)]
+        logits, _ = self.predict(features, boxes, image_sizes)
+        return {"loss_classifier": self.loss(logits, labels[chosen])}
+
+
+def with_calibrated_head(
+    roi_heads: RoIHeads,
+    stats: ClassStats,
+    *,
+    instance_threshold: float = INSTANCE_THRESHOLD,
+    fresh: bool = False,
+) -> CalibrationRoIHeads:
+    """Box heads that share the trained, now frozen parts of `roi_heads` (a softmax detector's) and add the twin.
+
+    Only the twin asks for gradients; the loss is `SimCal`, and detections use both heads.
+    """
+    predictor = roi_heads.predictor
+    if not isinstance(predictor, BoxPredictor) or not isinstance(roi_heads.loss, Softmax):
+        raise ValueError("SimCal calibrates a plain box predictor that was trained with the loss softmax")
+    calibrated = CalibrationRoIHeads(
+        roi_heads.pool,
+        nn.Identity(),
+        DualPredictor(roi_heads.head, predictor, fresh=fresh),
+        SimCal(stats, instance_threshold=instance_threshold),
+        fg_iou=roi_heads.matcher.high_threshold,
+        batch=roi_heads.sampler.batch_size_per_image,
+        fg_fraction=roi_heads.sampler.positive_fraction,
+        score_threshold=roi_heads.score_threshold,
+        nms=roi_heads.nms,
+        max_dets=roi_heads.max_dets,
+    )
+    calibrated.rescore = roi_heads.rescore
+    return calibrated
+
+
+def draw_episodes(
+    image_of: NDArray[np.int64],
+    labels: NDArray[np.int64],
+    episodes: int,
+    rng: np.random.Generator,
+    classes_per_episode: int = 16,
+    images_per_class: int = 1,
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Bi-level sampling: (classes, image rows), each int64 [episodes, classes_per_episode * images_per_class].
+
+    Every class with an annotation is equally likely, with replacement; then every image that shows it, likewise. An
+    episode's entries stand class by class. (`image_of`, `labels`) list every annotation.
+    """
+    pairs = np.unique(np.stack([labels, image_of], axis=1), axis=0)
+    if len(pairs) == 0:
+        raise ValueError("bi-level sampling needs at least one annotation")
+    present, first, sizes = np.unique(pairs[:, 0], return_index=True, return_counts=True)
+    drawn = np.repeat(rng.integers(len(present), size=(episodes, classes_per_episode)), images_per_class, axis=1)
+    place = first[drawn] + rng.integers(sizes[drawn])
+    return present[drawn], pairs[place, 1]
+
+
+def calibration_labels(
+    labels: Tensor,
+    image_of: Tensor,
+    sampled_class: Tensor | None,
+    num_classes: int,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Labels [N] with all rows that an episode leaves out set to -1.
+
+    What stays: foreground rows of their image's sampled class, and as many background rows (all if there are fewer),
+    drawn from the whole batch. image_of int64 [N]: the row's image; sampled_class int64 [images], none: every class.
+    """
+    if sampled_class is None:
+        chosen = (labels >= 0) & (labels < num_classes)
+    else:
+        chosen = labels == sampled_class[image_of]
+    background = torch.where(labels == num_classes)[0]
+    device = "cpu" if generator is None else generator.device
+    order = torch.randperm(len(background), generator=generator, device=device).to(labels.device)
+    chosen = chosen.index_fill(0, background[order[: int(chosen.sum())]], True)
+    return torch.where(chosen, labels, -1)

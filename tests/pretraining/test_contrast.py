@@ -1,0 +1,199 @@
+"""Contrastive losses against closed forms, the ring queue against a deque, gathering over processes."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+
+import pytest
+import torch
+import torch.distributed
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from tailfin.pretraining.contrast import (
+    ProjectionMLP,
+    RingQueue,
+    box_nt_xent,
+    cosine_distance,
+    gather_rows,
+    info_nce,
+    nt_xent,
+)
+
+
+def unit(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    return F.normalize(torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype), dim=-1)
+
+
+# ---- InfoNCE ---------------------------------------------------------------------------------------------------------
+
+
+def test_two_negatives_by_hand():
+    query, key = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.6, 0.8]])
+    negatives = torch.tensor([[0.0, 1.0], [-1.0, 0.0]])
+    expected = -math.log(math.exp(0.6 / 0.2) / (math.exp(0.6 / 0.2) + math.exp(0.0) + math.exp(-1 / 0.2)))
+    assert info_nce(query, key, negatives, 0.2).item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("count", [1, 7, 65536])
+def test_equal_cosines_give_log_of_one_plus_k(count):
+    row = torch.tensor([[1.0, 0.0, 0.0]])
+    assert info_nce(row, row, row.expand(count, 3), 0.07).item() == pytest.approx(math.log(1 + count), rel=1e-6)
+
+
+@settings(max_examples=25, deadline=None)
+@given(rows=st.integers(1, 6), negatives=st.integers(0, 9), seed=st.integers(0, 99), temperature=st.floats(0.05, 2))
+def test_it_is_the_cross_entropy_with_the_positive_first(rows, negatives, seed, temperature):
+    query = unit(rows, 4, seed=seed).requires_grad_()
+    key = unit(rows, 4, seed=seed + 1).requires_grad_()
+    others = unit(negatives, 4, seed=seed + 2)
+    logits = torch.cat([(query * key).sum(1, keepdim=True), query @ others.T], 1) / temperature
+    expected = F.cross_entropy(logits, torch.zeros(rows, dtype=torch.int64))
+    found = info_nce(query, key, others, temperature)
+    torch.testing.assert_close(found, expected)
+    for mine, theirs in zip(*(torch.autograd.grad(value, (query, key)) for value in (found, expected)), strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-10, rtol=1e-8)
+
+
+def test_gradcheck():
+    others = unit(11, 5, seed=2)
+    inputs = (unit(4, 5).requires_grad_(), unit(4, 5, seed=1).requires_grad_())
+    assert torch.autograd.gradcheck(lambda q, k: info_nce(q, k, others, 0.2), inputs)
+
+
+def test_the_negatives_may_be_overwritten_before_the_backward_pass():
+    query, key, others = unit(3, 8).requires_grad_(), unit(3, 8, seed=1), unit(6, 8, seed=2)
+    (expected,) = torch.autograd.grad(info_nce(query, key, others, 0.2), query)
+    loss = info_nce(query, key, others, 0.2)
+    others.zero_()
+    torch.testing.assert_close(torch.autograd.grad(loss, query)[0], expected, atol=0, rtol=0)
+
+
+def test_no_rows_give_zero_in_the_graph_and_the_divisor_can_be_given():
+    query, key, others = unit(3, 8).requires_grad_(), unit(3, 8, seed=1), unit(6, 8, seed=2)
+    nothing = info_nce(query[:0], key[:0], others, 0.2)
+    nothing.backward()
+    assert nothing.item() == 0 and query.grad is not None and not query.grad.any()
+    mean, shared = info_nce(query, key, others, 0.2), info_nce(query, key, others, 0.2, rows=6)
+    torch.testing.assert_close(shared, mean / 2)
+    assert cosine_distance(query[:0], key[:0]).item() == 0
+
+
+def test_half_precision_is_computed_in_float32():
+    query, key, others = (unit(3, 8, seed=seed, dtype=torch.float32) for seed in range(3))
+    with torch.autocast("cpu", torch.bfloat16):
+        value = info_nce(query, key, others, 0.2)
+    assert value.dtype == torch.float32
+    torch.testing.assert_close(value, info_nce(query, key, others, 0.2), atol=0, rtol=0)
+
+
+# ---- the others ------------------------------------------------------------------------------------------------------
+
+
+def test_nt_xent_by_hand():
+    first, second = unit(3, 4), unit(3, 4, seed=1)
+    rows = torch.cat([first, second])
+    total = 0.0
+    for i in range(6):
+        positive = math.exp(float(rows[i] @ rows[(i + 3) % 6]) / 0.5)
+        others = sum(math.exp(float(rows[i] @ rows[j]) / 0.5) for j in range(6) if j != i)
+        total -= math.log(positive / others) / 6
+    assert nt_xent(first, second, 0.5).item() == pytest.approx(total, rel=1e-6)
+
+
+def test_box_nt_xent_by_hand():
+    """Box 7 has two queries and one key, box 8 one query and two keys, box 9 a query without a key."""
+    queries, keys = unit(4, 5, dtype=torch.float32), unit(3, 5, seed=1, dtype=torch.float32)
+    query_ids, key_ids = torch.tensor([7, 7, 8, 9]), torch.tensor([7, 8, 8])
+    every, ids = torch.cat([keys, queries]), torch.cat([key_ids, query_ids])
+    means = []
+    for query, own in zip(queries[:3], query_ids[:3], strict=True):
+        others = sum(math.exp(float(query @ row) / 0.5) for row, other in zip(every, ids, strict=True) if other != own)
+        pairs = [math.exp(float(query @ key) / 0.5) for key, other in zip(keys, key_ids, strict=True) if other == own]
+        means.append(sum(-math.log(pair / (pair + others)) for pair in pairs) / len(pairs))
+    found = box_nt_xent(queries, query_ids, keys, key_ids, 0.5)
+    assert found.item() == pytest.approx(sum(means) / 3, rel=1e-5)
+    queries.requires_grad_()
+    lonely = box_nt_xent(queries, query_ids, keys[:0], key_ids[:0], 0.5)
+    lonely.backward()
+    assert lonely.item() == 0 and not queries.grad.any()
+
+
+@given(seed=st.integers(0, 50))
+def test_cosine_distance_is_the_squared_distance_of_unit_rows(seed):
+    queries, keys = unit(5, 6, seed=seed), unit(5, 6, seed=seed + 1)
+    torch.testing.assert_close(
+        cosine_distance(queries, keys), ((queries - keys) ** 2).sum(1).mean().float(), atol=1e-5, rtol=1e-5
+    )
+
+
+# ---- the queue -------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=40, deadline=None)
+@given(size=st.integers(1, 9), batches=st.lists(st.integers(0, 20), max_size=6))
+def test_a_queue_is_a_deque_that_forgets_the_oldest(size, batches):
+    queue = RingQueue(size, 3)
+    model = deque(queue.rows.clone().unbind(), maxlen=size)
+    for number, count in enumerate(batches):
+        keys = unit(count, 3, seed=number, dtype=torch.float32).requires_grad_()
+        queue.enqueue(keys)
+        model.extend(keys.detach().unbind())
+    assert queue.rows.shape == (size, 3) and not queue.rows.requires_grad
+    assert int(queue.place) == sum(batches) % size
+    in_order = queue.rows.roll(-int(queue.place), 0)  # the oldest is where the next one goes
+    torch.testing.assert_close(in_order, torch.stack(list(model)), atol=0, rtol=0)
+    torch.testing.assert_close(queue.rows.norm(dim=1), torch.ones(size))
+
+
+def test_a_queue_travels_in_the_checkpoint():
+    queue, other = RingQueue(5, 3), RingQueue(5, 3)
+    queue.enqueue(unit(7, 3, dtype=torch.float32))
+    other.load_state_dict(queue.state_dict())
+    assert torch.equal(queue.rows, other.rows) and torch.equal(queue.place, other.place)
+    assert queue.rows.dtype == torch.float32
+
+
+def test_projectors_take_any_number_of_rows():
+    projector = ProjectionMLP(6, 5, 4).train()
+    for rows in (0, 1, 3):
+        projector.zero_grad(set_to_none=True)
+        out = projector(torch.randn(rows, 6))
+        out.sum().backward()
+        assert out.shape == (rows, 4)
+        assert all(p.grad is not None for p in projector.parameters())
+
+
+# ---- several processes -----------------------------------------------------------------------------------------------
+
+
+def _two_processes(rank: int) -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    queue = RingQueue(7, 4)
+    for step, counts in enumerate([(2, 3), (0, 4), (5, 1)]):
+        keys = unit(5, 4, seed=10 * step + rank, dtype=torch.float32)[: counts[rank]]
+        queue.enqueue(gather_rows(keys))
+    first = unit(4, 4, dtype=torch.float32)[2 * rank : 2 * rank + 2].clone().requires_grad_()
+    second = unit(4, 4, seed=1, dtype=torch.float32)[2 * rank : 2 * rank + 2]
+    loss = nt_xent(first, second, 0.5)
+    loss.backward()
+    return {"rows": queue.rows.numpy(), "place": int(queue.place), "loss": float(loss), "grad": first.grad.numpy()}
+
+
+def test_two_processes_keep_the_same_queue_and_see_one_batch(run_on_ranks):
+    one, two = run_on_ranks(_two_processes)
+    assert (one["rows"] == two["rows"]).all() and one["place"] == two["place"] == 15 % 7
+    torch.manual_seed(0)
+    queue = RingQueue(7, 4)
+    for step, counts in enumerate([(2, 3), (0, 4), (5, 1)]):
+        keys = [unit(5, 4, seed=10 * step + rank, dtype=torch.float32)[: counts[rank]] for rank in (0, 1)]
+        queue.enqueue(torch.cat(keys))
+    assert (queue.rows.numpy() == one["rows"]).all()
+    first, second = unit(4, 4, dtype=torch.float32).requires_grad_(), unit(4, 4, seed=1, dtype=torch.float32)
+    loss = nt_xent(first, second, 0.5)
+    loss.backward()
+    assert (one["loss"] + two["loss"]) / 2 == pytest.approx(loss.item(), rel=1e-6)
+    mean = torch.cat([torch.from_numpy(part["grad"]) for part in (one, two)]) / 2  # as gradients are averaged
+    torch.testing.assert_close(mean, first.grad, atol=1e-6, rtol=1e-5)
