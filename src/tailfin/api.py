@@ -146,7 +146,8 @@ def train(
     of training its own; it must be the one that the recipe would train.
     """
     from tailfin.methods import METHODS
-    from tailfin.run import Run, on_main, process_state, resumed_recipe, run_folder
+    from tailfin.processes import on_main, process_state
+    from tailfin.run import Run, resumed_recipe, run_folder
 
     if resume:
         if out is None:
@@ -192,7 +193,7 @@ def resolve_recipe(
         values["weights"] = str(Path(values["weights"]).absolute())
     if resolved.data.synthesize == "demo" and not values["data"]["train"]["annotations"]:
         from tailfin.data.synth import demo_set
-        from tailfin.run import on_main, process_state
+        from tailfin.processes import on_main, process_state
 
         folder = Path(resolved.data.root or "demo") / "data"
         train_json, val_json = on_main(process_state(), lambda: demo_set(folder))
@@ -219,7 +220,7 @@ def predict_to_results(
 ) -> dict[str, Path]:
     """Run a model over an annotation file's images; returns the results files by IoU type (`bbox`)."""
     from tailfin.inference import infer
-    from tailfin.run import new_accelerator, on_main
+    from tailfin.processes import new_accelerator, on_main
 
     detector = load(model_path, "cpu")
     limits = detector._limits(None, max_dets)

@@ -34,8 +34,8 @@ from tailfin.files import read_json, write_json
 from tailfin.models.faster_rcnn import FasterRCNN
 from tailfin.models.images import batch_images
 from tailfin.models.localizer import Localizer
+from tailfin.processes import new_accelerator, on_main
 from tailfin.progress import Progress
-from tailfin.run import new_accelerator, on_main
 from tailfin.schema.data import Data
 
 CHUNK = 2000  # images per shard: what an interruption costs at most

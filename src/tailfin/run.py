@@ -6,29 +6,17 @@ RUN/model.safetensors  results.bbox.json  metrics.json  report.html
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
-import os
-import platform
 import shutil
-import subprocess
-import sys
-import warnings
-from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState, PartialState, is_initialized
-from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
 from torch import nn
 
 from tailfin import evaluation
 from tailfin.checkpoint import file_hash, load_model_file, load_weights, resume_point, save_model
 from tailfin.config import dump_recipe, recipe_from_file
-from tailfin.data.dataset import Source, TrainingDataset, open_source
+from tailfin.data.dataset import TrainingDataset, open_source
 from tailfin.engine import Stage, Step, check_shares, detector_step, fit
 from tailfin.errors import UserError
 from tailfin.evaluation.results import merge_shards
@@ -36,23 +24,12 @@ from tailfin.files import read_json, write_atomic, write_json
 from tailfin.first_stage import first_stage
 from tailfin.inference import category_ids_for, counts_by_id, infer
 from tailfin.models import build_detector
+from tailfin.processes import make_accelerator, on_main
 from tailfin.progress import Progress
+from tailfin.provenance import environment, now
 from tailfin.samplers.plan import BatchPlan
 from tailfin.schema.recipe import Recipe
 from tailfin.stats import ClassStats
-
-T = TypeVar("T")
-TRACKERS = {
-    "tensorboard": "tensorboard",
-    "wandb": "wandb",
-    "mlflow": "mlflow",
-    "comet_ml": "comet_ml",
-    "aim": "aim",
-    "clearml": "clearml",
-    "dvclive": "dvclive",
-    "swanlab": "swanlab",
-    "trackio": "trackio",
-}
 
 
 class Run:
@@ -249,7 +226,7 @@ class Run:
                     f"{self.out} was begun with other training annotations than {self.train.index.path} holds now; "
                     "training cannot go on with them"
                 )
-            before.setdefault("resumed", []).append(_now())
+            before.setdefault("resumed", []).append(now())
             write_json(path, before, indent=1)
         else:
             facts = environment(self.recipe, self.accelerator, self.train, self.val)
@@ -266,59 +243,6 @@ class Run:
             self.say(f"no report: {error}")
 
 
-def make_accelerator(recipe: Recipe, out: Path) -> Accelerator:
-    """Accelerate with this recipe's precision and trackers; loss statistics are never overwritten by DDP."""
-    for tracker in recipe.logging.trackers:
-        if tracker not in TRACKERS:
-            raise UserError(f'there is no tracker "{tracker}" (choices: {", ".join(TRACKERS)})')
-        if importlib.util.find_spec(TRACKERS[tracker]) is None:
-            raise UserError(f"the tracker {tracker} needs its package: pip install {TRACKERS[tracker]}")
-    # DDP announces a successor of this option that does not exist yet
-    warnings.filterwarnings("ignore", message="`broadcast_buffers`", category=FutureWarning)
-    return new_accelerator(
-        recipe.schedule.precision,
-        log_with=list(recipe.logging.trackers) or None,
-        project_dir=str(out),
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
-    )
-
-
-def new_accelerator(precision: str, *, cpu: bool = False, **options: Any) -> Accelerator:
-    """An `Accelerator` in a recipe's precision, also where this process had one in another precision before."""
-    state = process_state(cpu)
-    limit_threads()
-    precision = fastest_precision() if precision == "auto" else precision
-    if is_initialized() and AcceleratorState().mixed_precision != precision:
-        AcceleratorState._reset_state()
-    return Accelerator(mixed_precision=precision, cpu=state.device.type == "cpu", **options)
-
-
-def process_state(cpu: bool = False) -> PartialState:
-    """This process among the others, with their group. Without a GPU Accelerate must be told so, or each process that
-    torchrun started would train alone."""
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    without = not torch.accelerator.is_available() or (several and torch.backends.mps.is_available())
-    return PartialState(cpu=cpu or without)
-
-
-def fastest_precision() -> str:
-    """bf16 where this machine's first device has instructions for it, else "no" (float32)."""
-    if torch.cuda.is_available():
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
-    return "bf16" if torch.cpu._is_avx512_bf16_supported() else "no"
-
-
-def limit_threads() -> None:
-    """Not more threads than this process may use: a container's share is often smaller than the machine."""
-    usable = float(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-    quota = Path("/sys/fs/cgroup/cpu.max")
-    if quota.is_file():
-        limit, period = quota.read_text().split()
-        if limit != "max":
-            usable = min(usable, max(1.0, int(limit) / int(period)))
-    torch.set_num_threads(max(1, min(torch.get_num_threads(), int(usable))))
-
-
 def batch_plan(recipe: Recipe, dataset: TrainingDataset, stats: ClassStats) -> BatchPlan:
     """The order of a stage's images."""
     return BatchPlan(
@@ -331,54 +255,6 @@ def batch_plan(recipe: Recipe, dataset: TrainingDataset, stats: ClassStats) -> B
         recipe.seed,
         recipe.data.group_by_aspect,
     )
-
-
-def on_main(accelerator: Accelerator | PartialState, action: Callable[[], T]) -> T:
-    """Run `action` on the main process; its value, or its `UserError`, reaches every process."""
-    outcome: list[Any] = [None, None]
-    if accelerator.is_main_process:
-        try:
-            outcome[0] = action()
-        except UserError as error:
-            outcome[1] = str(error)
-    if accelerator.num_processes > 1:
-        outcome = broadcast_object_list(outcome)
-    if outcome[1] is not None:
-        raise UserError(outcome[1])
-    return outcome[0]
-
-
-def environment(recipe: Recipe, accelerator: Accelerator, train: Source, val: Source | None) -> dict[str, Any]:
-    """What a run's numbers depend on beside its recipe."""
-    packages = ("tailfin", "torch", "torchvision", "accelerate", "numpy", "hotcoco", "pillow")
-    versions = {"python": platform.python_version()}
-    for package in packages:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = "source"
-    device = accelerator.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    return {
-        "command": " ".join(sys.argv),
-        "started": _now(),
-        "seed": recipe.seed,
-        "commit": _commit(),
-        "versions": versions,
-        "platform": platform.platform(),
-        "devices": {
-            "type": device.type,
-            "name": name,
-            "processes": accelerator.num_processes,
-            "threads": torch.get_num_threads(),
-        },
-        "data": {
-            "train": train.index.fingerprint,
-            "train_file": str(train.index.path),
-            "val": val.index.fingerprint if val else "",
-            "val_file": str(val.index.path) if val else "",
-        },
-    }
 
 
 def run_folder(out: str | Path | None, recipe: Recipe, *, overwrite: bool = False) -> Path:
@@ -408,24 +284,3 @@ def resumed_recipe(run: str | Path) -> Recipe:
     if not (path / "recipe.yaml").is_file():
         raise UserError(f"--resume {path}: there is no run (no recipe.yaml in it)")
     return recipe_from_file(path / "recipe.yaml")
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def _commit() -> str:
-    """The commit that this source tree is at, where it is one."""
-    folder = Path(__file__).resolve().parent
-    try:
-        found = subprocess.run(
-            ["git", "-C", str(folder), "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, timeout=5
-        )
-        inside = subprocess.run(
-            ["git", "-C", str(folder), "ls-files", "--error-unmatch", Path(__file__).name],
-            capture_output=True,
-            timeout=5,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return found.stdout.strip() if found.returncode == 0 and inside.returncode == 0 else ""

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tailfin.losses.base import PRIOR_BIAS, ClassificationLoss, at_least_float32, sum_over_ranks
+from tailfin.collectives import sum_over_ranks
+from tailfin.losses.base import PRIOR_BIAS, ClassificationLoss, at_least_float32
 from tailfin.losses.fused import known_gradient, softplus
 from tailfin.stats import ClassStats
 

@@ -25,8 +25,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tailfin.collectives import sum_over_ranks
 from tailfin.errors import nearest
-from tailfin.losses.base import ClassificationLoss, mean_over_rows, one_hot, sum_over_ranks
+from tailfin.losses.base import ClassificationLoss, mean_over_rows, one_hot
 from tailfin.losses.eqlv2 import EQLv2
 from tailfin.losses.seesaw import Seesaw
 from tailfin.losses.softmax import Softmax

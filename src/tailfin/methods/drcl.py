@@ -33,7 +33,8 @@ from tailfin.models.faster_rcnn import FasterRCNN
 from tailfin.models.images import MEAN, STD, batch_images
 from tailfin.pretraining import reconstruction as recon
 from tailfin.pretraining.shell import PreTrainer, View
-from tailfin.run import Run, batch_plan, on_main
+from tailfin.processes import on_main
+from tailfin.run import Run, batch_plan
 from tailfin.schema.pretraining import Proposals
 
 TRANSFERRED = ("backbone.", "rpn.", "roi_heads.head.")

@@ -35,7 +35,8 @@ from tailfin.files import write_json
 from tailfin.methods.drcl import start
 from tailfin.models import build_detector
 from tailfin.models.transfer import Transfer
-from tailfin.run import Run, on_main
+from tailfin.processes import on_main
+from tailfin.run import Run
 from tailfin.samplers.plan import BatchPlan
 from tailfin.samplers.stepwise import step_factors
 from tailfin.schema.detectors import FasterRCNN

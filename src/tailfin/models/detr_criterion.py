@@ -24,7 +24,8 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from torchvision.ops import box_convert
 
-from tailfin.losses.base import ClassificationLoss, sum_over_ranks
+from tailfin.collectives import sum_over_ranks
+from tailfin.losses.base import ClassificationLoss
 from tailfin.losses.focal import Focal
 from tailfin.schema.detectors import DeformableDETR as DeformableDETRConfig
 from tailfin.stats import ClassStats

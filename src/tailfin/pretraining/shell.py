@@ -28,8 +28,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.detection.image_list import ImageList
 
+from tailfin.collectives import sum_over_ranks
 from tailfin.errors import UserError
-from tailfin.losses.base import sum_over_ranks
 from tailfin.models.faster_rcnn import FasterRCNN
 from tailfin.models.heads.roi_heads import Targets
 from tailfin.models.images import batch_images

@@ -26,7 +26,8 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 from torch.nn import functional as F
 
-from tailfin.losses.base import ExactBuffers, sum_over_ranks
+from tailfin.collectives import sum_over_ranks
+from tailfin.losses.base import ExactBuffers
 from tailfin.models.features.hallucination import FeatureStatistics
 
 CLUSTERINGS = ("released", "negated")

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tailfin.losses.base import gather_over_ranks
+from tailfin.collectives import gather_over_ranks
 from tailfin.models.features.hallucination import inverse_cdf
 
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from tailfin.losses.base import several_ranks, sum_over_ranks
+from tailfin.collectives import several_ranks, sum_over_ranks
 
 SPREADS = ("deviation", "variance")
 

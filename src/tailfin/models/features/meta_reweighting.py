@@ -28,8 +28,9 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from torch.optim.adam import adam
 
+from tailfin.collectives import sum_over_ranks
 from tailfin.losses.balanced_sigmoid import BalancedSigmoid
-from tailfin.losses.base import at_least_float32, one_hot, sum_over_ranks
+from tailfin.losses.base import at_least_float32, one_hot
 from tailfin.stats import ClassStats
 
 

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from tailfin.losses.base import gather_over_ranks
+from tailfin.collectives import gather_over_ranks
 from tailfin.models.features.feature_memory import StoredRows, ring_slots
 
 

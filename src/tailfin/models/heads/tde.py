@@ -23,7 +23,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tailfin.losses.base import ExactBuffers, at_least_float32, sum_over_ranks
+from tailfin.collectives import sum_over_ranks
+from tailfin.losses.base import ExactBuffers, at_least_float32
 
 EPS = 1e-9  # added to the features' lengths, in the logits but not in the cosine, as in the original
 
