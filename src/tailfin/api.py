@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from tailfin import evaluation
-from tailfin.checkpoint import load_model_file, memories
+from tailfin.checkpoint import load_model_file
 from tailfin.config import load_recipe, recipe_from_file
 from tailfin.data.dataset import Source, to_test_size
 from tailfin.data.images import read_image, to_rgb
@@ -30,6 +30,7 @@ from tailfin.files import existing_file
 from tailfin.inference import counts_by_id
 from tailfin.schema.recipe import Recipe
 from tailfin.stats import ClassStats
+from tailfin.weights import load_whole
 
 Picture = str | Path | Image.Image | np.ndarray | Tensor
 
@@ -115,13 +116,7 @@ def load(path: str | Path, device: str | torch.device | None = None) -> Detector
         path = path / "model.safetensors"
     file = load_model_file(path)
     model, _ = build_detector(file.recipe, file.stats, start=False)
-    empty = {key: value for key, value in model.state_dict().items() if key.startswith(memories(model))}
-    try:
-        model.load_state_dict({**empty, **file.weights})
-    except RuntimeError as error:
-        raise UserError(
-            f"model {path}: its weights do not fit its recipe: {' '.join(str(error).split())[:200]}"
-        ) from None
+    load_whole(model, file.weights, f"model {path}")
     return Detector(model, file.recipe, file.stats, _device(device or _default_device()))
 
 
@@ -138,12 +133,14 @@ def train(
     overwrite: bool = False,
     resume: bool = False,
     stage1: str | Path | None = None,
+    reuse: str | Path | None = None,
 ) -> Path:
     """Train every stage of a recipe and measure the result; returns the run folder.
 
     `recipe` is a name from `tailfin recipes list`, a YAML path, a published row's id, or a `Recipe`. `resume` goes on
-    with the run in `out`. `stage1` is a run (or model file) whose finished first stage a two-stage recipe takes instead
-    of training its own; it must be the one that the recipe would train.
+    with the run in `out`. `reuse` is a run (or model file) whose finished stages are taken in the place of training
+    them, in order, up to the first that this recipe would train differently; `stage1` is one whose first stage must be
+    the one that the recipe would train, and is taken alone.
     """
     from tailfin.methods import METHODS
     from tailfin.processes import on_main, process_state
@@ -155,10 +152,14 @@ def train(
         resolved, folder = resumed_recipe(out), Path(out)
     else:
         resolved = resolve_recipe(recipe, train, val, train_images, val_images, weights, overrides)
-        if stage1 is not None and out is not None and Path(stage1).resolve().is_relative_to(Path(out).resolve()):
-            raise UserError(f"--stage1 {stage1} is inside --out {out}, which would be replaced: give another --out")
+        if stage1 is not None and reuse is not None:
+            raise UserError("--stage1 demands the first stage of a run, --reuse takes all that fit: give one of them")
+        for option, given in (("--stage1", stage1), ("--reuse", reuse)):
+            if given is not None and out is not None and Path(given).resolve().is_relative_to(Path(out).resolve()):
+                raise UserError(f"{option} {given} is inside --out {out}, which would be replaced: give another --out")
         folder = on_main(process_state(), lambda: run_folder(out, resolved, overwrite=overwrite))
-    METHODS[resolved.method](Run(resolved, folder, Path(stage1) if stage1 is not None else None))
+    first, others = (Path(given) if given is not None else None for given in (stage1, reuse))
+    METHODS[resolved.method](Run(resolved, folder, stage1=first, reuse=others))
     return folder
 
 

@@ -32,6 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tailfin.config import load_recipe
 from tailfin.errors import UserError
 from tailfin.schema.recipe import Recipe
+from tailfin.schema.stages import final_stage
 from tailfin.stats import ClassStats
 
 LOGIT_SPREAD, DELTA_SPREAD = 3.0, 0.2  # standard deviations of a trained box head's outputs, roughly
@@ -139,7 +140,7 @@ def open_subject(given: str | Path, overrides: Sequence[str] = (), classes: int 
         return Subject(str(given), detector.model, detector.recipe, detector.stats, True)
     recipe = load_recipe(given, overrides)
     stats = _stats(recipe, str(given), classes)
-    final = recipe.second_stage() if recipe.second is not None else recipe
+    final = final_stage(recipe).recipe
     torch.manual_seed(0)
     model, _ = build_detector(final, stats, start=False)
     return Subject(str(given), model, final, stats, False)

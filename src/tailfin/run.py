@@ -14,29 +14,33 @@ import torch
 from torch import nn
 
 from tailfin import evaluation
-from tailfin.checkpoint import file_hash, load_model_file, load_weights, resume_point, save_model
+from tailfin.checkpoint import file_hash, load_model_file, resume_point, save_model
 from tailfin.config import dump_recipe, recipe_from_file
 from tailfin.data.dataset import TrainingDataset, open_source
-from tailfin.engine import Stage, Step, check_shares, detector_step, fit
+from tailfin.engine import Stage as Optimisation
+from tailfin.engine import Step, check_shares, detector_step, fit
 from tailfin.errors import UserError
 from tailfin.evaluation.results import merge_shards
 from tailfin.files import read_json, write_atomic, write_json
-from tailfin.first_stage import first_stage
 from tailfin.inference import category_ids_for, counts_by_id, infer
 from tailfin.models import build_detector
 from tailfin.processes import make_accelerator, on_main
 from tailfin.progress import Progress
 from tailfin.provenance import environment, now
+from tailfin.reuse import Data, Reused, finished_stages, first_stage
 from tailfin.samplers.plan import BatchPlan
 from tailfin.schema.recipe import Recipe
+from tailfin.schema.stages import Stage, stages
 from tailfin.stats import ClassStats
+from tailfin.weights import load_whole
 
 
 class Run:
     """Everything the stages of a method share: data, classes, accelerator, folder."""
 
-    def __init__(self, recipe: Recipe, out: Path, stage1: Path | None = None) -> None:
+    def __init__(self, recipe: Recipe, out: Path, *, stage1: Path | None = None, reuse: Path | None = None) -> None:
         self.recipe, self.out = recipe, out
+        self.plan = {stage.name: stage for stage in stages(recipe)}
         self.accelerator = make_accelerator(recipe, out)
         self.train = open_source(recipe.data.train, recipe.data.root, "train")
         self.val = open_source(recipe.data.val, recipe.data.root, "val") if recipe.data.val.annotations else None
@@ -47,8 +51,12 @@ class Run:
             raise UserError(
                 f"evaluation.iou: segm needs a detector with masks, {recipe.detector.name} gives boxes only"
             )
-        # a finished first stage that takes the place of training one
-        self.given = first_stage(stage1, recipe, self.stats, self.train.index.fingerprint) if stage1 else None
+        data = Data(self.stats, self.train.index.fingerprint, self.val.index.fingerprint if self.val else "")
+        self.reused = Reused()  # finished stages that take the place of training them
+        if stage1 is not None:
+            self.reused = first_stage(stage1, recipe, data)
+        elif reuse is not None:
+            self.reused = finished_stages(reuse, recipe, data)
         self.parents: list[str] = []
         self.final_recipe = recipe  # of the stage that made the final model: what rebuilds it
         self.stages_done = 0
@@ -61,13 +69,19 @@ class Run:
         own, where it differs from the run's.
         """
         torch.manual_seed(self.recipe.seed)
-        begun = self.given is not None or any(
+        begun = bool(self.reused.stages) or any(
             resume_point(stage) or (stage / "model.safetensors").exists() for stage in self.out.glob("stages/1-*")
         )
         model, notes = build_detector(recipe or self.recipe, self.stats, start=not begun)
         for note in notes if not begun else ():
             self.say(note)
         return model
+
+    def planned(self, name: str) -> Stage[Recipe]:
+        """What the recipe says of its stage `name`."""
+        if name not in self.plan:
+            raise ValueError(f"method {self.recipe.method} has no stage {name}, but {', '.join(self.plan)}")
+        return self.plan[name]
 
     def stage(
         self,
@@ -83,22 +97,24 @@ class Run:
         """Train `model` as the next stage, or load it where the stage is already finished; returns the plain detector.
 
         Args:
-            recipe: the stage's own (another schedule, loss or sampler); by default the run's.
+            name: of a stage of the recipe (`tailfin.schema.stages`).
+            recipe: in the place of the stage's own.
             dataset, plan: other samples or another order than the recipe's own.
             product: the submodule of `model` that the stage is for (a detector in the shell that trains it); that alone
                 is saved, measured and returned. By default the whole model.
         """
-        recipe = self.final_recipe = recipe or self.recipe
+        planned = self.planned(name)
+        recipe = self.final_recipe = recipe or planned.recipe
         dataset = dataset or TrainingDataset(self.train, recipe.data, recipe.seed)
         plan = plan or batch_plan(recipe, dataset, self.stats)
         check_shares(recipe.schedule, self.accelerator.num_processes)
-        self.begin(name)  # not earlier: a mistake in data, weights or model leaves no half-begun run behind
+        self.begin()  # not earlier: a mistake in data, weights or model leaves no half-begun run behind
         self.stages_done += 1
-        folder = self.out / "stages" / f"{self.stages_done}-{name}"
+        folder = self.out / "stages" / planned.folder
         finished = folder / "model.safetensors"
         if finished.exists():
             model = model.get_submodule(product)
-            load_weights(model, load_model_file(finished).weights, str(finished))
+            load_whole(model, load_model_file(finished).weights, str(finished))
             self.say(f"stage {name}: finished before, {finished}")
             model.to(self.accelerator.device)
         else:
@@ -115,27 +131,19 @@ class Run:
                 return self.measure(measured.get_submodule(product))
 
             def keep_best(measured: nn.Module) -> None:
-                save_model(best, measured.get_submodule(product), recipe, self.stats, parents=self.parents)
+                self._save(best, measured.get_submodule(product), recipe, name)
 
+            evaluated = evaluate if self.val is not None else None
+            best_kept = keep_best if recipe.evaluation.select == "best" else None
             model = fit(
                 self.accelerator,
-                Stage(
-                    name,
-                    folder,
-                    recipe,
-                    model,
-                    dataset,
-                    plan,
-                    step,
-                    evaluate=evaluate if self.val is not None else None,
-                    save_best=keep_best if recipe.evaluation.select == "best" else None,
-                ),
+                Optimisation(name, folder, recipe, model, dataset, plan, step, evaluate=evaluated, save_best=best_kept),
             )
             model = model.get_submodule(product)
             if on_main(self.accelerator, best.exists):
-                load_weights(model, load_model_file(best).weights, str(best))
+                load_whole(model, load_model_file(best).weights, str(best))
                 self.accelerator.wait_for_everyone()  # until all have read it
-            on_main(self.accelerator, lambda: save_model(finished, model, recipe, self.stats, parents=self.parents))
+            on_main(self.accelerator, lambda: self._save(finished, model, recipe, name))
             on_main(self.accelerator, lambda: best.unlink(missing_ok=True))
         self.parents = [*self.parents, file_hash(finished)]
         return model
@@ -202,21 +210,27 @@ class Run:
         if self.accelerator.is_main_process:
             Progress("", 1).note(text)
 
-    def begin(self, name: str) -> None:
-        """Write the folder's first files, once; `name` is the first stage's."""
+    def begin(self) -> None:
+        """Write the folder's first files, once, with the stages that another run has trained."""
         if self.begun:
             return
         self.begun = True
-        on_main(self.accelerator, lambda: self._record(name))
+        on_main(self.accelerator, self._record)
         if self.recipe.logging.trackers:
             config = {"recipe": dump_recipe(self.recipe), "run": str(self.out)}
             self.accelerator.init_trackers("tailfin", config=config)
 
-    def _record(self, name: str) -> None:
+    def _save(self, path: Path, model: nn.Module, recipe: Recipe, stage: str) -> None:
+        save_model(path, model, recipe, self.stats, parents=self.parents, stage=stage)
+
+    def _record(self) -> None:
         self.out.mkdir(parents=True, exist_ok=True)
-        if self.given is not None:  # before recipe.yaml, which makes the folder a run that can be resumed
-            self.given.copy_to(self.out / "stages" / f"1-{name}")
-            self.say(f"stage {name}: taken from {self.given.run}")
+        for finished in self.reused.stages:  # before recipe.yaml, which makes the folder a run that can be resumed
+            finished.copy_to(self.out)
+            beside = "".join(f" with {file.name}" for file in finished.files)
+            self.say(f"stage {finished.stage.name}: taken{beside} from {finished.run}")
+        for note in self.reused.notes:
+            self.say(note)
         write_atomic(self.out / "recipe.yaml", dump_recipe(self.recipe))
         path = self.out / "environment.json"
         if path.exists():
@@ -230,8 +244,8 @@ class Run:
             write_json(path, before, indent=1)
         else:
             facts = environment(self.recipe, self.accelerator, self.train, self.val)
-            if self.given is not None:
-                facts["first_stage"] = self.given.facts()
+            if self.reused.stages:
+                facts["reused"] = [finished.facts() for finished in self.reused.stages]
             write_json(path, facts, indent=1)
 
     def _report(self) -> None:

@@ -14,6 +14,7 @@ from tailfin.recipes.published import DATASETS, DETECTORS, METHODS, NO_CODE, PRE
 from tailfin.schema.detectors import CALIBRATORS
 from tailfin.schema.features import FeatureMemory
 from tailfin.schema.recipe import Recipe
+from tailfin.schema.stages import second_recipe
 
 ROWS = {row.id: row for row in recipes.rows()}
 RUNS = {row_id: recipes.resolve(row_id) for row_id in ROWS}
@@ -127,7 +128,7 @@ def check_bacl(row: recipes.Row, recipe: Recipe) -> None:
         loss, made_up = recipe.loss, recipe.hallucination
     else:
         assert recipe.method == "bacl"
-        stage = recipe.second_stage()
+        stage = second_recipe(recipe)
         assert recipe.second.trains == ("classifier", "box", "rpn")
         assert not recipe.second.fresh_classifier
         assert (stage.schedule.weight_decay, stage.sampler.name) == (1e-4, "plain")

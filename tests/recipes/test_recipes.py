@@ -16,6 +16,7 @@ from tailfin.errors import UserError
 from tailfin.models import build_detector
 from tailfin.recipes import Runnable
 from tailfin.schema.recipe import Recipe
+from tailfin.schema.stages import second_recipe
 
 ROWS = {row.id: row for row in recipes.rows()}
 RUNS = {row_id: recipes.resolve(row_id) for row_id in ROWS}
@@ -139,7 +140,7 @@ def test_small_recipes_differ_in_their_method_alone():
             changed |= {"sizes": (128,)} if smaller else {}
             assert recipe.data == plain.data.model_copy(update=changed), name
             if recipe.second:
-                assert recipe.second_stage().data == plain.data.model_copy(update={"sizes": recipe.data.sizes}), name
+                assert second_recipe(recipe).data == plain.data.model_copy(update={"sizes": recipe.data.sizes}), name
             stages = [recipe.schedule, *([recipe.second.schedule] if recipe.second else [])]
             stages += [recipe.pretraining.schedule] if recipe.pretraining else []
             longer = 2 if name == "demo/bacl" else 0  # stage 2 is cheap: the same time, not the same epochs
@@ -160,7 +161,7 @@ def test_small_recipe_takes_a_step(name):
     picture = torch.rand(3, 96, 96, generator=torch.Generator().manual_seed(0))
     boxes = torch.tensor([[8.0, 8.0, 60.0, 60.0], [30.0, 20.0, 90.0, 90.0]])
     target = {"boxes": boxes, "labels": torch.tensor([0, 2])}
-    for stage in [recipe, recipe.second_stage()] if recipe.second else [recipe]:
+    for stage in [recipe, second_recipe(recipe)] if recipe.second else [recipe]:
         torch.manual_seed(0)
         model, _ = build_detector(stage, stats, start=False)
         if stage is not recipe:

@@ -19,8 +19,7 @@ from tailfin.models.faster_rcnn import FasterRCNN
 from tailfin.models.heads import calibrate, uncalibrated
 from tailfin.run import Run
 from tailfin.samplers.episodes import EpisodeDataset, EpisodePlan
-from tailfin.schema.detectors import FasterRCNN as FasterRCNNConfig
-from tailfin.schema.recipe import Recipe
+from tailfin.schema.detectors import FasterRCNNConfig
 
 
 def train(run: Run) -> None:
@@ -28,9 +27,8 @@ def train(run: Run) -> None:
     model = start(run)
     classifier_stage(run, model)  # a second stage that cannot be built is told before the first one has trained
     representation = feature_stage(run, "representation", model)
-    second = run.recipe.second_stage()
     model = classifier_stage(run, representation)
-    run.finish(feature_stage(run, "classifier", model, second, **samples(run, second)))
+    run.finish(feature_stage(run, "classifier", model, **samples(run)))
 
 
 def classifier_stage(run: Run, trained: nn.Module) -> nn.Module:
@@ -38,7 +36,7 @@ def classifier_stage(run: Run, trained: nn.Module) -> nn.Module:
     second = run.recipe.second
     assert second is not None
     torch.manual_seed(run.recipe.seed)  # new weights must not depend on whether stage 1 ran just now or was loaded
-    recipe = run.recipe.second_stage()
+    recipe = run.planned("classifier").recipe
     # a classifier that calibrates the first stage's is put around it once that has its weights
     model, _ = build_detector(uncalibrated(recipe), run.stats, start=False)
     anew = ("roi_heads.loss.", "roi_heads.extra_rows.")  # a method's state is that of its stage
@@ -59,8 +57,9 @@ def classifier_stage(run: Run, trained: nn.Module) -> nn.Module:
     return model
 
 
-def samples(run: Run, recipe: Recipe) -> dict[str, Any]:
+def samples(run: Run) -> dict[str, Any]:
     """Data set and order of the second stage where they are not the usual ones: SimCal's episodes."""
+    recipe = run.planned("classifier").recipe
     assert isinstance(recipe.detector, FasterRCNNConfig)
     if recipe.detector.classifier.name != "simcal" or recipe.sampler.name != "class_aware":
         return {}

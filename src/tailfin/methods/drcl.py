@@ -36,6 +36,7 @@ from tailfin.pretraining.shell import PreTrainer, View
 from tailfin.processes import on_main
 from tailfin.run import Run, batch_plan
 from tailfin.schema.pretraining import Proposals
+from tailfin.weights import load_fitting
 
 TRANSFERRED = ("backbone.", "rpn.", "roi_heads.head.")
 PREDICTOR = "roi_heads.predictor."
@@ -47,7 +48,7 @@ def start(run: Run) -> nn.Module:
     config = run.recipe.pretraining
     if config is None:
         return run.detector()
-    recipe = run.recipe.pretraining_stage()
+    recipe = run.planned("pretrain").recipe
     wanted = config.proposals if config.uses_proposals else Proposals(source="gt")  # image terms need no file
     proposals = open_proposals(wanted, run.train, recipe.data.root)
     dataset = PretrainingDataset(run.train, recipe.data, recipe.seed, config.views, proposals, third=config.third_view)
@@ -77,15 +78,9 @@ def transfer(run: Run, trained: nn.Module, parts: tuple[str, ...]) -> nn.Module:
     """A fresh detector of the recipe with the weights of `trained` whose names start with one of `parts`."""
     torch.manual_seed(run.recipe.seed)  # new weights must not depend on whether the stage ran just now or was loaded
     model, _ = build_detector(run.recipe, run.stats, start=False)
-    have, own = trained.state_dict(), model.state_dict()
-    taken = {
-        key: value
-        for key, value in have.items()
-        if key.startswith(parts) and key in own and own[key].shape == value.shape
-    }
-    model.load_state_dict(taken, strict=False)
-    run.say(f"pre-training: {len(taken)} weights loaded {_parts(taken)}")
-    for what, keys in (("dropped", have.keys() - taken.keys()), ("new", own.keys() - taken.keys())):
+    loaded = load_fitting(model, trained.state_dict(), lambda name: name.startswith(parts))
+    run.say(f"pre-training: {len(loaded.names)} weights loaded {_parts(loaded.names)}")
+    for what, keys in (("dropped", loaded.dropped), ("new", loaded.missing)):
         if keys:
             run.say(f"  {what}: {len(keys)} {_parts(keys)}")
     return model

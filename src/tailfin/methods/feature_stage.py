@@ -36,7 +36,7 @@ PARTNER = "balanced_"  # what a partner's picture, boxes and labels are called i
 
 def feature_stage(run: Run, name: str, model: nn.Module, recipe: Recipe | None = None, **options: Any) -> nn.Module:
     """`run.stage` with what the feature module of `model` needs; without one, or with another, just that."""
-    recipe = recipe or run.recipe
+    recipe = recipe or run.planned(name).recipe
     module = model.roi_heads.extra_rows if isinstance(model, FasterRCNN) else None
     if isinstance(module, RememberedRows):
         assert isinstance(model, FasterRCNN) and recipe.feature_memory is not None

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 
 from tailfin import losses
-from tailfin.checkpoint import FORMAT, load_weights, read_safetensors
+from tailfin.checkpoint import FORMAT, read_safetensors
 from tailfin.errors import UserError
 from tailfin.files import existing_file
 from tailfin.losses.base import ClassificationLoss
@@ -21,9 +21,10 @@ from tailfin.models.features import build_feature_module
 from tailfin.models.features.meta_reweighting import MetaReweighter
 from tailfin.models.heads import NorCal, calibrate, check_extra_rows, check_start
 from tailfin.models.localizer import build_localizer
-from tailfin.schema.detectors import FasterRCNN, Localizer
+from tailfin.schema.detectors import FasterRCNNConfig, LocalizerConfig
 from tailfin.schema.recipe import Recipe
 from tailfin.stats import ClassStats
+from tailfin.weights import load_weights
 
 
 def build_detector(recipe: Recipe, stats: ClassStats, *, start: bool = True) -> tuple[nn.Module, list[str]]:
@@ -48,7 +49,7 @@ def _faster_rcnn(
     recipe: Recipe, stats: ClassStats, loss: ClassificationLoss, body: dict[str, Tensor] | None, source: str
 ) -> nn.Module:
     config = recipe.detector
-    assert isinstance(config, FasterRCNN)
+    assert isinstance(config, FasterRCNNConfig)
     backbone = _pyramid(recipe, config, body, source)
     channels_last = recipe.schedule.channels_last
     model = build_faster_rcnn(backbone, loss, config, recipe.evaluation, stats, channels_last=channels_last)
@@ -61,7 +62,7 @@ def _faster_rcnn(
 
 
 def _pyramid(
-    recipe: Recipe, config: FasterRCNN | Localizer, body: dict[str, Tensor] | None, source: str
+    recipe: Recipe, config: FasterRCNNConfig | LocalizerConfig, body: dict[str, Tensor] | None, source: str
 ) -> BackboneWithFPN:
     return resnet_fpn(
         recipe.backbone,
@@ -87,7 +88,7 @@ def _localizer(
     recipe: Recipe, stats: ClassStats, loss: ClassificationLoss, body: dict[str, Tensor] | None, source: str
 ) -> nn.Module:
     config = recipe.detector
-    assert isinstance(config, Localizer)
+    assert isinstance(config, LocalizerConfig)
     backbone = _pyramid(recipe, config, body, source)
     return build_localizer(backbone, config, channels_last=recipe.schedule.channels_last)
 

@@ -27,7 +27,7 @@ from torchvision.ops import box_convert
 from tailfin.collectives import sum_over_ranks
 from tailfin.losses.base import ClassificationLoss
 from tailfin.losses.focal import Focal
-from tailfin.schema.detectors import DeformableDETR as DeformableDETRConfig
+from tailfin.schema.detectors import DeformableDETRConfig
 from tailfin.stats import ClassStats
 
 FOCAL_ALPHA, FOCAL_GAMMA = 0.25, 2.0  # of the matching cost and of the proposals' loss

@@ -24,7 +24,7 @@ from tailfin.models.heads.roi_heads import RoIHeads, Targets
 from tailfin.models.images import batch_images
 from tailfin.models.roi_align import PyramidRoIAlign
 from tailfin.samplers.nms_resampling import THRESHOLDS, ResamplingRPN
-from tailfin.schema.detectors import FasterRCNN as FasterRCNNConfig
+from tailfin.schema.detectors import FasterRCNNConfig
 from tailfin.schema.recipe import Evaluation
 from tailfin.stats import ClassStats
 

@@ -26,7 +26,7 @@ from tailfin.models.faster_rcnn import _Float32Anchors, _Float32RPNHead
 from tailfin.models.heads.roi_heads import Targets
 from tailfin.models.images import batch_images
 from tailfin.models.roi_align import PyramidRoIAlign
-from tailfin.schema.detectors import Localizer as LocalizerConfig
+from tailfin.schema.detectors import LocalizerConfig
 
 MIN_SIDE = 1.0  # pixels of the picture given; thinner boxes are dropped
 BACKGROUND_IOU = 0.1  # an anchor below it belongs to no object

@@ -74,7 +74,7 @@ class SecondStage(Section):
     loss: Annotated[Loss, BeforeValidator(by_name)] = Loss()
     sampler: Annotated[Sampler, BeforeValidator(by_name)] = Sampler()
     schedule: Schedule = Schedule()
-    trains: tuple[Literal["classifier", "box", "rpn", "head", "fpn", "backbone"], ...] = ("classifier", "box", "rpn")
+    trains: tuple[str, ...] = ("classifier", "box", "rpn")  # parts of the detector, by its section's PARTS
     hallucination: Hallucination | None = None
     feature_memory: FeatureMemory | None = None
     fasa: FASA | None = None

@@ -24,6 +24,7 @@ from tailfin.models.features.fasa import FASA
 from tailfin.models.features.feature_memory import FeatureMemory
 from tailfin.models.features.rio import FeatureBank
 from tailfin.models.heads.roi_heads import ExtraRows, FeatureModule
+from tailfin.schema.stages import second_recipe
 from tailfin.stats import ClassStats
 
 pytestmark = pytest.mark.usefixtures("quick_training")
@@ -388,7 +389,7 @@ def test_mistakes(overrides, message, tiny_recipe):
 
 def test_a_second_stage_inherits_none(tiny_recipe):
     recipe = load_recipe(tiny_recipe, [*SECOND, "fasa={}"])
-    assert recipe.fasa is not None and recipe.second_stage().fasa is None
+    assert recipe.fasa is not None and second_recipe(recipe).fasa is None
 
 
 def test_features_behind_layers_that_train_are_refused(tmp_path, tiny_set, tiny_recipe):

@@ -30,7 +30,7 @@ from tailfin.models.features.hallucination import FeatureHallucination
 from tailfin.models.features.meta_reweighting import MetaReweighter
 from tailfin.models.features.rio import FeatureBank
 from tailfin.models.heads.roi_heads import ExtraRows, FeatureModule, Seen, Targets
-from tailfin.schema.detectors import FasterRCNN
+from tailfin.schema.detectors import FasterRCNNConfig
 from tailfin.schema.recipe import Recipe
 from tailfin.stats import ClassStats
 
@@ -38,7 +38,7 @@ from tailfin.stats import ClassStats
 def build_feature_module(recipe: Recipe, stats: ClassStats, loss: ClassificationLoss) -> FeatureModule | None:
     """The recipe's feature module, or none; the schema has seen to it that there is at most one."""
     detector = recipe.detector
-    assert isinstance(detector, FasterRCNN)
+    assert isinstance(detector, FasterRCNNConfig)
     classes, channels = stats.num_classes, detector.head_channels
     if recipe.hallucination is not None:
         options = recipe.hallucination.model_dump()

@@ -35,7 +35,7 @@ from tailfin.models.heads.forest import ForestPredictor, GrownForest, SharedLaye
 from tailfin.models.heads.roi_heads import BoxPredictor, RoIHeads
 from tailfin.models.heads.tde import TDEHead
 from tailfin.modules.norcal import norcal
-from tailfin.schema.detectors import CALIBRATORS, Classifier, FasterRCNN
+from tailfin.schema.detectors import CALIBRATORS, Classifier, FasterRCNNConfig
 from tailfin.schema.recipe import Recipe
 from tailfin.stats import ClassStats
 
@@ -47,7 +47,7 @@ SINGLE: dict[str, Callable[..., nn.Module]] = {"cosine": NormedLinear, "weight_c
 
 
 def box_heads(
-    config: FasterRCNN,
+    config: FasterRCNNConfig,
     loss: ClassificationLoss,
     stats: ClassStats,
     pool: MultiScaleRoIAlign,
@@ -113,7 +113,7 @@ def base_of(classifier: Classifier) -> Classifier:
 def uncalibrated(recipe: Recipe) -> Recipe:
     """The recipe of the detector that a calibrator is put around; any other recipe as it is."""
     detector = recipe.detector
-    if not isinstance(detector, FasterRCNN) or detector.classifier.name not in CALIBRATORS:
+    if not isinstance(detector, FasterRCNNConfig) or detector.classifier.name not in CALIBRATORS:
         return recipe
     plain = detector.model_copy(update={"classifier": base_of(detector.classifier)})
     return recipe.model_copy(update={"detector": plain})
@@ -122,7 +122,7 @@ def uncalibrated(recipe: Recipe) -> Recipe:
 def check_start(recipe: Recipe) -> None:
     """Refuse a calibrator in a training that starts from nothing that it could calibrate."""
     detector = recipe.detector
-    if isinstance(detector, FasterRCNN) and detector.classifier.name in CALIBRATORS:
+    if isinstance(detector, FasterRCNNConfig) and detector.classifier.name in CALIBRATORS:
         name = detector.classifier.name
         raise UserError(
             f"detector.classifier {name} calibrates a trained classifier: set method=decoupled and "
