@@ -16,7 +16,6 @@ from torch import nn
 from tailfin.data.dataset import TrainingDataset, open_source
 from tailfin.data.smooth_tail import ALL, PlannedStep, divide, planned_steps
 from tailfin.errors import UserError
-from tailfin.methods.stepwise import class_specific
 from tailfin.models import build_detector
 from tailfin.report.draw import draw_detections
 from tailfin.run import batch_plan
@@ -45,7 +44,7 @@ def show_plan(recipe: Recipe, out: Path | None) -> None:
     lengths = np.diff(plan.boundaries)
     table.add_row("training images", f"{len(dataset.rows())} of {len(train.index)} in {train.index.path}")
     table.add_row("classes", f"{stats.num_classes} (rare {groups['r']}, common {groups['c']}, frequent {groups['f']})")
-    planned = planned_stages(recipe, dataset, stats, class_specific(recipe))
+    planned = planned_stages(recipe, dataset, stats, model.class_specific())
     table.add_row("method", f"{recipe.method}: {len(planned)} stage{'s' * (len(planned) > 1)}")
     for number, (name, text) in enumerate(planned, start=1):
         table.add_row(f"stage {number}, {name}", text)

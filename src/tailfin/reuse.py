@@ -137,7 +137,7 @@ def _located(option: str, given: Path) -> tuple[Path, list[Path]]:
         raise UserError(f"{option} does not exist")
     found = {int(path.parent.name.partition("-")[0]): path for path in given.glob("stages/[0-9]*-*/model.safetensors")}
     first = 0 if 0 in found else 1
-    models = []
+    models: list[Path] = []
     while first + len(models) in found:
         models.append(found[first + len(models)])
     if not models:

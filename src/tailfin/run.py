@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -24,6 +24,7 @@ from tailfin.evaluation.results import merge_shards
 from tailfin.files import read_json, write_atomic, write_json
 from tailfin.inference import category_ids_for, counts_by_id, infer
 from tailfin.models import build_detector
+from tailfin.models.detector import Detector
 from tailfin.processes import make_accelerator, on_main
 from tailfin.progress import Progress
 from tailfin.provenance import environment, now
@@ -62,7 +63,7 @@ class Run:
         self.stages_done = 0
         self.begun = False
 
-    def detector(self, recipe: Recipe | None = None) -> nn.Module:
+    def detector(self, recipe: Recipe | None = None) -> Detector:
         """The recipe's detector with its starting weights, the same on every process; says what it starts from.
 
         A run that is past its start does not need them: its first stage has better ones. `recipe` is the first stage's
@@ -93,7 +94,7 @@ class Run:
         dataset: TrainingDataset | None = None,
         plan: BatchPlan | None = None,
         product: str = "",
-    ) -> nn.Module:
+    ) -> Detector:
         """Train `model` as the next stage, or load it where the stage is already finished; returns the plain detector.
 
         Args:
@@ -146,7 +147,7 @@ class Run:
             on_main(self.accelerator, lambda: self._save(finished, model, recipe, name))
             on_main(self.accelerator, lambda: best.unlink(missing_ok=True))
         self.parents = [*self.parents, file_hash(finished)]
-        return model
+        return cast(Detector, model)
 
     def measure(self, model: nn.Module, keep: bool = False) -> dict[str, Any]:
         """Metrics of `model` on the validation set, the same on every process; `keep` writes the results file too."""

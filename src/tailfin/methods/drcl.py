@@ -21,7 +21,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 from torch.nn import functional as F
 from torchvision.models.detection.image_list import ImageList
 
@@ -29,6 +28,7 @@ from tailfin.checkpoint import save_model
 from tailfin.data.proposals import open_proposals
 from tailfin.data.views import PretrainingDataset
 from tailfin.models import build_detector
+from tailfin.models.detector import Detector
 from tailfin.models.faster_rcnn import FasterRCNN
 from tailfin.models.images import MEAN, STD, batch_images
 from tailfin.pretraining import reconstruction as recon
@@ -43,7 +43,7 @@ PREDICTOR = "roi_heads.predictor."
 PICTURES, NEGATIVES = 6, 256  # in the file for the report
 
 
-def start(run: Run) -> nn.Module:
+def start(run: Run) -> Detector:
     """The detector that a method starts from, pre-trained where the recipe says so."""
     config = run.recipe.pretraining
     if config is None:
@@ -56,7 +56,7 @@ def start(run: Run) -> nn.Module:
     if config.sampler.instance_source == "proposal":
         stats = replace(stats, instance_count=proposals.instances(run.train.index))
     plan = batch_plan(recipe, dataset, stats)
-    detector = run.detector(recipe)
+    detector: Detector = run.detector(recipe)
     assert isinstance(detector, FasterRCNN)
     shell = PreTrainer(detector, config, iterations=plan.iterations, accumulation=recipe.schedule.accumulation)
     product = run.stage("pretrain", shell, recipe=recipe, dataset=dataset, plan=plan, product="detector")
@@ -74,7 +74,7 @@ def start(run: Run) -> nn.Module:
     return transfer(run, product, parts)
 
 
-def transfer(run: Run, trained: nn.Module, parts: tuple[str, ...]) -> nn.Module:
+def transfer(run: Run, trained: Detector, parts: tuple[str, ...]) -> Detector:
     """A fresh detector of the recipe with the weights of `trained` whose names start with one of `parts`."""
     torch.manual_seed(run.recipe.seed)  # new weights must not depend on whether the stage ran just now or was loaded
     model, _ = build_detector(run.recipe, run.stats, start=False)

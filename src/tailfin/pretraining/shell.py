@@ -248,7 +248,7 @@ class PreTrainer(nn.Module):
             "classifier": config.detects and config.det_loss == "class_aware",
             "box": config.detects and config.det_loss == "class_aware",
         }
-        self.detector.freeze_all_but([name for name, trains in reached.items() if trains])
+        self.detector.freeze_but([name for name, trains in reached.items() if trains])
 
     # ---- terms -----------------------------------------------------------------------------------------------------
 
@@ -258,20 +258,18 @@ class PreTrainer(nn.Module):
         """The detector's losses on view 1; class-agnostic ones also give their foreground rows and each one's box."""
         detector, batch = self.detector, view.batch
         if self.config.det_loss == "class_aware":
-            return detector.from_features(batch, features.pyramid, targets), None  # type: ignore[return-value]
+            return detector.losses(detector.from_features(features.pyramid, batch, targets), targets), None
         objects = self._as_objects(view)
         heads = detector.roi_heads
-        proposals, losses = detector.rpn(batch, features.pyramid, objects)
+        raw, proposals, _ = detector.rpn(batch, features.pyramid, objects)
+        losses = detector.rpn_losses(raw, objects)
         rows = heads.sample(proposals, objects)
         shared = heads.head(heads.pool(features.pyramid, rows.boxes, batch.image_sizes))
         box = heads.box_regression_loss(self.box_layer(shared).float(), rows.boxes, rows.labels, rows.matched)
         foreground = torch.where(rows.gt_index >= 0)[0]
         return {
             "loss_box_reg": box,
-            **{
-                name.replace("loss_objectness", "loss_rpn_objectness"): detector.rpn_loss_weight * value
-                for name, value in losses.items()
-            },
+            **losses,
         }, (shared[foreground], rows.gt_index[foreground])
 
     def _contrast(
@@ -336,7 +334,7 @@ class PreTrainer(nn.Module):
         """AlignDet's box term: foreground rows of view 1 against those that the momentum network finds in view 2."""
         with torch.no_grad():
             heads = self.detector.roi_heads
-            proposals, _ = self.average["rpn"](view.batch, features.pyramid)
+            _, proposals, _ = self.average["rpn"](view.batch, features.pyramid)
             rows = heads.sample(proposals, self._as_objects(view))
             counts = [len(boxes) for boxes in rows.boxes]
             inside = [own >= 0 for own in rows.gt_index.split(counts)]
@@ -450,7 +448,7 @@ def body_layers(body: nn.Module, pictures: Tensor) -> dict[str, Tensor]:
 
 def pyramid(fpn: nn.Module, body: Any, layers: dict[str, Tensor]) -> dict[str, Tensor]:
     """The pyramid over those layers that it was built for."""
-    return fpn({name: layers[layer] for layer, name in body.return_layers.items()})
+    return fpn({name: layers[layer] for layer, name in body.taken.items()})
 
 
 @contextmanager

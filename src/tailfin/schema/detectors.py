@@ -9,6 +9,7 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 from tailfin.schema.base import ConfigName, Count, Fraction, Named, NotNegative, Positive, Section, by_name
 
 CALIBRATORS = ("disalign", "simcal")  # classifiers that a second stage puts around a trained one
+EPISODES = ("simcal",)  # classifiers whose second stage sees the rows of a few classes of an image at a time
 
 
 class Classifier(Named):

@@ -80,7 +80,7 @@ def box_heads(
     return RoIHeads(pool, shared, predictor, loss, **options)
 
 
-def calibrate(model: Detector, classifier: Classifier, stats: ClassStats) -> None:
+def calibrate(model: Any, classifier: Classifier, stats: ClassStats) -> None:
     """Put a calibrator around the trained classifier of `model`, in place; any other classifier is left alone.
 
     What was trained is frozen, the calibrator's own weights train.
