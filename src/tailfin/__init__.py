@@ -8,7 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from tailfin.version import __version__
+
 __all__ = ["ClassStats", "Detector", "UserError", "evaluate", "load", "losses", "models", "samplers", "train"]
 
 if TYPE_CHECKING:

@@ -9,10 +9,10 @@ from typing import Any
 
 import typer
 
-from tailfin import __version__
 from tailfin.cli import calibrate, cost, data, demo, doctor, evaluate, predict, recipes, report, train
 from tailfin.errors import UserError
 from tailfin.stop_signals import Interrupted
+from tailfin.version import __version__
 
 app = typer.Typer(
     name="tailfin",

@@ -13,15 +13,17 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
 from pycocotools import mask as coco_mask
 
 from tailfin.data import cache as _cache
-from tailfin.data.index import AnnotationIndex
 from tailfin.errors import UserError
+
+if TYPE_CHECKING:
+    from tailfin.data.index import AnnotationIndex
 
 NONE, POLYGONS, RLE = 0, 1, 2
 

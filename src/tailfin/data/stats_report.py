@@ -32,7 +32,7 @@ MILD, LONG = 3.0, 10.0  # imbalance below which plain training is enough, and ab
 FEW = 10  # images; LVIS calls such classes rare
 REPEATS = (2.0, 10.0)  # of the rarest class: less changes nothing, more only learns the same pictures by heart
 LEAST_THRESHOLD = 1e-3  # LVIS practice
-BALANCED_LOSSES = ("seesaw", "fcbl", "eqlv2")  # in the order of advice
+BALANCED_LOSS = "seesaw"  # what is advised for many classes with few images
 BARS = " ▁▂▃▄▅▆▇█"
 
 
@@ -95,9 +95,9 @@ def advice(stats: ClassStats) -> str:
     )
     if imbalance <= LONG:
         return f"mild tail ({shape}): sampler=plain loss=softmax first; if small classes lag, {sampling}"
-    few, loss = int(np.count_nonzero(counts <= FEW)), _balanced_loss()
-    if few and loss:
-        return f"long tail ({shape}): {sampling} and loss={loss}, as {few} classes have at most {FEW} images"
+    few = int(np.count_nonzero(counts <= FEW))
+    if few:
+        return f"long tail ({shape}): {sampling} and loss={BALANCED_LOSS}, as {few} classes have at most {FEW} images"
     return f"long tail ({shape}): {sampling}"
 
 
@@ -221,12 +221,6 @@ def write_picture(path: Path, picture: go.Figure) -> None:
     """Write one HTML file that needs nothing else; other endings are a `UserError`."""
     check_plot_path(path)
     write_atomic(path, picture.to_html(include_plotlyjs=True, full_html=True))
-
-
-def _balanced_loss() -> str | None:
-    from tailfin import losses  # heavy, and only needed for its names
-
-    return next((name for name in BALANCED_LOSSES if name in losses.names()), None)
 
 
 def _label(text: str) -> str:

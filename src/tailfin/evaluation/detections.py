@@ -19,7 +19,7 @@ import numpy as np
 from hotcoco import mask as mask_utils  # pycocotools' area() fails on more than 255 masks with numpy 2
 
 from tailfin.errors import UserError
-from tailfin.evaluation.parsing import Box, boxes_array, column, load_typed, nearest_id, rows_of, with_text_counts
+from tailfin.parsing import Box, boxes_array, column, load_typed, nearest_id, rows_of, with_text_counts
 from tailfin.evaluation.results import Shards
 from tailfin.evaluation.truth import GroundTruth, encode_mask, has_mask
 

@@ -17,7 +17,7 @@ import numpy as np
 from hotcoco import mask as mask_utils
 
 from tailfin.errors import UserError, nearest
-from tailfin.evaluation.parsing import Box, boxes_array, column, load_typed, nearest_id, rows_of, with_text_counts
+from tailfin.parsing import Box, boxes_array, column, load_typed, nearest_id, rows_of, with_text_counts
 
 KEYS = ("images", "annotations", "categories")
 
