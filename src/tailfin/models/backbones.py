@@ -194,14 +194,16 @@ def pyramid_backbone(body: Body, *, layers: Sequence[int], channels: int, pool: 
 def load_body(body: nn.Module, state: dict[str, Tensor], source: str) -> None:
     """Load classification weights into the body; the classifier (`fc.*`) is left out, all else must fit."""
     state = {key: value for key, value in state.items() if not key.startswith("fc.")}
-    result = body.load_state_dict(state, strict=False)
-    missing = [key for key in result.missing_keys if not key.startswith("fc.") and "num_batches_tracked" not in key]
-    unexpected = [key for key in result.unexpected_keys if "num_batches_tracked" not in key]
-    if missing or unexpected:
-        raise UserError(
-            f"{source}: the weights do not fit the backbone: {len(missing)} are missing ({', '.join(missing[:3])}), "
-            f"{len(unexpected)} are unknown ({', '.join(unexpected[:3])})"
-        )
+    own = body.state_dict()
+    wrong = {
+        "are missing": [key for key in own if key not in state and "num_batches_tracked" not in key],
+        "are unknown": [key for key in state if key not in own and "num_batches_tracked" not in key],
+        "have another shape": [key for key, value in state.items() if key in own and own[key].shape != value.shape],
+    }
+    if any(wrong.values()):
+        told = (f"{len(keys)} {what} ({', '.join(keys[:3])})" for what, keys in wrong.items() if keys)
+        raise UserError(f"{source}: the weights do not fit the backbone: {', '.join(told)}")
+    body.load_state_dict(state, strict=False)
 
 
 def imagenet_state(name: str) -> dict[str, Tensor]:
