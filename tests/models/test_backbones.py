@@ -67,5 +67,6 @@ def test_a_pyramid_in_two_steps_is_that_in_one():
 
 
 def test_weights_that_do_not_fit():
-    with pytest.raises(UserError, match="do not fit the backbone: .* are missing .*layer1.0.conv3.weight.*have another shape"):
+    told = "do not fit the backbone: .* are missing .*layer1.0.conv3.weight.*have another shape"
+    with pytest.raises(UserError, match=told):
         load_body(resnet_body("resnet50", norm="bn"), torchvision.models.resnet18().state_dict(), "file")
