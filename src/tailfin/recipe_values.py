@@ -85,8 +85,8 @@ def with_variant(base: Mapping[str, Any], variant: Variant) -> dict[str, Any]:
     about = values.get("about", {})
     if isinstance(about, dict):
         notes = [str(one["notes"]).strip() for one in (variant.about, about) if one.get("notes")]
-        inherited = {key: value for key, value in about.items() if key not in OWN_FACTS}
-        values["about"] = {**inherited, **variant.about, **({"notes": " ".join(notes)} if notes else {})}
+        inherited = {key: value for key, value in about.items() if key not in (*OWN_FACTS, *variant.about)}
+        values["about"] = {**variant.about, **inherited, **({"notes": " ".join(notes)} if notes else {})}
     for key, value in variant.overrides.items():
         assign(values, key, value)
     return values

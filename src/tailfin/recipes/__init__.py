@@ -1,7 +1,7 @@
 """Recipes by name: the YAML files in this folder and their variants, files of the user's own, and published rows.
 
-`catalog.py` finds files and variants, `published.py` maps the rows of the papers to recipes and overrides, `moved.py`
-has the former names.
+`catalog.py` finds files and variants, `rows.py` has the papers' rows, `published.py` maps them to recipes and
+overrides, `moved.py` has the former names.
 """
 
 from __future__ import annotations
@@ -11,17 +11,8 @@ from pathlib import Path
 from tailfin.errors import UserError, nearest
 from tailfin.recipes.catalog import START, Found, files, find_file, for_row, names, variants
 from tailfin.recipes.moved import MOVED
-from tailfin.recipes.published import (
-    Blocked,
-    Paper,
-    Row,
-    Runnable,
-    about_overrides,
-    papers,
-    published_row,
-    resolve,
-    rows,
-)
+from tailfin.recipes.published import Blocked, Runnable, about_overrides, resolve
+from tailfin.recipes.rows import Paper, Row, papers, published_row, rows
 
 __all__ = [
     "MOVED",
@@ -33,6 +24,7 @@ __all__ = [
     "Runnable",
     "files",
     "find",
+    "find_file",
     "names",
     "papers",
     "published_row",

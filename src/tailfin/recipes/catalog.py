@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -57,7 +58,7 @@ class Found:
         values = copy.deepcopy(base)
         given = values.get("name")
         if self.variant:
-            values = with_variant(values, _chosen(variants, self.variant, str(self.path)))
+            values = with_variant(values, _chosen(variants, self.variant, self.label))
             if FOLDER in self.path.parents:  # the base's command names the base
                 command = values["about"]["command"]
                 values["about"]["command"] = command.replace(f"{_file_name(self.path)} ", f"{self.name} ")
@@ -120,7 +121,8 @@ def find_file(name: str) -> Found | None:
 
 def for_row(found: Found, row_id: str, overrides: list[str]) -> Found:
     """The recipe as a published row runs it."""
-    return replace(found, name=row_id, label=f"published row {row_id} (recipe {found.name})", overrides=tuple(overrides))
+    label = f"published row {row_id} (recipe {found.name})"
+    return replace(found, name=row_id, label=label, overrides=tuple(overrides))
 
 
 @cache
@@ -133,7 +135,7 @@ def _file_name(path: Path) -> str:
     return path.relative_to(FOLDER).with_suffix("").as_posix()
 
 
-def _split(name: str, is_file: Any) -> tuple[str, str]:
+def _split(name: str, is_file: Callable[[str], bool]) -> tuple[str, str]:
     """At the last colon, where a recipe or file stands before it: `C:\\mine.yaml` has no variant."""
     file, _, variant = name.rpartition(":")
     return (file, variant) if variant and is_file(file) else (name, "")

@@ -1,15 +1,15 @@
-"""The published rows: every result row of the three papers, and how each is run as a recipe plus overrides.
+"""How each published row (`rows.py`) is run, as a recipe plus overrides.
 
-`published.json` beside this file holds the rows as printed. A row is run by rules over its fields, not by a line of its
-own: its recipe is `<dataset>/<detector>_r50`, most often a variant of it that its method names (`METHODS`); its backbone,
-sampler, schedule and switches become overrides.
+A row is run by rules over its fields, not by a line of its own: its recipe is `<dataset>/<detector>_r50` or the variant
+of it that its method names (`METHODS`); its backbone, sampler, schedule and switches become overrides.
 
     resolve("bacl/XIII/rfs/lvis_v1/r101")
     # Runnable(recipe="lvis_v1/faster_rcnn_r50", overrides=("backbone=resnet101", "sampler=rfs"))
     resolve("bacl/XIII/simcal/lvis_v1/r50")
     # Blocked(when="never", reason="the paper prints a dash")
 
-A new method's rows become runnable when its recipe is added, and its switches when `SWITCHES` or `SWITCH_KEYS` has them.
+A new method's rows become runnable when its recipe is added, and its switches when `SWITCHES` or `SWITCH_KEYS` has
+them.
 """
 
 from __future__ import annotations
@@ -17,69 +17,13 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any, Literal
 
-import msgspec
-
-from tailfin.errors import UserError, nearest
 from tailfin.recipe_values import split_override
 from tailfin.recipes import catalog
+from tailfin.recipes.rows import Row, papers, published_row
 from tailfin.schema.detectors import DETECTORS as BUILT
 from tailfin.schema.recipe import Recipe
-
-
-class Row(msgspec.Struct, frozen=True, kw_only=True):
-    """One printed result. `metrics` are percent (cost figures in their own units); None is a dash or a lost cell."""
-
-    id: str  # paper/table/method[+2drcl]/dataset/backbone[/switch]
-    paper: str
-    table: str
-    row: int  # order in the table
-    method: str  # as printed
-    method_key: str
-    is_proposed: bool  # any part of the paper's own method is on
-    role: Literal["baseline", "comparison", "ablation", "full"]
-    dataset: str
-    detector: str | None  # None: the paper does not say
-    backbone: str
-    sampler: str | None
-    schedule: str | None
-    pretraining: str | None
-    settings: dict[str, Any]  # the row's switches; all else stands at the paper's defaults
-    metrics: dict[str, float | None]
-    metric_kind: Literal["box", "mask", "both"]
-    values: Literal["printed", "partial", "dash", "figure"]
-    inferred: list[str]  # fields that the table does not print
-    same_numbers_as: list[str]
-    doubt: str | None
-
-    @property
-    def caption(self) -> str:
-        return papers()[self.paper].tables[self.table].caption
-
-    @property
-    def numbers(self) -> dict[str, float]:
-        """The printed numbers under the names of `metrics.json` (box AP is "AP"; mask numbers end in "_m")."""
-        return {("AP" if key == "AP_b" else key): value for key, value in self.metrics.items() if value is not None}
-
-
-class Table(msgspec.Struct, frozen=True):
-    """A table of a paper: what it shows and how many rows it has."""
-
-    caption: str
-    rows: int
-
-
-class Paper(msgspec.Struct, frozen=True):
-    """A paper with its default settings, and what is doubtful about its numbers as a whole."""
-
-    title: str
-    venue: str
-    year: int
-    defaults: dict[str, Any]
-    doubts: list[str]
-    tables: dict[str, Table]
 
 
 @dataclass(frozen=True)
@@ -103,8 +47,8 @@ class Blocked:
 
 @dataclass(frozen=True)
 class Method:
-    """Which recipe runs a method: the end of its address after `<dataset>/<detector>_r50`, its loss, stages, and any part
-    besides these."""
+    """Which recipe runs a method: the end of its address after `<dataset>/<detector>_r50`, its loss, stages, and any
+    part besides these."""
 
     recipe: str  # "": the base of that file; ":seesaw": a variant of it; "_bacl": another file
     loss: str = ""
@@ -287,42 +231,7 @@ def about_overrides(row: Row, recipe: str) -> list[str]:
     return [f"about.{key}={json.dumps(value, ensure_ascii=False)}" for key, value in facts.items()]
 
 
-def rows() -> tuple[Row, ...]:
-    """All published rows, in the order of papers and tables."""
-    return _data()[1]
-
-
-def papers() -> dict[str, Paper]:
-    """The three papers by key: 2drcl, stepwise, bacl."""
-    return _data()[0]
-
-
-def published_row(row_id: str) -> Row:
-    """The row with this id; an unknown id is a `UserError` that names the nearest."""
-    row = _by_id().get(row_id)
-    if row is None:
-        raise UserError(f'there is no published row "{row_id}"{nearest(row_id, _by_id())}')
-    return row
-
-
 # ---- details ---------------------------------------------------------------------------------------------------------
-
-
-class _File(msgspec.Struct, frozen=True):
-    version: int
-    papers: dict[str, Paper]
-    rows: tuple[Row, ...]
-
-
-@cache
-def _data() -> tuple[dict[str, Paper], tuple[Row, ...]]:
-    data = msgspec.json.decode((Path(__file__).parent / "published.json").read_bytes(), type=_File)
-    return data.papers, data.rows
-
-
-@cache
-def _by_id() -> dict[str, Row]:
-    return {row.id: row for row in rows()}
 
 
 def _method(row: Row) -> Method:
