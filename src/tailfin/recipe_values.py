@@ -132,9 +132,11 @@ def _variant(name: Any, given: Any, source: str) -> Variant:
 
 
 def _kind(value: Any) -> str:
+    if value == {}:
+        return "empty"
     kinds = {
         type(None): "empty",
-        dict: "another mapping",
+        dict: "a mapping whose keys are not all text",
         list: "a list",
         str: "text",
         int: "a number",

@@ -69,7 +69,9 @@ def list_recipes(
 
 
 @app.command()
-def show(name: Annotated[str, typer.Argument(help="A recipe, a YAML file or the id of a published row.")]) -> None:
+def show(
+    name: Annotated[str, typer.Argument(help="A recipe or YAML file, with :VARIANT, or a row's id.")],
+) -> None:
     """Print a recipe in full, every default resolved, with the published numbers above it as comments."""
     row = _row_named(name)
     if row is not None:
@@ -86,7 +88,7 @@ def show(name: Annotated[str, typer.Argument(help="A recipe, a YAML file or the 
 
 @app.command()
 def copy(
-    name: Annotated[str, typer.Argument(help="A recipe, a YAML file or the id of a published row.")],
+    name: Annotated[str, typer.Argument(help="A recipe or YAML file, with :VARIANT, or a row's id.")],
     destination: Annotated[Path | None, typer.Argument(metavar="[DEST]", help="A file or a folder.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
 ) -> None:
@@ -135,7 +137,7 @@ def _plain_list() -> list[str]:
         names = " ".join(f":{variant}" for variant in recipes.variants(file))
         lines += textwrap.wrap(names, WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6)
     count = f"{len(recipes.names())} recipes in {len(recipes.files())} files, {len(recipes.rows())} published rows"
-    return [*lines, "", f"{count}; `tailfin recipes list WORD...` searches them, `--rows` shows all"]
+    return [*lines, "", f"{count}; search them: tailfin recipes list WORD"]
 
 
 def _plain_yaml(values: dict[str, Any]) -> str:
