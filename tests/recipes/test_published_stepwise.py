@@ -129,7 +129,7 @@ def test_small_recipe_takes_its_steps(name):
         own = recipe.step_recipe(step.config)
         torch.manual_seed(0)
         (model, _), (teacher, _) = (build_detector(own, stats, start=False) for _ in range(2))
-        freeze_but(model, step.config.trains, own)
+        freeze_but(model, step.config.trains)
         taught = step.config.distillation is not None
         shell = Transfer(model, teacher, torch.from_numpy(step.old), step.config.distillation) if taught else model
         losses = shell.train()([picture, picture], [target, target])
