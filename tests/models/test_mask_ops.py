@@ -203,5 +203,5 @@ def test_other_mistakes():
         mask_loss(logits, torch.zeros((2, 4, 4)), labels + 3)
     with pytest.raises(ValueError, match='did you mean "mmdet"'):
         paste_masks(torch.zeros((1, 4, 4)), torch.zeros((1, 4)), (5, 5), "mmdt")
-    with pytest.raises(ValueError, match=r"must be \[N, m, m\], boxes"):
+    with pytest.raises(ValueError, match=r"probs must be \[N, m, m\]"):
         paste_masks(torch.zeros((1, 4, 4)), torch.zeros((2, 4)), (5, 5))
