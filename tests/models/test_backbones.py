@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torchvision
+from torchvision.ops import FrozenBatchNorm2d
 
 from tailfin.errors import UserError
-from tailfin.models.backbones import load_body, pyramid_backbone, resnet_body, small_body
+from tailfin.models.backbones import FrozenNorm, load_body, pyramid_backbone, resnet_body, small_body
 
 
 def bodies():
@@ -70,3 +71,39 @@ def test_weights_that_do_not_fit():
     told = "do not fit the backbone: .* are missing .*layer1.0.conv3.weight.*have another shape"
     with pytest.raises(UserError, match=told):
         load_body(resnet_body("resnet50", norm="bn"), torchvision.models.resnet18().state_dict(), "file")
+
+
+def test_a_frozen_norm_is_torchvisions_in_its_inputs_type():
+    torch.manual_seed(0)
+    own, theirs = FrozenNorm(6), FrozenBatchNorm2d(6)
+    for name, buffer in own.named_buffers():
+        buffer.copy_(torch.rand(6) + 0.5)
+        getattr(theirs, name).copy_(buffer)
+    x = torch.randn(2, 6, 5, 4)
+    assert torch.equal(own(x), theirs(x))
+    half = own(x.bfloat16())
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half.float(), theirs(x.bfloat16()).float(), rtol=2**-6, atol=2**-6)
+
+
+def test_a_frozen_body_keeps_half_precision_activations():
+    """What the backward pass keeps under autocast is half of what float32 keeps, where norms are frozen too."""
+    body = resnet_body("resnet18", norm="frozen_bn").take({"layer3": "0"})
+    pictures = torch.rand(1, 3, 64, 64)
+
+    def kept(precision: torch.dtype) -> int:
+        sizes: dict[int, int] = {}
+
+        def pack(value: torch.Tensor) -> torch.Tensor:
+            if value.ndim == 4 and len(value) == 1:  # of the picture, not a weight
+                sizes[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+            return value
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
+            with torch.autocast("cpu", precision, enabled=precision != torch.float32):
+                held = body(pictures)["0"]
+        assert held.grad_fn is not None
+        return sum(sizes.values())
+
+    body.requires_grad_(True)
+    assert kept(torch.bfloat16) < 0.6 * kept(torch.float32)

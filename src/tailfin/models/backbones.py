@@ -35,8 +35,20 @@ IMAGENET_WEIGHTS = {
     "resnet50": "ResNet50_Weights.IMAGENET1K_V1",
     "resnet101": "ResNet101_Weights.IMAGENET1K_V1",
 }
+
+
+class FrozenNorm(FrozenBatchNorm2d):
+    """torchvision's batch norm with fixed statistics, in the type of its input: under autocast torchvision's gives
+    float32, and every activation behind it would be kept in that."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = self.weight * (self.running_var + self.eps).rsqrt()  # in float32
+        shift = self.bias - self.running_mean * scale
+        return x * scale.to(x.dtype)[:, None, None] + shift.to(x.dtype)[:, None, None]
+
+
 NORMS: dict[str, Callable[..., nn.Module]] = {
-    "frozen_bn": FrozenBatchNorm2d,
+    "frozen_bn": FrozenNorm,
     "bn": nn.BatchNorm2d,
     "gn": functools.partial(nn.GroupNorm, 32),
 }
