@@ -19,7 +19,7 @@ from tailfin.files import write_atomic
 from tailfin.recipes import Blocked, Row, Runnable
 from tailfin.schema.recipe import Recipe
 
-app = typer.Typer(help="List, show and copy recipes and published rows.", no_args_is_help=True)
+app = typer.Typer(help="List, show and copy recipes and published rows.", no_args_is_help=True, add_completion=False)
 
 Columns = tuple[str, str, str, str]
 GROUPS = ("AP", "APr", "APc", "APf")
