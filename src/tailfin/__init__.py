@@ -8,12 +8,23 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from tailfin.version import __version__
+from tailfin.version import __version__ as __version__
 
-__all__ = ["ClassStats", "Detector", "UserError", "evaluate", "load", "losses", "models", "samplers", "train"]
+__all__ = [
+    "ClassStats",
+    "Detector",
+    "UserError",
+    "calibration",
+    "evaluate",
+    "load",
+    "losses",
+    "models",
+    "samplers",
+    "train",
+]
 
 if TYPE_CHECKING:
-    from tailfin import losses, models, samplers
+    from tailfin import calibration, losses, models, samplers
     from tailfin.api import Detector, evaluate, load, train
     from tailfin.errors import UserError
     from tailfin.stats import ClassStats

@@ -20,7 +20,7 @@ def calibrate(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing --out.")] = False,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, mps, cuda:1, ...")] = None,
 ) -> None:
-    """Calibrate a trained model's scores by class size (NorCal); predict and evaluate the result like any model.
+    """Calibrate a trained model's scores by class size; predict and evaluate the result like any model.
 
     Every foreground probability is divided by its class's number of training images to the power of gamma, and
     normalised with the background. The weights stay as they are.
@@ -28,7 +28,7 @@ def calibrate(
     from rich.console import Console
     from rich.table import Table
 
-    from tailfin.calibration import calibrate as calibrate_model
+    from tailfin.calibration_search import calibrate as calibrate_model
 
     chosen, tried = calibrate_model(
         model,

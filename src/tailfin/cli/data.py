@@ -23,7 +23,7 @@ from tailfin.files import write_json
 from tailfin.progress import Progress
 from tailfin.stats import ClassStats
 
-app = typer.Typer(help="Look at, check, make and convert annotation files.", no_args_is_help=True)
+app = typer.Typer(help="Look at, check, make and convert annotation files.", no_args_is_help=True, add_completion=False)
 PLAIN_WIDTH = 160  # of a table that is not on a terminal
 QUIET_BELOW = 20_000  # pictures; fewer need no progress bar
 

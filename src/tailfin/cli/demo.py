@@ -19,7 +19,7 @@ def demo(
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to both runs.")
     ] = None,
 ) -> None:
-    """Make the embedded long-tailed set, train the plain baseline and BACL on it, and compare them in one report."""
+    """Make the embedded long-tailed set, train the plain baseline and BACL on it, and compare them."""
     from rich.console import Console
 
     from tailfin import api

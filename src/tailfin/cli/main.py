@@ -5,16 +5,56 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from importlib import import_module
 from typing import Any
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
-from tailfin.cli import calibrate, cost, data, demo, doctor, evaluate, predict, recipes, report, train
 from tailfin.errors import UserError
 from tailfin.stop_signals import Interrupted
 from tailfin.version import __version__
 
+# verb -> its first line of help, as in its module `tailfin.cli.VERB`, which is imported where the verb is used
+VERBS = {
+    "demo": "Make the embedded long-tailed set, train the plain baseline and BACL on it, and compare them.",
+    "train": "Train a detector, measure it and write its report.",
+    "evaluate": "Average precision and recall of a run, a model or a results file.",
+    "predict": "Detect objects in pictures; no annotations are needed.",
+    "report": "Write one HTML file about runs, side by side, or serve it with --live.",
+    "cost": "Count multiply-adds and parameters, and measure pictures per second part by part.",
+    "calibrate": "Calibrate a trained model's scores by class size; predict and evaluate the result like any model.",
+    "data": "Look at, check, make and convert annotation files.",
+    "recipes": "List, show and copy recipes and published rows.",
+    "doctor": "Check versions, devices, threads, memory and optional parts; exit code 2 where training cannot work.",
+}
+
+
+class Verbs(TyperGroup):
+    """The verbs, each loaded when it is called: `tailfin --help` imports neither torch nor numpy."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.commands = {name: TyperCommand(name, help=line) for name, line in VERBS.items()}  # what the list shows
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """The verb itself, with its options."""
+        name, _, rest = super().resolve_command(ctx, args)
+        return name, verb(str(name)), rest
+
+
+def verb(name: str) -> Any:
+    """The command `name`: the group `app` of its module, or the function that has its name."""
+    module = import_module(f"tailfin.cli.{name}")
+    if hasattr(module, "app"):
+        return typer.main.get_command(module.app)
+    alone = typer.Typer(add_completion=False)
+    alone.command(name)(getattr(module, name))
+    return typer.main.get_command(alone)
+
+
 app = typer.Typer(
+    cls=Verbs,
     name="tailfin",
     help="Long-tailed object detection: from an imbalanced data set to a trained, measured detector.",
     no_args_is_help=True,
@@ -23,16 +63,6 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("demo")(demo.demo)
-app.command("train")(train.train)
-app.command("evaluate")(evaluate.evaluate)
-app.command("predict")(predict.predict)
-app.command("report")(report.report)
-app.command("cost")(cost.cost)
-app.command("calibrate")(calibrate.calibrate)
-app.add_typer(data.app, name="data")
-app.add_typer(recipes.app, name="recipes")
-app.command("doctor")(doctor.doctor)
 
 
 def _version(value: bool) -> None:

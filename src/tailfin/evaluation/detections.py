@@ -19,9 +19,9 @@ import numpy as np
 from hotcoco import mask as mask_utils  # pycocotools' area() fails on more than 255 masks with numpy 2
 
 from tailfin.errors import UserError
-from tailfin.parsing import Box, boxes_array, column, load_typed, nearest_id, rows_of, with_text_counts
 from tailfin.evaluation.results import Shards
 from tailfin.evaluation.truth import GroundTruth, encode_mask, has_mask
+from tailfin.parsing import Box, boxes_array, column, load_typed, nearest_id, rows_of, with_text_counts
 
 COMMON_LIMITS = (100, 300, 500, 1000)  # per-image limits that detectors are often run with
 
