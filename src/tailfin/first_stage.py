@@ -21,7 +21,7 @@ from tailfin.schema.recipe import Recipe
 from tailfin.stats import ClassStats
 
 # What a first stage does not depend on: its name, what comes after it, how it is measured and logged, how it is loaded.
-FREE = ("name", "about", "method", "second", "stepwise", "evaluation", "logging")
+FREE = ("name", "about", "method", "second", "stepwise", "calibration", "evaluation", "logging")
 FREE_DATA = ("root", "train", "val", "synthesize", "workers", "max_pixels", "test_size", "test_max_size")
 SHOWN = 8  # differences in a message
 

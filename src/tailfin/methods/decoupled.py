@@ -16,9 +16,8 @@ from tailfin.methods.drcl import start
 from tailfin.methods.feature_stage import feature_stage
 from tailfin.models import build_detector
 from tailfin.models.faster_rcnn import FasterRCNN
-from tailfin.models.heads import calibrate, uncalibrated
+from tailfin.models.heads import stage_samples, wrap_trained
 from tailfin.run import Run
-from tailfin.samplers.episodes import EpisodeDataset, EpisodePlan
 from tailfin.schema.detectors import FasterRCNN as FasterRCNNConfig
 from tailfin.schema.recipe import Recipe
 
@@ -39,8 +38,10 @@ def classifier_stage(run: Run, trained: nn.Module) -> nn.Module:
     assert second is not None
     torch.manual_seed(run.recipe.seed)  # new weights must not depend on whether stage 1 ran just now or was loaded
     recipe = run.recipe.second_stage()
-    # a classifier that calibrates the first stage's is put around it once that has its weights
-    model, _ = build_detector(uncalibrated(recipe), run.stats, start=False)
+    assert isinstance(recipe.detector, FasterRCNNConfig)
+    # a classifier that goes around the first stage's is put there once that has its weights
+    first = recipe.model_copy(update={"detector": recipe.detector.unwrapped()})
+    model, _ = build_detector(first, run.stats, start=False)
     anew = ("roi_heads.loss.", "roi_heads.extra_rows.")  # a method's state is that of its stage
     weights = {key: value for key, value in trained.state_dict().items() if not key.startswith(anew)}
     if second.fresh_classifier:
@@ -48,9 +49,9 @@ def classifier_stage(run: Run, trained: nn.Module) -> nn.Module:
     own = model.state_dict()
     taken = {key: value for key, value in weights.items() if key in own and own[key].shape == value.shape}
     model.load_state_dict(taken, strict=False)
-    assert isinstance(model, FasterRCNN) and isinstance(recipe.detector, FasterRCNNConfig)
+    assert isinstance(model, FasterRCNN)
     untrained = {id(value) for key, value in model.named_parameters() if key not in taken and not key.startswith(anew)}
-    calibrate(model, recipe.detector.classifier, run.stats)
+    wrap_trained(model, recipe.detector.classifier, run.stats)
     model.freeze_all_but(second.trains)
     for name, value in model.named_parameters():
         if id(value) in untrained and not value.requires_grad:
@@ -60,20 +61,6 @@ def classifier_stage(run: Run, trained: nn.Module) -> nn.Module:
 
 
 def samples(run: Run, recipe: Recipe) -> dict[str, Any]:
-    """Data set and order of the second stage where they are not the usual ones: SimCal's episodes."""
+    """Data set and order of the second stage where they are not the usual ones."""
     assert isinstance(recipe.detector, FasterRCNNConfig)
-    if recipe.detector.classifier.name != "simcal" or recipe.sampler.name != "class_aware":
-        return {}
-    dataset = EpisodeDataset(run.train, recipe.data, recipe.seed)
-    schedule = recipe.schedule
-    plan = EpisodePlan(
-        run.train.index,
-        dataset.rows(),
-        run.stats,
-        recipe.sampler,
-        schedule.batch,
-        schedule.epochs,
-        recipe.seed,
-        recipe.data.group_by_aspect,
-    )
-    return {"dataset": dataset, "plan": plan}
+    return stage_samples(recipe.detector.classifier, run.train, recipe, run.stats)

@@ -17,10 +17,10 @@ from tailfin.files import existing_file
 from tailfin.losses.base import ClassificationLoss
 from tailfin.models.backbones import imagenet_state, resnet_fpn
 from tailfin.models.faster_rcnn import build_faster_rcnn
-from tailfin.models.features import build_feature_module
-from tailfin.models.features.meta_reweighting import MetaReweighter
-from tailfin.models.heads import NorCal, calibrate, check_extra_rows, check_start
+from tailfin.models.features import build_features, replaced_loss
+from tailfin.models.heads import refuse_untrained, wrap_trained
 from tailfin.models.localizer import build_localizer
+from tailfin.models.rescoring import build_rescorer
 from tailfin.schema.detectors import FasterRCNN, Localizer
 from tailfin.schema.recipe import Recipe
 from tailfin.stats import ClassStats
@@ -33,11 +33,10 @@ def build_detector(recipe: Recipe, stats: ClassStats, *, start: bool = True) -> 
     """
     source = recipe.weights if start else "none"
     if start:
-        check_start(recipe)
+        refuse_untrained(getattr(recipe.detector, "classifier", None))
     body, whole = _starting_weights(recipe, source)
     loss = losses.build(recipe.loss.name, stats, **recipe.loss.options)
-    if recipe.meta_reweighting is not None:  # the same loss with class weights that are learnt
-        loss = MetaReweighter(stats, lr=recipe.meta_reweighting.lr)
+    loss = replaced_loss(recipe.features, stats, loss)
     model = BUILDERS[recipe.detector.name](recipe, stats, loss, body, source)
     if whole is not None:
         return model, load_weights(model, whole, source)
@@ -52,11 +51,9 @@ def _faster_rcnn(
     backbone = _pyramid(recipe, config, body, source)
     channels_last = recipe.schedule.channels_last
     model = build_faster_rcnn(backbone, loss, config, recipe.evaluation, stats, channels_last=channels_last)
-    model.roi_heads.extra_rows = build_feature_module(recipe, stats, loss)
-    calibrate(model, config.classifier, stats)
-    check_extra_rows(model, config.classifier)
-    if recipe.evaluation.norcal:
-        model.roi_heads.rescore = NorCal(stats, model.roi_heads.loss, recipe.evaluation.norcal)
+    model.roi_heads.extra_rows = build_features(recipe.features, config, stats, loss)
+    wrap_trained(model, config.classifier, stats)
+    model.roi_heads.rescore = build_rescorer(recipe.calibration, stats, model.roi_heads.loss)
     return model
 
 

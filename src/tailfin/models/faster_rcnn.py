@@ -19,8 +19,9 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 
 from tailfin.losses.base import ClassificationLoss
+from tailfin.models.features.base import FeatureModule, Targets
 from tailfin.models.heads import box_heads
-from tailfin.models.heads.roi_heads import RoIHeads, Targets
+from tailfin.models.heads.roi_heads import RoIHeads
 from tailfin.models.images import batch_images
 from tailfin.models.roi_align import PyramidRoIAlign
 from tailfin.samplers.nms_resampling import THRESHOLDS, ResamplingRPN
@@ -70,6 +71,11 @@ class FasterRCNN(nn.Module):
         for name, value in rpn_losses.items():
             losses[name.replace("loss_objectness", "loss_rpn_objectness")] = self.rpn_loss_weight * value
         return losses
+
+    @property
+    def features(self) -> FeatureModule | None:
+        """What trains beside the box head's own rows."""
+        return self.roi_heads.extra_rows
 
     @property
     def limits(self) -> nn.Module:

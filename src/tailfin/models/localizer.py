@@ -23,7 +23,7 @@ from torchvision.models.detection.rpn import RPNHead, concat_box_prediction_laye
 from torchvision.ops import box_iou, clip_boxes_to_image, generalized_box_iou_loss, nms
 
 from tailfin.models.faster_rcnn import _Float32Anchors, _Float32RPNHead
-from tailfin.models.heads.roi_heads import Targets
+from tailfin.models.features.base import Targets
 from tailfin.models.images import batch_images
 from tailfin.models.roi_align import PyramidRoIAlign
 from tailfin.schema.detectors import Localizer as LocalizerConfig
@@ -39,6 +39,8 @@ class Localizer(nn.Module):
     Evaluation: `model(images)` returns one dict per picture, best first: boxes [D, 4], scores [D] in 0..1 and labels
     int64 [D], all 0. Pictures are [3, H, W], uint8 or float in 0..1.
     """
+
+    features = None  # it has no classes to help
 
     def __init__(
         self,

@@ -6,23 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
-from tailfin.schema.base import ConfigName, Count, Fraction, Named, NotNegative, Positive, Section, by_name
-
-CALIBRATORS = ("disalign", "simcal")  # classifiers that a second stage puts around a trained one
-
-
-class Classifier(Named):
-    """What makes class logits of the shared features, with options of its own (`tailfin.models.heads`)."""
-
-    name: ConfigName = "linear"
-
-    @model_validator(mode="after")
-    def _check(self) -> Classifier:
-        if self.name != "linear" or self.options:  # not for the default, which is made while the schema is imported
-            from tailfin.models.heads import check_options
-
-            check_options(self.name, self.options)
-        return self
+from tailfin.schema.base import Count, Fraction, NotNegative, Positive, Section, by_name
+from tailfin.schema.heads import Classifier
 
 
 class FasterRCNN(Section):
@@ -67,11 +52,12 @@ class FasterRCNN(Section):
         return self
 
     def with_classifier(self, classifier: Classifier) -> FasterRCNN:
-        """Another classifier; one that calibrates is told what it calibrates."""
-        if classifier.name in CALIBRATORS and "base" not in classifier.options:
-            own = {"name": classifier.name, "base": self.classifier.model_dump(), **classifier.options}
-            classifier = Classifier.model_validate(own)
-        return self.model_copy(update={"classifier": classifier})
+        """Another classifier; one of a second stage is told what it is put around."""
+        return self.model_copy(update={"classifier": classifier.around(self.classifier)})
+
+    def unwrapped(self) -> FasterRCNN:
+        """The detector as it was before a second stage put its classifier around the trained one; any other as it is."""
+        return self.with_classifier(self.classifier.inner) if self.classifier.second_stage else self
 
 
 class DeformableDETR(Section):

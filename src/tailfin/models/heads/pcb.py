@@ -21,7 +21,9 @@ from torch import Tensor, nn
 from torchvision.ops import MultiScaleRoIAlign
 
 from tailfin.losses.base import ClassificationLoss
-from tailfin.models.heads.roi_heads import BoxPredictor, RoIHeads, Rows, Targets
+from tailfin.models.features.base import Rows, Targets
+from tailfin.models.heads.roi_heads import BoxPredictor, RoIHeads
+from tailfin.models.heads.spec import HeadSpec
 
 STEP_WEIGHTS = (0.2, 0.2, 0.6)
 
@@ -111,3 +113,10 @@ class IterativeRoIHeads(RoIHeads):
             logits, deltas = self.predictor(self.head(pooled))
             results.append((logits.float(), deltas.float()))
         return results
+
+
+def box_head(spec: HeadSpec) -> RoIHeads:
+    """The box head of a recipe."""
+    shared, predictor = spec.shared(), spec.predictor()
+    sizes = {"channels": spec.channels, "roi_size": spec.config.roi_size}
+    return IterativeRoIHeads(spec.pool, shared, predictor, spec.loss, **sizes, **spec.options, **spec.keywords)
