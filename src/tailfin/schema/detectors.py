@@ -56,7 +56,7 @@ class FasterRCNN(Section):
         return self.model_copy(update={"classifier": classifier.around(self.classifier)})
 
     def unwrapped(self) -> FasterRCNN:
-        """The detector as it was before a second stage put its classifier around the trained one; any other as it is."""
+        """The detector before a second stage put its classifier around the trained one; any other as it is."""
         return self.with_classifier(self.classifier.inner) if self.classifier.second_stage else self
 
 

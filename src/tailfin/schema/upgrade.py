@@ -1,9 +1,8 @@
 """Former keys of a recipe: files, overrides and model files of before go on working.
 
-    hallucination: {beta: 0.9}     features: {name: hallucination, beta: 0.9}        likewise feature_memory, fasa, rio and
-                                                                                     meta_reweighting; in `second` too
+    hallucination: {beta: 0.9}     features: {name: hallucination, beta: 0.9}     in `second` too
+    feature_memory, fasa, rio and meta_reweighting likewise
     evaluation: {norcal: 0.6}      calibration: {name: norcal, gamma: 0.6}
-
 `upgraded` maps the values of a recipe before they are checked. An override that uses a former key means the recipe as
 it was then: `former_view` gives its section back the former key, `upgraded` takes it again.
 """
@@ -54,7 +53,8 @@ def _with_features(stage: dict[str, Any], check: bool) -> dict[str, Any]:
     given = {key: stage[key] for key in FEATURE_KEYS if key in stage}
     active = {key: value for key, value in given.items() if value is not None}
     features = _named(stage.get("features"))
-    several = [*([features.get("name")] if features is not None else []), *active]
+    named = [features.get("name")] if features is not None else []
+    several = sorted([*named, *active], key=lambda name: FEATURE_KEYS.index(name) if name in FEATURE_KEYS else -1)
     if len(several) > 1:
         if check:
             raise ValueError(f"a stage has at most one feature module, these are set: {', '.join(map(str, several))}")

@@ -4,8 +4,8 @@
     probability of class c = (1 - l_c) / sum(1 - l)        l: a long-term indicator in 0..1     (eq. 12)
     feature = mu_c + noise * spread of the class           m features of each of the drawn classes (eq. 13)
 
-Statistics come from the features of the boxes that `models/features/box_generator.py` makes around the ground truth, in the
-order: collect, hallucinate, loss::
+Statistics come from the features of the boxes that `models/features/box_generator.py` makes around the ground truth, in
+the order: collect, hallucinate, loss::
 
     module.update(features, labels)                                   # features [n, D], labels int64 [n]
     extra, extra_labels = module.sample(loss.indicator_diagonal())

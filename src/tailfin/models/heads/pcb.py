@@ -118,5 +118,5 @@ class IterativeRoIHeads(RoIHeads):
 def box_head(spec: HeadSpec) -> RoIHeads:
     """The box head of a recipe."""
     shared, predictor = spec.shared(), spec.predictor()
-    sizes = {"channels": spec.channels, "roi_size": spec.config.roi_size}
-    return IterativeRoIHeads(spec.pool, shared, predictor, spec.loss, **sizes, **spec.options, **spec.keywords)
+    options = {**spec.options, **spec.keywords, "channels": spec.channels, "roi_size": spec.config.roi_size}
+    return IterativeRoIHeads(spec.pool, shared, predictor, spec.loss, **options)

@@ -28,11 +28,13 @@ class BoxPredictor(nn.Module):
     weights and refuses a loss that it does not go with.
     """
 
+    cls_score: Any
+
     def __init__(
         self, channels: int, loss: ClassificationLoss, class_agnostic: bool, classifier: nn.Module | None = None
     ) -> None:
         super().__init__()
-        self.cls_score: Any = nn.Linear(channels, loss.num_logits) if classifier is None else classifier
+        self.cls_score = nn.Linear(channels, loss.num_logits) if classifier is None else classifier
         self.bbox_pred = nn.Linear(channels, 4 if class_agnostic else 4 * loss.num_classes)
         nn.init.normal_(self.bbox_pred.weight, std=0.001)
         nn.init.zeros_(self.bbox_pred.bias)

@@ -98,10 +98,10 @@ class DualPredictor(nn.Module):
 
 
 class TwinRoIHeads(RoIHeads):
-    """`RoIHeads` with a second classifier: `targets[i]["sampled_class"]` says which class of image i its rows are taken from.
+    """`RoIHeads` with a second classifier, on rows of the class that `targets[i]["sampled_class"]` names in image i.
 
-    Without it all classes of an image take part. Made by `with_twin`; in training it returns the
-    classification loss alone.
+    Without it all classes of an image take part. Made by `with_twin`; in training it returns the classification loss
+    alone.
     """
 
     takes_extra_rows = False
