@@ -106,7 +106,7 @@ def assign(values: dict[str, Any], key: str, value: Any) -> None:
     *path, last = key.split(".")
     for depth, part in enumerate(path):
         inner = values.get(part)
-        if isinstance(inner, str) and part in ("loss", "sampler", "classifier"):
+        if isinstance(inner, str) and part in ("loss", "sampler", "classifier", "features", "calibration"):
             inner = {"name": inner}
         if inner is None:
             inner = {}

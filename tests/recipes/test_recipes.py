@@ -103,8 +103,8 @@ def test_recipe(name):
     assert (recipe.sampler.name == "rfs") == repeats
     classifier = getattr(recipe.detector, "classifier", None)  # a choice of two-stage detectors
     assert (classifier is not None and classifier.name == "cosine") == (method in COSINE)
-    hallucinates = recipe.second.hallucination if recipe.second else recipe.hallucination
-    assert (hallucinates is not None) == method.startswith("bacl")
+    features = recipe.second.features if recipe.second else recipe.features
+    assert (features is not None and features.name == "hallucination") == method.startswith("bacl")
     assert recipe.data.synthesize or (recipe.data.train.annotations and recipe.data.val.annotations)
     assert recipe.about.title and recipe.about.hardware
     assert f"tailfin train {name}" in recipe.about.command

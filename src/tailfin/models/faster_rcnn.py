@@ -22,6 +22,7 @@ from torchvision.ops import box_iou, nms
 from tailfin.losses.base import ClassificationLoss
 from tailfin.models.backbones import Backbone
 from tailfin.models.detector import Compared, Detections, Detector, Limits, Targets, reported, valid_cells
+from tailfin.models.features.base import FeatureModule
 from tailfin.models.heads import box_heads
 from tailfin.models.heads.roi_heads import RoIHeads
 from tailfin.models.roi_align import PyramidRoIAlign
@@ -117,7 +118,7 @@ class FasterRCNN(Detector):
         return self.roi_heads.loss
 
     @property
-    def features(self) -> nn.Module | None:
+    def features(self) -> FeatureModule | None:
         return self.roi_heads.extra_rows
 
     @property

@@ -31,7 +31,7 @@ from torchvision.models.detection.image_list import ImageList
 from tailfin.collectives import sum_over_ranks
 from tailfin.errors import UserError
 from tailfin.models.faster_rcnn import FasterRCNN
-from tailfin.models.heads.roi_heads import Targets
+from tailfin.models.features.base import Targets
 from tailfin.models.images import batch_images
 from tailfin.models.roi_align import PyramidRoIAlign
 from tailfin.pretraining import reconstruction as recon

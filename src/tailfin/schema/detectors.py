@@ -6,24 +6,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
-from tailfin.schema.base import ConfigName, Count, Fraction, Named, NotNegative, Positive, Section, by_name
-
-CALIBRATORS = ("disalign", "simcal")  # classifiers that a second stage puts around a trained one
-EPISODES = ("simcal",)  # classifiers whose second stage sees the rows of a few classes of an image at a time
-
-
-class Classifier(Named):
-    """What makes class logits of the shared features, with options of its own (`tailfin.models.heads`)."""
-
-    name: ConfigName = "linear"
-
-    @model_validator(mode="after")
-    def _check(self) -> Classifier:
-        if self.name != "linear" or self.options:  # not for the default, which is made while the schema is imported
-            from tailfin.models.heads import check_options
-
-            check_options(self.name, self.options)
-        return self
+from tailfin.schema.base import Count, Fraction, NotNegative, Positive, Section, by_name
+from tailfin.schema.heads import Classifier
 
 
 class FasterRCNNConfig(Section):
@@ -69,11 +53,12 @@ class FasterRCNNConfig(Section):
         return self
 
     def with_classifier(self, classifier: Classifier) -> FasterRCNNConfig:
-        """Another classifier; one that calibrates is told what it calibrates."""
-        if classifier.name in CALIBRATORS and "base" not in classifier.options:
-            own = {"name": classifier.name, "base": self.classifier.model_dump(), **classifier.options}
-            classifier = Classifier.model_validate(own)
-        return self.model_copy(update={"classifier": classifier})
+        """Another classifier; one of a second stage is told what it is put around."""
+        return self.model_copy(update={"classifier": classifier.around(self.classifier)})
+
+    def unwrapped(self) -> FasterRCNNConfig:
+        """The detector before a second stage put its classifier around the trained one; any other as it is."""
+        return self.with_classifier(self.classifier.inner) if self.classifier.second_stage else self
 
 
 class DeformableDETRConfig(Section):

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from tailfin.schema.base import Count, Fraction, NotNegative, Section, by_name
+from tailfin.schema.base import Count, Fraction, Section, by_name
+from tailfin.schema.calibration import Calibration
 from tailfin.schema.data import Data
 from tailfin.schema.detectors import Detector, FasterRCNNConfig
-from tailfin.schema.features import FASA, FEATURES, RIO, FeatureMemory, Hallucination, MetaReweighting, check_features
+from tailfin.schema.features import Features, check_features
 from tailfin.schema.pretraining import Pretraining
 from tailfin.schema.stages import check_stages, known_method, one_precision
 from tailfin.schema.stepwise import Stepwise
 from tailfin.schema.training import Loss, Sampler, Schedule, SecondStage
+from tailfin.schema.upgrade import upgraded
 
 
 class About(Section):
@@ -39,7 +41,6 @@ class Evaluation(Section):
     nms: Fraction = 0.5
     batch: Count = 8  # images per step and process
     every: Annotated[int, Field(ge=0)] = 0  # epochs between evaluations; 0 = only at the end
-    norcal: NotNegative = 0.0  # gamma of NorCal: scores are divided by the class's training images to this power
     group_bounds: tuple[Count, ...] | None = None  # image-count bounds of rare and common; none: the documented rule
     patience: Annotated[int, Field(ge=0)] = 0  # stop after so many evaluations without a better AP; 0 = never
     select: Literal["last", "best"] = "last"  # which weights become the final model, where `every` is set
@@ -72,17 +73,19 @@ class Recipe(Section):
     loss: Annotated[Loss, BeforeValidator(by_name)] = Loss()
     sampler: Annotated[Sampler, BeforeValidator(by_name)] = Sampler()
     schedule: Schedule = Schedule()
-    hallucination: Hallucination | None = None
-    feature_memory: FeatureMemory | None = None
-    fasa: FASA | None = None
-    rio: RIO | None = None
-    meta_reweighting: MetaReweighting | None = None
+    features: Annotated[Features | None, BeforeValidator(by_name)] = None
     pretraining: Pretraining | None = None  # a stage before the method's
     second: SecondStage | None = None
     stepwise: Stepwise | None = None
     data: Data = Data()
+    calibration: Annotated[Calibration | None, BeforeValidator(by_name)] = None  # of the scores that are reported
     evaluation: Evaluation = Evaluation()
     logging: Logging = Logging()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _former_keys(cls, values: Any) -> Any:
+        return upgraded(values) if isinstance(values, dict) else values
 
     @model_validator(mode="after")
     def _check(self) -> Recipe:
@@ -99,11 +102,11 @@ class Recipe(Section):
             raise ValueError("a random start (weights: none) cannot freeze layers: set detector.frozen_layers to 0")
         if self.pretraining is not None:
             self._check_pretraining(self.pretraining)
-        check_features(self)
+        check_features(self.features, self.loss.name)
         if not isinstance(self.detector, FasterRCNNConfig):
-            stages = [self, *([self.second] if self.second else [])]
-            for name in (name for stage in stages for name in FEATURES if getattr(stage, name) is not None):
-                raise ValueError(f"{name} needs a box head on proposals: detector.name faster_rcnn")
+            for features in (self.features, self.second.features if self.second else None):
+                if features is not None:
+                    raise ValueError(f"{features.name} needs a box head on proposals: detector.name faster_rcnn")
         check_stages(self)
         return self
 
