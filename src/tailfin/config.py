@@ -24,7 +24,7 @@ from tailfin.files import existing_file
 from tailfin.schema.base import as_number
 from tailfin.schema.problems import explain
 from tailfin.schema.recipe import Recipe
-from tailfin.schema.upgrade import former_view, upgraded
+from tailfin.schema.upgrade import former_keys
 
 
 class _Loader(yaml.SafeLoader):
@@ -56,13 +56,10 @@ def load_recipe(name: str | Path, overrides: Iterable[str] | Mapping[str, Any] =
     values = parse_yaml(text, source)
     if not isinstance(values, dict):
         raise UserError(f"{source} is not a recipe: a mapping of keys is needed, this is {_kind(values)}")
-    values = _upgraded(values, source)
     values.setdefault("name", str(name) if row_overrides else recipes.name_of(name))
     given = overrides.items() if isinstance(overrides, Mapping) else [split_override(text) for text in overrides]
     for key, value in [*(split_override(text) for text in row_overrides), *given]:
-        former_view(values, key)
         _assign(values, key, value)
-        values = _upgraded(values, f"override {key}", check=False)
     return check_recipe(values, source)
 
 
@@ -102,14 +99,16 @@ def dump_recipe(recipe: Recipe) -> str:
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)
 
 
-def _upgraded(values: dict[str, Any], source: str, *, check: bool = True) -> dict[str, Any]:
-    try:
-        return upgraded(values, check=check)
-    except ValueError as error:
-        raise UserError(f"{source}: {error}") from None
-
-
 def _assign(values: dict[str, Any], key: str, value: Any) -> None:
+    """Set a key of a recipe's plain values, in place; former keys mean what they meant (`schema/upgrade.py`)."""
+    try:
+        with former_keys(values, key):
+            _set(values, key, value)
+    except ValueError as error:
+        raise UserError(f"override {key}: {error}") from None
+
+
+def _set(values: dict[str, Any], key: str, value: Any) -> None:
     *path, last = key.split(".")
     for depth, part in enumerate(path):
         inner = values.get(part)
