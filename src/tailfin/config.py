@@ -26,7 +26,6 @@ from tailfin.files import existing_file
 from tailfin.recipe_values import assign, parse_recipe, parse_yaml, read_text, split_override
 from tailfin.schema.problems import explain
 from tailfin.schema.recipe import Recipe
-from tailfin.schema.upgrade import former_view, upgraded
 
 __all__ = ["check_recipe", "dump_recipe", "load_recipe", "parse_yaml", "recipe_from_file", "split_override"]
 
@@ -38,12 +37,10 @@ def load_recipe(name: str | Path, overrides: Iterable[str] | Mapping[str, Any] =
     published row.
     """
     found = recipes.find(str(name))
-    values = _upgraded(found.values(), found.label)
+    values = found.values()
     given = overrides.items() if isinstance(overrides, Mapping) else [split_override(text) for text in overrides]
     for key, value in given:
-        former_view(values, key)
         assign(values, key, value)
-        values = _upgraded(values, f"override {key}", check=False)
     return check_recipe(values, found.label)
 
 
@@ -66,10 +63,3 @@ def dump_recipe(recipe: Recipe) -> str:
     """The fully resolved recipe as YAML text that loads to the same recipe."""
     values = recipe.model_dump(mode="json")
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)
-
-
-def _upgraded(values: dict[str, Any], source: str, *, check: bool = True) -> dict[str, Any]:
-    try:
-        return upgraded(values, check=check)
-    except ValueError as error:
-        raise UserError(f"{source}: {error}") from None

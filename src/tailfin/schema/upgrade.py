@@ -3,13 +3,15 @@
     hallucination: {beta: 0.9}     features: {name: hallucination, beta: 0.9}     in `second` too
     feature_memory, fasa, rio and meta_reweighting likewise
     evaluation: {norcal: 0.6}      calibration: {name: norcal, gamma: 0.6}
-`upgraded` maps the values of a recipe before they are checked. An override that uses a former key means the recipe as
-it was then: `former_view` gives its section back the former key, `upgraded` takes it again.
+
+`upgraded` maps the values of a recipe before they are checked. An override may use a former key on a recipe of today,
+or one of today on a former recipe: it is made inside `former_keys`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 FEATURE_KEYS = ("hallucination", "feature_memory", "fasa", "rio", "meta_reweighting")
@@ -34,8 +36,24 @@ def upgraded(values: Mapping[str, Any], *, check: bool = True) -> dict[str, Any]
     return values
 
 
-def former_view(values: dict[str, Any], key: str) -> None:
-    """Give the section that the override `key` changes its former key back, in place, where that is what it uses."""
+@contextmanager
+def former_keys(values: dict[str, Any], key: str) -> Iterator[None]:
+    """While the override `key` changes `values`, in place, its section has the former key again if `key` uses it.
+
+    `ValueError` for a former section that is none.
+    """
+    _replace(values, upgraded(values, check=False))
+    _former_view(values, key)
+    yield
+    _replace(values, upgraded(values, check=False))
+
+
+def _replace(values: dict[str, Any], by: dict[str, Any]) -> None:
+    values.clear()
+    values.update(by)
+
+
+def _former_view(values: dict[str, Any], key: str) -> None:
     stage, path = values, key.split(".")
     if path[0] == "second" and isinstance(values.get("second"), dict):
         stage, path = values["second"], path[1:]

@@ -307,7 +307,7 @@ def test_episodes_tell_their_class(tiny_set, tiny_recipe):
         ([*SECOND, "second.classifier=disalighn"], 'there is no classifier "disalighn" (did you mean "disalign"?)'),
         ([*SECOND, "detector.classifier=tde", "second.classifier=disalign"], "base must be one of"),
         (["detector.rpn_nms_resampling=discret"], 'is not a choice (did you mean "discrete"?)'),
-        (["evaluation.norcal=-1"], "calibration.gamma"),
+        (["calibration.gamma=-1"], "calibration.gamma"),
         (["calibration=norcall"], 'calibration.name: "norcall" is not a choice (did you mean "norcal"?)'),
     ],
 )  # fmt: skip
