@@ -17,8 +17,10 @@ from torch import nn
 
 from tailfin.data.dataset import Source, evaluation_loader
 from tailfin.data.index import AnnotationIndex
+from tailfin.data.masks import NONE
 from tailfin.errors import UserError, nearest
 from tailfin.evaluation import ResultWriter, TrainCounts
+from tailfin.mask_encoding import encode_masks
 from tailfin.progress import Progress
 from tailfin.schema.data import Data
 from tailfin.stats import ClassStats
@@ -51,6 +53,23 @@ def counts_by_id(stats: ClassStats, index: AnnotationIndex) -> TrainCounts:
     )
 
 
+def check_masks(index: AnnotationIndex) -> None:
+    """Refuse to measure masks on a file that lacks some, before a detector is trained or run for it."""
+    parts = index.readable_segmentations
+    without = np.flatnonzero(parts.kinds == NONE)
+    problem = parts.problem or (
+        f"annotation {index.annotation_ids[without].min()} has no segmentation" if len(without) else ""
+    )
+    if problem:
+        raise UserError(f"{index.path}: iou type segm needs the mask of every annotation: {problem}")
+
+
+def check_kinds(model: nn.Module, wanted: Sequence[str], asked_by: str) -> None:
+    """Refuse to measure what the detector does not give; `asked_by` names the option that asks for it."""
+    if "segm" in wanted and "segm" not in model.kinds:
+        raise UserError(f"{asked_by}: segm needs a detector with masks, {type(model).__name__} gives boxes only")
+
+
 @torch.inference_mode()
 def infer(
     model: nn.Module,
@@ -62,8 +81,12 @@ def infer(
     accelerator: Accelerator,
     batch: int,
     title: str = "inference",
+    masks: bool = False,
 ) -> float:
-    """Write this rank's detections into `shards`; returns the images per second of this rank, loading included."""
+    """Write this rank's detections into `shards`; returns the images per second of this rank, loading included.
+
+    `masks` of a detector that has them are written too: its probabilities [D, m, m] as RLEs at the size of the file.
+    """
     index = source.index
     ids = category_ids_for(names, index)
     loader = evaluation_loader(
@@ -84,7 +107,11 @@ def infer(
                 boxes = output["boxes"].float().cpu().numpy() * picture_scale(image.shape[-2:], index, row)
                 labels = output["labels"].cpu().numpy()
                 scores = output["scores"].float().cpu().numpy()
-                writer.add(int(index.image_ids[row]), boxes, scores, ids[labels])
+                rles = None
+                if masks:
+                    size = int(index.heights[row]), int(index.widths[row])
+                    rles = encode_masks(output["masks"], torch.from_numpy(boxes), size)
+                writer.add(int(index.image_ids[row]), boxes, scores, ids[labels], rles)
             done += len(rows)
             progress.update(done)
     return done / max(time.perf_counter() - began, 1e-9)

@@ -55,6 +55,8 @@ class DeformableDETR(nn.Module):
     decoder layer, then the encoder's. Without refinement one head serves all layers, as published.
     """
 
+    kinds: tuple[str, ...] = ("bbox",)
+
     def __init__(
         self,
         body: nn.Module,

@@ -37,6 +37,8 @@ class FasterRCNN(nn.Module):
     per picture. Pictures are [3, H, W], uint8 or float in 0..1, already resized.
     """
 
+    kinds: tuple[str, ...] = ("bbox",)
+
     def __init__(
         self,
         backbone: BackboneWithFPN,

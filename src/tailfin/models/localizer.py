@@ -40,6 +40,8 @@ class Localizer(nn.Module):
     int64 [D], all 0. Pictures are [3, H, W], uint8 or float in 0..1.
     """
 
+    kinds: tuple[str, ...] = ("bbox",)
+
     def __init__(
         self,
         backbone: BackboneWithFPN,
