@@ -250,8 +250,9 @@ def predict_to_results(
 
     detector = load(model_path, "cpu")
     limits = detector._limits(None, max_dets)
-    kinds = detector.model.kinds if kinds is None else kinds
-    check_kinds(detector.model, kinds, str(model_path))
+    model: Any = detector.model
+    kinds = tuple(model.kinds if kinds is None else kinds)
+    check_kinds(model, kinds, str(model_path))
     accelerator = new_accelerator(detector.recipe.schedule.precision, cpu=device == "cpu")
     detector.model.to(accelerator.device)
     index = open_index(annotations)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,8 +38,9 @@ def show_plan(recipe: Recipe, out: Path | None) -> None:
     dataset = TrainingDataset(train, recipe.data, recipe.seed)
     plan = batch_plan(recipe, dataset, stats)
     model, _ = build_detector(recipe, stats, start=False)
+    kinds: Any = model.kinds
     check_kinds(model, recipe.evaluation.iou, "evaluation.iou")
-    if "segm" in model.kinds:
+    if "segm" in kinds:
         dataset = dataset.with_masks()
     first = [dataset.sample(*key) for key in next(plan.keys(0, slice(0, 1), 1))]
 
@@ -48,7 +50,7 @@ def show_plan(recipe: Recipe, out: Path | None) -> None:
     milestones = [plan.iteration_at(epoch) for epoch in schedule.milestones]
     lengths = np.diff(plan.boundaries)
     table.add_row("training images", f"{len(dataset.rows())} of {len(train.index)} in {train.index.path}")
-    if dataset.masks and (note := dataset.missing_masks()):
+    if note := dataset.missing_masks():
         table.add_row("masks", note.removeprefix("masks: "))
     table.add_row("classes", f"{stats.num_classes} (rare {groups['r']}, common {groups['c']}, frequent {groups['f']})")
     stages = planned_stages(recipe, dataset, stats)

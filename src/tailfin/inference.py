@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -64,7 +65,7 @@ def check_masks(index: AnnotationIndex) -> None:
         raise UserError(f"{index.path}: iou type segm needs the mask of every annotation: {problem}")
 
 
-def check_kinds(model: nn.Module, wanted: Sequence[str], asked_by: str) -> None:
+def check_kinds(model: Any, wanted: Sequence[str], asked_by: str) -> None:
     """Refuse to measure what the detector does not give; `asked_by` names the option that asks for it."""
     if "segm" in wanted and "segm" not in model.kinds:
         raise UserError(f"{asked_by}: segm needs a detector with masks, {type(model).__name__} gives boxes only")

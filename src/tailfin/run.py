@@ -111,10 +111,11 @@ class Run:
         """
         recipe = self.final_recipe = recipe or self.recipe
         dataset = dataset or TrainingDataset(self.train, recipe.data, recipe.seed)
-        detector = model.get_submodule(product)
+        detector: Any = model.get_submodule(product)
         check_kinds(detector, self.recipe.evaluation.iou, "evaluation.iou")
         if "segm" in detector.kinds:
             dataset = dataset.with_masks()
+        about_masks = dataset.missing_masks()
         plan = plan or batch_plan(recipe, dataset, self.stats)
         check_shares(recipe.schedule, self.accelerator.num_processes)
         self.begin(name)  # not earlier: a mistake in data, weights or model leaves no half-begun run behind
@@ -131,8 +132,8 @@ class Run:
                 f"stage {name}: {len(dataset.rows())} images, {plan.iterations} iterations of {recipe.schedule.batch}, "
                 f"{self.stats.num_classes} classes, loss {recipe.loss.name}, sampler {recipe.sampler.name}"
             )
-            if dataset.masks and (note := dataset.missing_masks()):
-                self.say(note)
+            if about_masks:
+                self.say(about_masks)
             seeing: list[Any] = [module for module in model.modules() if hasattr(module, "see_annotations")]
             for module in seeing:  # what it takes from them is in its state, a resume point or model file brings it
                 module.see_annotations(self.train.index)

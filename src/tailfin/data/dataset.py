@@ -3,9 +3,9 @@
 A training sample's key is (epoch, image row, repeat); its augmentation is drawn from a generator seeded by that key
 alone. A broken picture stops training with a message that names the file.
 
-Where a detector learns masks (`TrainingDataset(..., masks=True)`), targets have `masks` uint8 [M, H, W] of the augmented
-picture and `mask_valid` bool [M]. An object whose mask is missing, cannot be read or has no pixel left counts for its
-box alone: its row of `masks` is its box, or empty, and `mask_valid` is false.
+Where a detector learns masks (`TrainingDataset(..., masks=True)`), targets have `masks` uint8 [M, H, W] of the
+augmented picture and `mask_valid` bool [M]. An object whose mask is missing, cannot be read or has no pixel left counts
+for its box alone: its row of `masks` is its box, or empty, and `mask_valid` is false.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import signal
 from collections.abc import Generator, Iterator, Sequence
 from copy import copy as shallow_copy
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
@@ -72,7 +73,11 @@ class TrainingDataset(Dataset):
         self.seed = seed
         self.masks = masks
         self.clean = source.index.clean(kept)
-        self.paste_masks = masks or (config.copy_paste and self._segmented())
+
+    @cached_property
+    def paste_masks(self) -> bool:
+        """Whether objects are cut out along their masks: where these are learnt, or all objects have one."""
+        return self.masks or (self.config.copy_paste and self._segmented())
 
     def with_masks(self) -> Self:
         """The same samples, with masks in their targets; a file without any mask is a `UserError`."""
@@ -84,7 +89,12 @@ class TrainingDataset(Dataset):
         return other
 
     def missing_masks(self) -> str:
-        """How many objects have no usable mask, and the first of them; empty where all have one."""
+        """How many objects have no usable mask, and the first of them; empty where all have one or none is asked for.
+
+        For copy-paste without masks to learn, one that cannot be read is a `UserError`.
+        """
+        if not (self.masks or self.paste_masks):
+            return ""
         index = self.source.index
         parts, own = index.readable_segmentations, self.clean.rows
         without = own[~parts.drawable()[own]]

@@ -93,7 +93,7 @@ class Segmentations:
 
 
 def open_segmentations(index: AnnotationIndex) -> Segmentations:
-    """Parse or map the segmentations of an index; a malformed one is marked, and the first of them told in `problem`."""
+    """Parse or map the segmentations of an index; malformed ones are marked, and the first told in `problem`."""
     cached = index._bundle.file is not None
     stamp = _cache.stamp(index.path) if cached else ""
     bundle = _cache.load(index.path, stamp, "masks") if cached else None
@@ -159,7 +159,7 @@ def _parse(index: AnnotationIndex) -> tuple[dict[str, np.ndarray], str]:
             kinds[row] = BROKEN
             problem = problem or f"annotation {annotations[position].id}: segmentation: {error}"
         polygons_of[row + 1], rle_offsets[row + 1] = len(ends) - 1, len(blob)
-    columns = {
+    columns: dict[str, np.ndarray] = {
         "kinds": kinds,
         "polygons_of": polygons_of,
         "polygon_offsets": np.frombuffer(ends, np.int64),

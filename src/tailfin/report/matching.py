@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -123,15 +123,14 @@ class _MaskRow(msgspec.Struct, gc=False):
     score: float
 
 
-R = TypeVar("R", _Row, _MaskRow)
-
-
-def _rows(file: str | Path, image_ids: Sequence[int], kind: type[R]) -> dict[int, list[R]]:
+def _rows(file: str | Path, image_ids: Sequence[int], kind: type) -> dict[int, list[Any]]:
+    """Entries of some pictures, as `kind`, in the order of the file."""
     file = existing_file(file, "results file")
-    rows: dict[int, list[R]] = {image_id: [] for image_id in image_ids}
+    decoder: msgspec.json.Decoder[list[Any]] = msgspec.json.Decoder(list[kind])  # type: ignore[valid-type]
+    rows: dict[int, list[Any]] = {image_id: [] for image_id in image_ids}
     try:
         for piece in _pieces(file):
-            for row in msgspec.json.decode(piece, type=list[kind]):  # type: ignore[valid-type]
+            for row in decoder.decode(piece):
                 if row.image_id in rows:
                     rows[row.image_id].append(row)
     except msgspec.MsgspecError as error:
