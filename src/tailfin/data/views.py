@@ -170,7 +170,8 @@ class PretrainingDataset(TrainingDataset):
     Target: `boxes` [M, 4] and `labels` [M] (and `masks`, `mask_valid`) of the annotated objects in the first view;
     `view`, the second view's picture uint8 [3, H2, W2]; `proposals` [P, 4] in the first and `view_proposals` [P, 4] in
     the second view, row for row the same box; `image_id`. With `third`: `third` and `third_proposals`, the second
-    view's window at half its size with colours of its own. All boxes are xyxy, float32, pixels of their view. P may be 0.
+    view's window at half its size with colours of its own. All boxes are xyxy, float32, pixels of their view. P may be
+    0.
 
     Args:
         proposals: what gives a picture's boxes (`tailfin.data.proposals.open_proposals`).
