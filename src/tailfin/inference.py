@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,8 +18,10 @@ from torch import nn
 
 from tailfin.data.dataset import Source, evaluation_loader
 from tailfin.data.index import AnnotationIndex
+from tailfin.data.masks import NONE
 from tailfin.errors import UserError, nearest
 from tailfin.evaluation import ResultWriter, TrainCounts
+from tailfin.mask_encoding import encode_masks
 from tailfin.models.detector import Limits
 from tailfin.progress import Progress
 from tailfin.schema.data import Data
@@ -52,6 +55,23 @@ def counts_by_id(stats: ClassStats, index: AnnotationIndex) -> TrainCounts:
     )
 
 
+def check_masks(index: AnnotationIndex) -> None:
+    """Refuse to measure masks on a file that lacks some, before a detector is trained or run for it."""
+    parts = index.readable_segmentations
+    without = np.flatnonzero(parts.kinds == NONE)
+    problem = parts.problem or (
+        f"annotation {index.annotation_ids[without].min()} has no segmentation" if len(without) else ""
+    )
+    if problem:
+        raise UserError(f"{index.path}: iou type segm needs the mask of every annotation: {problem}")
+
+
+def check_kinds(model: Any, wanted: Sequence[str], asked_by: str) -> None:
+    """Refuse to measure what the detector does not give; `asked_by` names the option that asks for it."""
+    if "segm" in wanted and "segm" not in model.kinds:
+        raise UserError(f"{asked_by}: segm needs a detector with masks, {type(model).__name__} gives boxes only")
+
+
 @torch.inference_mode()
 def infer(
     model: nn.Module,
@@ -64,10 +84,12 @@ def infer(
     batch: int,
     title: str = "inference",
     limits: Limits | None = None,
+    masks: bool = False,
 ) -> float:
     """Write this rank's detections into `shards`; returns the images per second of this rank, loading included.
 
-    `limits` of what is reported, instead of the model's own.
+    `limits` of what is reported, instead of the model's own. `masks` of a detector that has them are written too: its
+    probabilities [D, m, m] as RLEs at the size of the file.
     """
     index = source.index
     ids = category_ids_for(names, index)
@@ -90,7 +112,11 @@ def infer(
                 boxes = output["boxes"].float().cpu().numpy() * picture_scale(image.shape[-2:], index, row)
                 labels = output["labels"].cpu().numpy()
                 scores = output["scores"].float().cpu().numpy()
-                writer.add(int(index.image_ids[row]), boxes, scores, ids[labels])
+                rles = None
+                if masks:
+                    size = int(index.heights[row]), int(index.widths[row])
+                    rles = encode_masks(output["masks"], torch.from_numpy(boxes), size)
+                writer.add(int(index.image_ids[row]), boxes, scores, ids[labels], rles)
             done += len(rows)
             progress.update(done)
     return done / max(time.perf_counter() - began, 1e-9)

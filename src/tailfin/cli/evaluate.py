@@ -45,7 +45,9 @@ def evaluate(
     protocol: Annotated[
         str | None, typer.Option(help=f"One of {', '.join(PROTOCOLS)}; a run has its own, else lvis.")
     ] = None,
-    iou: Annotated[list[str] | None, typer.Option(help="bbox (default) or segm; repeat for both.")] = None,
+    iou: Annotated[
+        list[str] | None, typer.Option(help="bbox or segm, repeat for both; a run has its own, else bbox.")
+    ] = None,
     max_dets: Annotated[
         int | None, typer.Option(help="Detections per image, -1 = no limit (lvis 300, coco and groups 100).")
     ] = None,
@@ -66,8 +68,10 @@ def evaluate(
     given = [name for name, value in sources if value is not None]
     if len(given) != 1:
         raise UserError(f"give one of RUN, --model and --results ({' and '.join(given) or 'none'} given)")
+    own = None if run is None else _evaluation_of(run)
+    if own is not None:
+        iou = iou or list(own.iou)
     if protocol is None:
-        own = None if run is None else _evaluation_of(run)
         protocol = "lvis" if own is None else own.protocol
         if own is not None and protocol == "lvis" and max_dets is None:
             max_dets = own.max_dets
@@ -160,11 +164,7 @@ def _predict(
     from tailfin.api import predict_to_results
 
     limit = IMAGE_LIMITS[protocol] if max_dets is None else max_dets
-    found = predict_to_results(checkpoint, annotations, images, folder, max_dets=limit)
-    missing = [kind for kind in kinds if kind not in found]
-    if missing:
-        raise UserError(f"{checkpoint} gives no {missing[0]} detections (it gives: {', '.join(found)})")
-    return found
+    return predict_to_results(checkpoint, annotations, images, folder, max_dets=limit, kinds=kinds)
 
 
 def _bounds(text: str | None) -> tuple[int, ...] | None:

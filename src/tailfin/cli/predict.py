@@ -28,12 +28,13 @@ def predict(
     """Detect objects in pictures; no annotations are needed.
 
     Every entry of the results has the picture's `image_id` (1, 2, ... in order) and `file_name`, the category's id and
-    name, an xywh box in pixels and a score.
+    name, an xywh box in pixels and a score; of a detector with masks also `segmentation`, the mask as RLE.
     """
     import numpy as np
 
     from tailfin import api
     from tailfin.files import write_json
+    from tailfin.mask_encoding import decode_masks
     from tailfin.pictures import find_pictures, read_pictures
     from tailfin.progress import Progress
     from tailfin.report.draw import draw_detections
@@ -50,28 +51,35 @@ def predict(
     pictures = read_pictures(files, detector.recipe.data.max_pixels)
     with Progress("predict", len(files)) as progress:
         for group in _groups(enumerate(pictures, start=1), batch):
-            found = detector.predict([image for _, (_, image) in group], max_dets=max_dets, batch=batch)
+            found = detector.results([image for _, (_, image) in group], max_dets=max_dets, batch=batch)
             if draw is not None:
                 draw.mkdir(parents=True, exist_ok=True)
             for (image_id, (name, image)), output in zip(group, found, strict=True):
                 keep = np.isin(output["labels"].numpy(), wanted)
+                rles = [output["rles"][row] for row in np.flatnonzero(keep)] if "rles" in output else None
                 boxes, labels = output["boxes"].numpy()[keep], output["labels"].numpy()[keep]
                 scores = output["scores"].numpy()[keep]
                 sides = np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1)
-                for box, label, value in zip(sides.tolist(), labels.tolist(), scores.tolist(), strict=True):
-                    results.append(
-                        {
-                            "image_id": image_id,
-                            "category_id": int(ids[label]),
-                            "bbox": [round(side, 2) for side in box],
-                            "score": value,
-                            "file_name": name,
-                            "category_name": detector.names[label],
-                        }
-                    )
+                for row, (box, label, value) in enumerate(
+                    zip(sides.tolist(), labels.tolist(), scores.tolist(), strict=True)
+                ):
+                    entry = {
+                        "image_id": image_id,
+                        "category_id": int(ids[label]),
+                        "bbox": [round(side, 2) for side in box],
+                        "score": value,
+                        "file_name": name,
+                        "category_name": detector.names[label],
+                    }
+                    if rles is not None:
+                        entry["segmentation"] = {**rles[row], "counts": rles[row]["counts"].decode("ascii")}
+                    results.append(entry)
                 if draw is not None:
                     shown = scores >= score
-                    picture = draw_detections(image, boxes[shown], labels[shown], detector.names, scores[shown])
+                    masks = None
+                    if rles is not None:
+                        masks = decode_masks([rles[row] for row in np.flatnonzero(shown)], image.shape[:2])
+                    picture = draw_detections(image, boxes[shown], labels[shown], detector.names, scores[shown], masks)
                     picture.save(draw / _free_name(name, drawn), quality=92)
                 done += 1
                 progress.update(min(done, len(files)))

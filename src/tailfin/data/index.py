@@ -139,11 +139,17 @@ class AnnotationIndex:
         return CleanBoxes(boxes, rows, offsets, dropped, clipped, crowd, self, kept)
 
     def segmentations(self) -> Segmentations:
-        """Polygons and RLEs of the same rows: a second parse at the first call, then memory-mapped likewise."""
-        return self._segmentations
+        """Polygons and RLEs of the same rows: a second parse at the first call, then memory-mapped likewise.
+
+        One that cannot be read is a `UserError` that names the annotation.
+        """
+        if problem := self.readable_segmentations.problem:
+            raise UserError(f"{self.path}: {problem}")
+        return self.readable_segmentations
 
     @cached_property
-    def _segmentations(self) -> Segmentations:
+    def readable_segmentations(self) -> Segmentations:
+        """The same where some cannot be read: these have kind BROKEN and an empty mask."""
         from tailfin.data.masks import open_segmentations
 
         return open_segmentations(self)

@@ -52,6 +52,7 @@ class FasterRCNN(Detector):
     rpn: RPN
     roi_heads: RoIHeads
 
+
     def __init__(
         self,
         backbone: Backbone,
