@@ -19,11 +19,20 @@ import msgspec
 import numpy as np
 from pycocotools import mask as coco_mask
 
+from tailfin.data import annotation_json
 from tailfin.data import cache as _cache
 from tailfin.data.index import AnnotationIndex
 from tailfin.errors import UserError
+from tailfin.files import json_bytes
 
 NONE, POLYGONS, RLE = 0, 1, 2
+LEAST = 6  # numbers of a polygon: parts of fewer than three points enclose nothing and are passed over
+BOX_AS_POLYGON = "a polygon has 4 numbers, a box perhaps; three points [x1, y1, x2, y2, x3, y3, ...] are needed at least"
+
+
+def box_as_polygon(polygons: Sequence[Sequence[float]]) -> bool:
+    """Whether a mask is nothing but four numbers, which others read as a box, as nothing, or not at all."""
+    return any(len(part) == 4 for part in polygons) and all(len(part) < LEAST for part in polygons)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -119,7 +128,8 @@ def _parse(index: AnnotationIndex) -> dict[str, np.ndarray]:
     data = Path(index.path).read_bytes()
     if _cache.digest(data) != index.fingerprint:
         raise UserError(f"annotation file {index.path} has changed since it was opened")
-    annotations = msgspec.json.decode(data.removeprefix(b"\xef\xbb\xbf"), type=_File).annotations
+    label = f"annotation file {index.path}"
+    annotations = annotation_json.decode(json_bytes(data, label), _File, label).annotations
     total = len(annotations)
     by_id = np.argsort(np.fromiter((entry.id for entry in annotations), np.int64, total))
     in_row_order = np.empty(total, np.int64)
@@ -134,10 +144,12 @@ def _parse(index: AnnotationIndex) -> dict[str, np.ndarray]:
             blob += _compressed(index, row, value)
         elif value:
             kinds[row] = POLYGONS
+            if box_as_polygon(value):
+                raise _error(index, annotations[position].id, BOX_AS_POLYGON)
             for polygon in value:
                 if len(polygon) % 2:
                     raise _error(index, annotations[position].id, "a polygon has an odd number of coordinates")
-                if len(polygon) >= 6:  # fewer than three points enclose nothing
+                if len(polygon) >= LEAST:
                     coordinates.extend(polygon)
                     ends.append(len(coordinates))
         polygons_of[row + 1], rle_offsets[row + 1] = len(ends) - 1, len(blob)
