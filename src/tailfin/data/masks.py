@@ -27,12 +27,17 @@ from tailfin.files import json_bytes
 
 NONE, POLYGONS, RLE = 0, 1, 2
 LEAST = 6  # numbers of a polygon: parts of fewer than three points enclose nothing and are passed over
-BOX_AS_POLYGON = "a polygon has 4 numbers, a box perhaps; three points [x1, y1, x2, y2, x3, y3, ...] are needed at least"
+TOO_SHORT = "a polygon has {} numbers, three points [x1, y1, x2, y2, x3, y3, ...] are needed at least"
+BOX_AS_POLYGON = f"{TOO_SHORT.format(4)}: is it a box?"
 
 
-def box_as_polygon(polygons: Sequence[Sequence[float]]) -> bool:
-    """Whether a mask is nothing but four numbers, which others read as a box, as nothing, or not at all."""
-    return any(len(part) == 4 for part in polygons) and all(len(part) < LEAST for part in polygons)
+def short_polygons(polygons: Sequence[Sequence[float]]) -> str:
+    """What is wrong with a mask none of whose parts has three points; others read four numbers as a box, as nothing, or
+    not at all. Empty where a part encloses something, or there is none."""
+    lengths = [len(part) for part in polygons]
+    if not lengths or max(lengths) >= LEAST:
+        return ""
+    return BOX_AS_POLYGON if 4 in lengths else TOO_SHORT.format(max(lengths))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -144,14 +149,14 @@ def _parse(index: AnnotationIndex) -> dict[str, np.ndarray]:
             blob += _compressed(index, row, value)
         elif value:
             kinds[row] = POLYGONS
-            if box_as_polygon(value):
-                raise _error(index, annotations[position].id, BOX_AS_POLYGON)
             for polygon in value:
                 if len(polygon) % 2:
                     raise _error(index, annotations[position].id, "a polygon has an odd number of coordinates")
                 if len(polygon) >= LEAST:
                     coordinates.extend(polygon)
                     ends.append(len(coordinates))
+            if problem := short_polygons(value):
+                raise _error(index, annotations[position].id, problem)
         polygons_of[row + 1], rle_offsets[row + 1] = len(ends) - 1, len(blob)
     return {
         "kinds": kinds,

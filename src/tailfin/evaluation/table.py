@@ -64,7 +64,7 @@ def percent(value: float | None) -> str:
 
 def _table(title: str, first: str, columns: list[str]) -> Table:
     table = Table(title=Text(title), title_justify="left")
-    table.add_column(first)
+    table.add_column(first, overflow="fold")  # a long name goes on in the next line, whole
     for name in columns:
         table.add_column(Text(name), justify="left" if name == "group" else "right")
     return table
