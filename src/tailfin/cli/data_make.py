@@ -149,6 +149,8 @@ def convert(
     ):
         if number:
             typer.echo(f"  {number} {what}")
+    for note in report.notes:
+        typer.echo(f"  {note}")
 
 
 def merge(

@@ -1,8 +1,8 @@
 """Boxes in another form than COCO's [x, y, width, height]: recognising them, and turning them into it.
 
-A file whose boxes are corners, centres or fractions parses well and trains on nonsense. `guess` tells them by what right
-boxes never do: all of them smaller than a pixel; or a large part of them over the border of their pictures, while in
-another form not one is. Boxes that pass the border by little, or in part of a file only, stay what they are.
+A file whose boxes are corners, centres or fractions parses well and trains on nonsense. `guess` tells them by what
+right boxes never do: all of them smaller than a pixel; or a large part of them over the border of their pictures, while
+in another form not one is. Boxes that pass the border by little, or in part of a file only, stay what they are.
 """
 
 from __future__ import annotations

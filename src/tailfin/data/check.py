@@ -133,9 +133,7 @@ def _pictures(
 # ---- notes and summary -----------------------------------------------------------------------------------------------
 
 
-def _notes(
-    index: AnnotationIndex, raw: RawColumns, headers: list[Header], folder: Path, masks: str
-) -> Iterator[str]:
+def _notes(index: AnnotationIndex, raw: RawColumns, headers: list[Header], folder: Path, masks: str) -> Iterator[str]:
     clean = index.clean()
     if not len(index.labels):
         yield "there are no annotations"
@@ -167,8 +165,8 @@ def _notes(
         yield f"{_many(gaps, 'unused number')} between the category ids: they become labels 0..{len(ids) - 1}"
     unused = np.flatnonzero(np.bincount(index.labels, minlength=len(ids)) == 0)
     if len(unused):
-        listed = ", ".join(index.names[label] for label in unused[:SHOWN]) + (", ..." if len(unused) > SHOWN else "")
-        yield f"{_many(len(unused), 'class')} without annotations: {listed}"
+        first = ", ".join(index.names[label] for label in unused[:SHOWN]) + (", ..." if len(unused) > SHOWN else "")
+        yield f"{_many(len(unused), 'class')} without annotations: {first}"
     groups = {str(category.frequency) for category in index.categories} - {"None", "r", "c", "f"}
     if groups:
         yield f'category frequency "{min(groups)}" is none of r, c and f: such groups come from the counts'

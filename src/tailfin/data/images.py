@@ -1,9 +1,9 @@
 """Pictures from files: every mode of Pillow becomes 8-bit RGB, turned as its EXIF tag says, with a bound on its size.
 
-How modes are read: alpha is dropped (the colour below it stays), as common readers do; 16-bit grey is scaled by the bits
-that the picture's largest value needs (a sensor of 12 bits fills 4,095 of 65,535 values), at least 8; 32-bit integers
-are 16-bit values where all of them fit, else the full 31-bit range; floats are 0..1 where all of them fit, else 0..255.
-Only the first frame of an animation counts.
+How modes are read: alpha is dropped (the colour below it stays), as common readers do; 16-bit grey is scaled by the
+bits that the picture's largest value needs (a sensor of 12 bits fills 4,095 of 65,535 values), at least 8; 32-bit
+integers are 16-bit values where all of them fit, else the full 31-bit range; floats are 0..1 where all of them fit,
+else 0..255. Only the first frame of an animation counts.
 
 Which files are pictures is decided by what Pillow can read (`picture_suffixes`), with the HEIC plugin where it is
 installed (`pip install pillow-heif`); hidden files, such as the `._name.jpg` of macOS, are none.
@@ -48,7 +48,16 @@ class Header:
         return (self.height, self.width) if self.orientation >= 5 else (self.width, self.height)
 
 
-STUBS = {"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "PCD", "WMF"}  # known to Pillow, not read without other programs
+STUBS = {
+    "BUFR",
+    "EPS",
+    "GRIB",
+    "HDF5",
+    "IPTC",
+    "MPEG",
+    "PCD",
+    "WMF",
+}  # known to Pillow, not read without other programs
 
 
 @functools.cache

@@ -89,11 +89,13 @@ def _rows(
             row = found[0]
             if by_id != row and not isinstance(number, str):
                 moved.add((number, name))
-                first = first or f"entry {entry}: {_says(id_key, number, by_id, own, truth_label)}, the entry says {name}"
+                first = (
+                    first or f"entry {entry}: {_says(id_key, number, by_id, own, truth_label)}, the entry says {name}"
+                )
         elif by_id is not None:
             if name is not None and not found and own[by_id]:
                 raise UserError(
-                    f"{where}: {_says(id_key, number, by_id, own, truth_label)}, the entry says {name}, which is not there"
+                    f"{where}: {_says(id_key, number, by_id, own, truth_label)}, it says {name}, which is not there"
                 )
             row = by_id
         elif isinstance(number, str):

@@ -68,9 +68,7 @@ class TrainCounts:
                 UserWarning,
                 stacklevel=3,
             )
-        own = {
-            category.id: ids[row] for category, row in zip(categories, join.rows.tolist(), strict=True) if row >= 0
-        }
+        own = {category.id: ids[row] for category, row in zip(categories, join.rows.tolist(), strict=True) if row >= 0}
         instances = self.instance_count
         return TrainCounts(
             {number: self.image_count[train] for number, train in own.items()},
