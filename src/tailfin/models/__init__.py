@@ -40,7 +40,7 @@ def build_detector(recipe: Recipe, stats: ClassStats, *, start: bool = True) -> 
         loss = MetaReweighter(stats, lr=recipe.meta_reweighting.lr)
     model = BUILDERS[recipe.detector.name](recipe, stats, loss, body, source)
     if whole is not None:
-        return model, load_weights(model, whole, source)
+        return model, load_weights(model, whole, source, stats.names)
     return model, [f"backbone: {source}"] if body is not None else ["random start"]
 
 
