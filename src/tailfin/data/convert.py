@@ -90,7 +90,7 @@ def detect_layout(path: Path) -> Layout:
         raise UserError(f"{path} is neither a COCO .json nor a YOLO .yaml file")
     if _any(path, "*.yaml", "*.yml") or _any(path, *CLASS_LISTS) or _any(path / "labels", "*.txt", "*/*.txt"):
         return "yolo"
-    if _any(path, "Annotations/*.xml", "*.xml", "*/*.xml"):
+    if _any(path, "Annotations/**/*.xml", "*.xml", "*/*.xml"):
         return "voc"
     if _any(path, "*.json", "annotations/*.json"):
         return "coco"

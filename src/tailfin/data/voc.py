@@ -27,7 +27,7 @@ from tailfin.data.images import is_hidden, pictures_below, read_header, size_pro
 from tailfin.data.parts import SPLITS, Part, Report, annotations_by_image, common_folder
 from tailfin.errors import UserError
 from tailfin.files import decode_text, not_utf8, read_text
-from tailfin.joins import PictureNames, plain_name
+from tailfin.joins import plain_name
 
 _EXACT = Context(prec=700)  # digits: the sum of any two floats of at most 1e9 fits
 _MOST = 10**9  # pixels
@@ -118,7 +118,6 @@ class _Pictures:
         self._by_stem: dict[str, list[str]] = {}
         for name in self.paths:
             self._by_stem.setdefault(name.rpartition(".")[0], []).append(name)
-        self._names = PictureNames(list(self.paths))
 
     def stems(self) -> dict[str, list[str]]:
         """Names by what they are without the suffix."""
@@ -128,18 +127,16 @@ class _Pictures:
         """The picture of an XML file called `stem` (`folder/name`) that gives `inner` as its file name, and whether it
         has the same name as the file."""
         inner = plain_name(inner)
+        base, parent = inner.rpartition("/")[2], stem.rpartition("/")[0]
         own = self._by_stem.get(stem, [])
         if len(own) > 1:
-            own = [name for name in own if name.rpartition("/")[2] == inner.rpartition("/")[2]] or own
+            own = [name for name in own if name.rpartition("/")[2] == base] or own
         if len(own) == 1:
             return self.paths[own[0]], True
-        names = list(self.paths)
-        parent = stem.rpartition("/")[0]
-        meant = own
-        for name in filter(None, (parent and inner and f"{parent}/{inner}", inner, stem)):
-            meant = meant or [names[row] for row in self._names.find(name)]
-            if not meant and (base := PurePosixPath(name).with_suffix("").as_posix()) != name:
-                meant = [names[row] for row in self._names.find(base)]
+        meant = own or [name for name in (f"{parent}/{inner}", inner) if name in self.paths][:1]
+        last = stem.rpartition("/")[2]  # in other folders only where nothing else there has the name
+        meant = meant or [name for name in self.paths if base and name.rpartition("/")[2] == base]
+        meant = meant or [name for name in self.paths if PurePosixPath(name).stem in (last, PurePosixPath(base).stem)]
         if len(meant) == 1:
             return self.paths[meant[0]], False
         if meant:
