@@ -505,6 +505,9 @@ def test_voc_pictures_are_found_in_subfolders_and_never_guessed(tailfin, tmp_pat
     assert "vid2/000001.xml: its picture may be 000001.jpg or vid1/000001.jpg" in error
     (folder / "JPEGImages/vid1/000001.jpg").unlink()
     assert "both mean the picture" in tailfin("data", "convert", folder, tmp_path / "o").error
+    named = {f"{name}|000001.jpg": CAR for name in ("vid1/000001", "vid2/000001")}
+    inner = voc(tmp_path / "inner", named, ["000001.jpg", "vid1/000001.jpg"])  # as each file says, vid2's too
+    assert "vid2/000001.xml: its picture may be" in tailfin("data", "convert", inner, tmp_path / "o").error
     flat = voc(tmp_path / "flat", {"a|x/a.jpg": CAR, "b": CAR}, ["x/a.jpg", "y/a.jpg", "z/b.jpg"])
     assert owners(converted(tailfin, flat)[0]) == ["x/a.jpg", "z/b.jpg"]
 

@@ -116,8 +116,12 @@ class _Pictures:
         self.folder = folder
         self.paths = {path.relative_to(folder).as_posix(): path for path in found}
         self._by_stem: dict[str, list[str]] = {}
+        self._anywhere: dict[str, list[str]] = {}  # by the last part, with and without the suffix
         for name in self.paths:
+            base = name.rpartition("/")[2]
             self._by_stem.setdefault(name.rpartition(".")[0], []).append(name)
+            for key in {base, base.rpartition(".")[0]}:
+                self._anywhere.setdefault(key, []).append(name)
 
     def stems(self) -> dict[str, list[str]]:
         """Names by what they are without the suffix."""
@@ -133,10 +137,12 @@ class _Pictures:
             own = [name for name in own if name.rpartition("/")[2] == base] or own
         if len(own) == 1:
             return self.paths[own[0]], True
-        meant = own or [name for name in (f"{parent}/{inner}", inner) if name in self.paths][:1]
-        last = stem.rpartition("/")[2]  # in other folders only where nothing else there has the name
-        meant = meant or [name for name in self.paths if base and name.rpartition("/")[2] == base]
-        meant = meant or [name for name in self.paths if PurePosixPath(name).stem in (last, PurePosixPath(base).stem)]
+        inside = f"{parent}/{inner}" if parent else inner
+        meant = own or [name for name in (inside, inner if "/" in inner else "") if name in self.paths][:1]
+        # in other folders only where nothing else there has the name
+        last = stem.rpartition("/")[2]
+        for key in (base, last, base.rpartition(".")[0]):
+            meant = meant or self._anywhere.get(key, [])
         if len(meant) == 1:
             return self.paths[meant[0]], False
         if meant:
