@@ -552,3 +552,18 @@ def test_a_zip_of_macos_unpacks_to_a_usable_set(tailfin, tmp_path):
     with zipfile.ZipFile(archive) as file:
         file.extractall(tmp_path / "unpacked")
     assert len(converted(tailfin, tmp_path / "unpacked")[0]["images"]) == 1
+
+
+def test_training_on_crowds_is_refused_or_warned_of(tailfin, tiny_recipe, tiny_set, edited, tmp_path):
+    def crowded(share: float) -> Path:
+        def change(document: dict[str, Any]) -> None:
+            for entry in document["annotations"][: int(share * len(document["annotations"]))]:
+                entry["iscrowd"] = 1
+
+        return edited(tiny_set[0], change)
+
+    options = ("--train-images", tiny_set[0].with_suffix(""), "--val", tiny_set[1], "schedule.epochs=0.2")
+    outcome = tailfin("train", tiny_recipe, "--train", crowded(1), "--out", tmp_path / "a", *options)
+    assert "annotations are crowd regions" in outcome.error and "nothing to train on" in outcome.error
+    outcome = tailfin("train", tiny_recipe, "--train", crowded(0.7), "--out", tmp_path / "b", *options)
+    assert outcome.code == 0 and "annotations are crowd regions" in outcome.err

@@ -7,6 +7,7 @@ alone. A broken picture stops training with a message that names the file.
 from __future__ import annotations
 
 import signal
+import warnings
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from tailfin.data.check import crowd_note
 from tailfin.data.copy_paste import box_paste, copy_paste
 from tailfin.data.images import read_image
 from tailfin.data.index import AnnotationIndex, image_folder, image_path, open_index
@@ -49,6 +51,10 @@ def open_source(files: DataFiles, root: str, what: str) -> Source:
     annotations = Path(root) / files.annotations
     images = Path(root) / files.images if files.images else None
     index = open_index(annotations)
+    if what == "train" and (crowds := crowd_note(index)):
+        if index.crowd.all():
+            raise UserError(f"{annotations}: {crowds}: there is nothing to train on")
+        warnings.warn(f"{annotations}: {crowds}", UserWarning, stacklevel=2)
     return Source(index, image_folder(annotations, images))
 
 
