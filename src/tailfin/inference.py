@@ -21,6 +21,7 @@ from tailfin.data.index import AnnotationIndex
 from tailfin.data.masks import NONE
 from tailfin.errors import UserError, nearest
 from tailfin.evaluation import ResultWriter, TrainCounts
+from tailfin.joins import join_classes
 from tailfin.mask_encoding import encode_masks
 from tailfin.models.detector import Limits
 from tailfin.progress import Progress
@@ -30,20 +31,20 @@ from tailfin.stats import ClassStats
 
 def category_ids_for(names: Sequence[str], index: AnnotationIndex) -> np.ndarray:
     """The file's category id of each of the model's classes, int64 [C]; by name, a mismatch is an error."""
-    known = dict(zip(index.names, index.category_ids.tolist(), strict=True))
-    missing = [name for name in names if name not in known]
-    extra = [name for name in index.names if name not in set(names)]
-    if missing or extra:
-        first = (
-            f'the model\'s class "{missing[0]}" is not in the file{nearest(missing[0], known)}'
-            if missing
-            else f"the file's class \"{extra[0]}\" is not one of the model's{nearest(extra[0], names)}"
-        )
+    join = join_classes(names, index.names)
+    if join.missing or join.unknown:
+        if join.missing:
+            first = f'the model\'s class "{join.missing[0]}" is not in the file{nearest(join.missing[0], index.names)}'
+        else:
+            first = f"the file's class \"{join.unknown[0]}\" is not one of the model's{nearest(join.unknown[0], names)}"
+        remedy = ""
+        if not join.unknown:  # a file of a folder where a rare class does not occur
+            remedy = f"; `tailfin data merge {index.path} --classes-of TRAIN.json --out NEW.json` adds them"
         raise UserError(
-            f"{index.path}: its categories are not the model's: {first} "
-            f"({len(missing)} of the model's {len(names)} classes missing, {len(extra)} unknown ones in the file)"
+            f"{index.path}: its categories are not the model's: {first} ({len(join.missing)} of the model's "
+            f"{len(names)} classes missing, {len(join.unknown)} unknown ones in the file{remedy})"
         )
-    return np.array([known[name] for name in names], dtype=np.int64)
+    return index.category_ids[join.rows].astype(np.int64)
 
 
 def counts_by_id(stats: ClassStats, index: AnnotationIndex) -> TrainCounts:

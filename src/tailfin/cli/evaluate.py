@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 
 from tailfin.config import recipe_from_file
+from tailfin.data.box_forms import check_form
 from tailfin.errors import UserError, nearest
 from tailfin.evaluation import (
     IOU_TYPES,
@@ -58,6 +59,10 @@ def evaluate(
     groups: Annotated[
         str | None, typer.Option(help="Largest training image count of a rare and of a common class, e.g. 10,100.")
     ] = None,
+    box_form: Annotated[
+        str | None,
+        typer.Option(help="Form of the --results boxes: xywh, xyxy or cxcywh, with -fractions for fractions."),
+    ] = None,
     no_cats: Annotated[bool, typer.Option("--no-cats", help="Pool all classes (coco only).")] = False,
     per_category: Annotated[bool, typer.Option("--per-category", help="Show every class too.")] = False,
     save: Annotated[Path | None, typer.Option(help="Folder that keeps the results JSON of a run or model.")] = None,
@@ -88,6 +93,10 @@ def evaluate(
         "group_bounds": _bounds(groups),
         "train_counts": TrainCounts.from_json(train) if train else None,
     }
+    if box_form is not None:
+        if not results:
+            raise UserError("--box-form goes with --results: a detector of tailfin gives boxes in pixels")
+        options["box_form"] = check_form(box_form)
 
     with ExitStack() as stack:
         found: dict[str, Any]

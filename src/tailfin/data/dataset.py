@@ -11,6 +11,7 @@ for its box alone: its row of `masks` is its box, or empty, and `mask_valid` is 
 from __future__ import annotations
 
 import signal
+import warnings
 from collections.abc import Generator, Iterator, Sequence
 from copy import copy as shallow_copy
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from tailfin.data.check import crowd_note
 from tailfin.data.copy_paste import box_paste, copy_paste
 from tailfin.data.images import read_image
 from tailfin.data.index import AnnotationIndex, image_folder, image_path, open_index
@@ -56,6 +58,10 @@ def open_source(files: DataFiles, root: str, what: str) -> Source:
     annotations = Path(root) / files.annotations
     images = Path(root) / files.images if files.images else None
     index = open_index(annotations)
+    if what == "train" and (crowds := crowd_note(index)):
+        if index.crowd.all():
+            raise UserError(f"{annotations}: {crowds}: there is nothing to train on")
+        warnings.warn(f"{annotations}: {crowds}", UserWarning, stacklevel=2)
     return Source(index, image_folder(annotations, images))
 
 

@@ -22,13 +22,27 @@ import msgspec
 import numpy as np
 from pycocotools import mask as coco_mask
 
+from tailfin.data import annotation_json
 from tailfin.data import cache as _cache
 from tailfin.errors import UserError
+from tailfin.files import json_bytes
 
 if TYPE_CHECKING:
     from tailfin.data.index import AnnotationIndex
 
 NONE, POLYGONS, RLE, BROKEN = 0, 1, 2, 3
+LEAST = 6  # numbers of a polygon: parts of fewer than three points enclose nothing and are passed over
+TOO_SHORT = "a polygon has {} numbers, three points [x1, y1, x2, y2, x3, y3, ...] are needed at least"
+BOX_AS_POLYGON = f"{TOO_SHORT.format(4)}: is it a box?"
+
+
+def short_polygons(polygons: Sequence[Sequence[float]]) -> str:
+    """What is wrong with a mask none of whose parts has three points; others read four numbers as a box, as nothing, or
+    not at all. Empty where a part encloses something, or there is none."""
+    lengths = [len(part) for part in polygons]
+    if not lengths or max(lengths) >= LEAST:
+        return ""
+    return BOX_AS_POLYGON if 4 in lengths else TOO_SHORT.format(max(lengths))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -134,7 +148,8 @@ def _parse(index: AnnotationIndex) -> tuple[dict[str, np.ndarray], str]:
     data = Path(index.path).read_bytes()
     if _cache.digest(data) != index.fingerprint:
         raise UserError(f"annotation file {index.path} has changed since it was opened")
-    annotations = msgspec.json.decode(data.removeprefix(b"\xef\xbb\xbf"), type=_File).annotations
+    label = f"annotation file {index.path}"
+    annotations = annotation_json.decode(json_bytes(data, label), _File, label).annotations
     total = len(annotations)
     by_id = np.argsort(np.fromiter((entry.id for entry in annotations), np.int64, total))
     in_row_order = np.empty(total, np.int64)
@@ -152,9 +167,11 @@ def _parse(index: AnnotationIndex) -> tuple[dict[str, np.ndarray], str]:
             elif value:
                 if any(len(polygon) % 2 for polygon in value):
                     raise _Malformed("a polygon has an odd number of coordinates")
+                if short := short_polygons(value):
+                    raise _Malformed(short)
                 kinds[row] = POLYGONS
                 for polygon in value:
-                    if len(polygon) >= 6:  # fewer than three points enclose nothing
+                    if len(polygon) >= LEAST:
                         coordinates.extend(polygon)
                         ends.append(len(coordinates))
         except _Malformed as error:

@@ -120,7 +120,7 @@ def merge_shards(
     out_path = Path(out_path)
     segm_path = segm_results_path(out_path)
     out_path.parent.mkdir(parents=True, exist_ok=True)
-    with _JsonList(out_path) as boxes_out, _JsonList(segm_path) as masks_out:
+    with JsonList(out_path) as boxes_out, JsonList(segm_path) as masks_out:
         for image_id, record in shards.records(image_ids):
             categories, scores = record.category_ids().tolist(), record.score_values().tolist()
             boxes_out.extend(
@@ -248,7 +248,7 @@ class _Record(msgspec.Struct, array_like=True, gc=False):
         return np.frombuffer(self.categories, np.int64)
 
 
-class _JsonList:
+class JsonList:
     """A JSON list written piece by piece under a temporary name; on a clean exit it gets its own name, if `wanted`."""
 
     def __init__(self, path: Path) -> None:
@@ -257,7 +257,7 @@ class _JsonList:
         self.count = 0
         self.wanted = False
 
-    def __enter__(self) -> _JsonList:
+    def __enter__(self) -> JsonList:
         self._file = self._part.open("wb")
         self._file.write(b"[")
         return self

@@ -43,7 +43,7 @@ def build_detector(recipe: Recipe, stats: ClassStats, *, start: bool = True) -> 
     if recipe.calibration is not None:
         model.rescore = build_rescorer(recipe.calibration, stats, model.loss)
     if whole is not None:
-        return model, load_weights(model, whole, source)
+        return model, load_weights(model, whole, source, stats.names)
     return model, [f"backbone: {source}"] if body is not None else ["random start"]
 
 

@@ -52,7 +52,6 @@ class FasterRCNN(Detector):
     rpn: RPN
     roi_heads: RoIHeads
 
-
     def __init__(
         self,
         backbone: Backbone,
