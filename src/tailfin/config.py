@@ -12,6 +12,8 @@ drops the options of the old one.
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from pydantic import ValidationError
 from tailfin.errors import UserError
 from tailfin.files import existing_file
 from tailfin.schema.base import as_number
+from tailfin.schema.presets import PRESETS, change_preset, own_terms
 from tailfin.schema.problems import explain
 from tailfin.schema.recipe import Recipe
 
@@ -57,13 +60,16 @@ def load_recipe(name: str | Path, overrides: Iterable[str] | Mapping[str, Any] =
         raise UserError(f"{source} is not a recipe: a mapping of keys is needed, this is {_kind(values)}")
     values.setdefault("name", str(name) if row_overrides else recipes.name_of(name))
     given = overrides.items() if isinstance(overrides, Mapping) else [split_override(text) for text in overrides]
-    for key, value in [*(split_override(text) for text in row_overrides), *given]:
+    for key, value in (split_override(text) for text in row_overrides):
+        _assign(values, key, value)
+    _change_preset(values, dict(given).get("pretraining.preset"), source)
+    for key, value in given:
         _assign(values, key, value)
     return check_recipe(values, source)
 
 
 def recipe_from_file(path: str | Path) -> Recipe:
-    """A recipe from one YAML file, for example `RUN/recipe.yaml`."""
+    """The recipe that a run has stored, `RUN/recipe.yaml`."""
     path = existing_file(path, "recipe")
     try:
         text = path.read_text(encoding="utf-8")
@@ -72,7 +78,19 @@ def recipe_from_file(path: str | Path) -> Recipe:
     values = parse_yaml(text, str(path))
     if not isinstance(values, dict):
         raise UserError(f"{path} is not a recipe: a mapping of keys is needed, this is {_kind(values)}")
-    return check_recipe(values, str(path))
+    return stored_recipe(values, str(path))
+
+
+def stored_recipe(values: Mapping[str, Any], source: str) -> Recipe:
+    """A resolved recipe of a run or model file; those of before 0.1 have options of terms that a preset lacks."""
+    section = values.get("pretraining")
+    if isinstance(section, dict) and (preset := section.get("preset")) in PRESETS:
+        own, _ = own_terms(section, preset)
+        weights = section.get("weights") or {}
+        if lost := [term for term, weight in weights.items() if weight and term not in own.get("weights", {})]:
+            _say(f"{source}: it was pre-trained with {', '.join(lost)} too, which preset {preset} does not have")
+        values = {**values, "pretraining": own}
+    return check_recipe(values, source)
 
 
 def check_recipe(values: Mapping[str, Any], source: str) -> Recipe:
@@ -96,6 +114,23 @@ def dump_recipe(recipe: Recipe) -> str:
     """The fully resolved recipe as YAML text that loads to the same recipe."""
     values = recipe.model_dump(mode="json")
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)
+
+
+def _change_preset(values: dict[str, Any], preset: Any, source: str) -> None:
+    """Let the pre-training preset of an override take the place of the file's, and say what goes with that."""
+    section = values.get("pretraining")
+    if preset not in PRESETS or not isinstance(section, dict) or section.get("preset", "drcl") == preset:
+        return
+    values["pretraining"], dropped = change_preset(section, preset)
+    if dropped:
+        keys = ", ".join(f"pretraining.{key}" for key in dropped)
+        _say(f"{source}: preset {preset} in the place of {section.get('preset', 'drcl')}, without {keys}")
+
+
+def _say(text: str) -> None:
+    """A line for the user, from one process."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(text, file=sys.stderr)
 
 
 def _assign(values: dict[str, Any], key: str, value: Any) -> None:

@@ -16,7 +16,7 @@ from tailfin import api, checkpoint
 from tailfin.config import load_recipe, recipe_from_file
 from tailfin.data.index import open_index
 from tailfin.errors import UserError
-from tailfin.methods import pretraining as method
+from tailfin.methods import drcl as method
 from tailfin.models import build_detector
 from tailfin.run import Run, batch_plan
 from tailfin.schema.pretraining import PRESETS
