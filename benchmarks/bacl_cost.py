@@ -43,9 +43,11 @@ from training_speed import Targets, detector, peak_memory_of, settle, tailfin_st
 from tailfin.config import load_recipe
 from tailfin.engine import detector_step
 from tailfin.methods.decoupled import classifier_stage
-from tailfin.models import build_detector, roi_heads
+from tailfin.models import build_detector
 from tailfin.models import detections as selection
+from tailfin.models.detector import Limits
 from tailfin.models.faster_rcnn import FasterRCNN
+from tailfin.models.heads import roi_heads
 from tailfin.stats import ClassStats
 
 RECIPE = "fod/bacl_r18"
@@ -151,7 +153,7 @@ def logits_of(model: FasterRCNN, pictures: list[Tensor]) -> Tensor:
 
     batch = batch_images(pictures, channels_last=True)
     features = model.backbone(batch.tensors)
-    proposals, _ = model.rpn(batch, features)
+    _, proposals, _ = model.rpn(batch, features)
     return model.roi_heads.predict(features, proposals, batch.image_sizes)[0]
 
 
@@ -160,7 +162,8 @@ def count_candidates(model: FasterRCNN, pictures: list[Tensor]) -> float:
     """Proposals times classes above the threshold, mean per picture."""
     heads = model.roi_heads
     return statistics.mean(
-        int((heads.loss.scores(logits_of(model, [picture])) > heads.score_threshold).sum()) for picture in pictures
+        int((heads.loss.scores(logits_of(model, [picture])) > model.limits.score_threshold).sum())
+        for picture in pictures
     )
 
 
@@ -181,12 +184,10 @@ def every_candidate(
     deltas: Tensor,
     box_coder: Any,
     image_size: tuple[int, int],
-    *,
-    score_threshold: float,
-    nms_iou: float,
-    max_dets: int,
+    limits: Limits,
 ) -> dict[str, Tensor]:
     """What the selection stands for: decode everything, one NMS per class over all candidates, keep the best."""
+    score_threshold, max_dets, nms_iou = limits
     classes = scores.shape[1]
     boxes = box_coder.decode_single(deltas.flatten(1), proposals).view(len(proposals), -1, 4).expand(-1, classes, 4)
     height, width = image_size
@@ -202,7 +203,7 @@ def every_candidate(
 def check_equal(model: FasterRCNN, pictures: list[Tensor]) -> None:
     """Both selections give the same detections."""
     for fast, slow in zip(predict(model, pictures), predict(model, pictures, every_candidate), strict=True):
-        assert len(fast["scores"]) == model.roi_heads.max_dets
+        assert len(fast["scores"]) == model.limits.max_dets
         for key in ("scores", "labels"):
             assert torch.equal(fast[key], slow[key]), f"the selections differ in {key}"
         torch.testing.assert_close(fast["boxes"], slow["boxes"])

@@ -47,7 +47,7 @@ from torchvision.ops import MultiScaleRoIAlign
 from tailfin.config import load_recipe
 from tailfin.engine import detector_step
 from tailfin.models import build_detector
-from tailfin.models.backbones import resnet_fpn
+from tailfin.models.backbones import pyramid_backbone, resnet_body
 from tailfin.models.faster_rcnn import FasterRCNN
 from tailfin.models.images import batch_images
 from tailfin.schema.recipe import Recipe
@@ -126,14 +126,9 @@ def torchvision_twin(model: FasterRCNN, recipe: Recipe) -> TorchvisionFasterRCNN
     reads; pictures keep the size that they come in, as in tailfin's.
     """
     config, evaluation = recipe.detector, recipe.evaluation
-    backbone = resnet_fpn(
-        recipe.backbone,
-        norm=config.norm,
-        layers=config.fpn_layers,
-        channels=config.fpn_channels,
-        pool=config.fpn_pool,
-        frozen_layers=config.frozen_layers,
-    )
+    body = resnet_body(recipe.backbone, norm=config.norm)
+    body.freeze(config.frozen_layers)
+    backbone = pyramid_backbone(body, layers=config.fpn_layers, channels=config.fpn_channels, pool=config.fpn_pool)
     twin = TorchvisionFasterRCNN(
         backbone,
         rpn_anchor_generator=AnchorGenerator(
@@ -324,14 +319,14 @@ def settle(model: FasterRCNN, pictures: list[Tensor]) -> float:
     features = model.backbone(batch.tensors)
     _, deltas = model.rpn.head(list(features.values()))
     model.rpn.head.bbox_pred.weight *= DELTA_SPREAD / torch.cat([level.flatten() for level in deltas]).std()
-    proposals, _ = model.rpn(batch, features)
+    _, proposals, _ = model.rpn(batch, features)
     predictor = model.roi_heads.predictor
     logits, deltas = model.roi_heads.predict(features, proposals, batch.image_sizes)
     predictor.cls_score.weight *= LOGIT_SPREAD / logits.std(dim=1).mean()
     predictor.bbox_pred.weight *= DELTA_SPREAD / deltas.std()
     logits, _ = model.roi_heads.predict(features, proposals, batch.image_sizes)
     scores = model.roi_heads.loss.scores(logits)
-    return int((scores > model.roi_heads.score_threshold).sum()) / len(pictures)
+    return int((scores > model.limits.score_threshold).sum()) / len(pictures)
 
 
 # ---- measuring -------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -31,14 +31,18 @@ from tailfin.inference import counts_by_id
 from tailfin.schema.recipe import Recipe
 from tailfin.stats import ClassStats
 
+if TYPE_CHECKING:
+    from tailfin import models
+    from tailfin.models.detector import Limits
+
 Picture = str | Path | Image.Image | np.ndarray | Tensor
 
 
 class Detector:
     """A trained detector with its classes. `names` are in label order, `category_ids` the training file's ids."""
 
-    def __init__(self, model: torch.nn.Module, recipe: Recipe, stats: ClassStats, device: torch.device) -> None:
-        self.model = model.to(device).eval()
+    def __init__(self, model: models.Detector, recipe: Recipe, stats: ClassStats, device: torch.device) -> None:
+        self.model: models.Detector = model.to(device).eval()
         self.recipe, self.stats, self.device = recipe, stats, device
 
     @property
@@ -67,43 +71,26 @@ class Detector:
         if isinstance(images, str | Path | Image.Image | np.ndarray) or isinstance(images, Tensor) and images.ndim == 3:
             images = [images]
         results = []
-        with self._limits(score_threshold, max_dets):
-            for start in range(0, len(images), batch):
-                pictures = [_to_tensor(image, self.recipe.data.max_pixels) for image in images[start : start + batch]]
-                resized = [to_test_size(picture, self.recipe.data) for picture in pictures]
-                outputs = self.model([picture.to(self.device) for picture in resized])
-                for picture, small, output in zip(pictures, resized, outputs, strict=True):
-                    across, down = picture.shape[-1] / small.shape[-1], picture.shape[-2] / small.shape[-2]
-                    boxes = output["boxes"].float().cpu() * torch.tensor([across, down, across, down])
-                    rest = {key: value.cpu() for key, value in output.items() if key != "boxes"}
-                    results.append({"boxes": boxes, **rest})
+        limits = self.limits(score_threshold, max_dets)
+        for start in range(0, len(images), batch):
+            pictures = [_to_tensor(image, self.recipe.data.max_pixels) for image in images[start : start + batch]]
+            resized = [to_test_size(picture, self.recipe.data) for picture in pictures]
+            outputs = self.model([picture.to(self.device) for picture in resized], limits=limits)
+            for picture, small, output in zip(pictures, resized, outputs, strict=True):
+                across, down = picture.shape[-1] / small.shape[-1], picture.shape[-2] / small.shape[-2]
+                boxes = output["boxes"].float().cpu() * torch.tensor([across, down, across, down])
+                rest = {key: value.cpu() for key, value in output.items() if key != "boxes"}
+                results.append({"boxes": boxes, **rest})
         return results
 
-    def _limits(self, score_threshold: float | None, max_dets: int | None) -> _Limits:
-        """What every prediction of classes runs in."""
-        if self.recipe.detector.name == "localizer":
+    def limits(self, score_threshold: float | None = None, max_dets: int | None = None) -> Limits:
+        """The recipe's limits of what is reported, with those given in their place."""
+        if self.model.loss is None:
             raise UserError(
                 "a localizer finds objects and knows no classes, so it cannot predict or be evaluated; its boxes, and "
                 "their recall, come from `tailfin data proposals MODEL --annotations FILE --out FILE --evaluate`"
             )
-        return _Limits(self.model.limits, score_threshold, max_dets)
-
-
-class _Limits:
-    """Other detection limits for the length of a `with` block."""
-
-    def __init__(self, heads: Any, score_threshold: float | None, max_dets: int | None) -> None:
-        self.heads, self.wanted = heads, {"score_threshold": score_threshold, "max_dets": max_dets}
-
-    def __enter__(self) -> None:
-        self.before = {name: getattr(self.heads, name) for name in self.wanted}
-        for name, value in self.wanted.items():
-            if value is not None:
-                setattr(self.heads, name, value)
-
-    def __exit__(self, *_: object) -> None:
-        for name, value in self.before.items():
-            setattr(self.heads, name, value)
+        return self.model.limits.replaced(score_threshold, max_dets)
 
 
 def load(path: str | Path, device: str | torch.device | None = None) -> Detector:
@@ -222,7 +209,7 @@ def predict_to_results(
     from tailfin.run import new_accelerator, on_main
 
     detector = load(model_path, "cpu")
-    limits = detector._limits(None, max_dets)
+    limits = detector.limits(None, max_dets)
     accelerator = new_accelerator(detector.recipe.schedule.precision, cpu=device == "cpu")
     detector.model.to(accelerator.device)
     index = open_index(annotations)
@@ -230,16 +217,16 @@ def predict_to_results(
     out = on_main(accelerator, lambda: Path(out_folder).absolute())  # one folder, also where each process has its own
     shards = out / "results.shards"
     on_main(accelerator, lambda: shards.mkdir(parents=True, exist_ok=True))
-    with limits:
-        infer(
-            detector.model,
-            source,
-            detector.recipe.data,
-            shards,
-            detector.names,
-            accelerator=accelerator,
-            batch=detector.recipe.evaluation.batch,
-        )
+    infer(
+        detector.model,
+        source,
+        detector.recipe.data,
+        shards,
+        detector.names,
+        accelerator=accelerator,
+        batch=detector.recipe.evaluation.batch,
+        limits=limits,
+    )
     accelerator.wait_for_everyone()
     results = out / "results.bbox.json"
     on_main(accelerator, lambda: merge_shards(shards, results, ranks=accelerator.num_processes))

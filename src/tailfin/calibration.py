@@ -24,9 +24,8 @@ from tailfin.errors import UserError
 from tailfin.evaluation.results import ResultWriter
 from tailfin.files import existing_file, write_json
 from tailfin.inference import category_ids_for, counts_by_id, picture_scale
-from tailfin.models.faster_rcnn import FasterRCNN
+from tailfin.models.detector import Detector
 from tailfin.models.heads import NorCal
-from tailfin.models.images import batch_images
 from tailfin.progress import Progress
 from tailfin.samplers.class_aware import class_aware_order
 from tailfin.schema.data import Data
@@ -67,14 +66,14 @@ def calibrate(
         raise UserError(f"--gamma must not be negative (given: {gamma})")
     detector = load(path, device)
     plain = detector.model
-    if not isinstance(plain, FasterRCNN):
+    if plain.loss is None:
         raise UserError(f"model {path}: {detector.recipe.detector.name} has no softmax scores to calibrate")
-    NorCal(detector.stats, plain.roi_heads.loss, 0.0)  # refuses other scores before any work is done
+    NorCal(detector.stats, plain.loss, 0.0)  # refuses other scores before any work is done
     tried: dict[float, float] = {}
     if gamma is None:
         assert train is not None
-        heads, limits = plain.roi_heads, detector.recipe.evaluation
-        candidates = {value: NorCal(detector.stats, heads.loss, value).to(detector.device) for value in GAMMAS}
+        limits = detector.recipe.evaluation
+        candidates = {value: NorCal(detector.stats, plain.loss, value).to(detector.device) for value in GAMMAS}
         with tempfile.TemporaryDirectory() as folder:
             annotations = _some_images(train, max_images, detector.recipe.seed, Path(folder))
             source = Source(open_index(annotations), image_folder(train, train_images))
@@ -93,7 +92,7 @@ def calibrate(
 
 @torch.inference_mode()
 def _detect(
-    model: FasterRCNN,
+    model: Detector,
     source: Source,
     config: Data,
     names: list[str],
@@ -103,7 +102,7 @@ def _detect(
 ) -> None:
     """Detections under every candidate, from one pass of the network, as shards in `folder/<gamma>`."""
     ids = category_ids_for(names, source.index)
-    heads = model.eval().roi_heads
+    model.eval()
     device = next(model.parameters()).device
     with ExitStack() as stack:
         loader = stack.enter_context(closing(evaluation_loader(source, config, batch=batch, rank=0, processes=1)))
@@ -111,13 +110,10 @@ def _detect(
         progress = stack.enter_context(Progress("calibration", len(source.index)))
         done = 0
         for images, rows in loader:
-            own = batch_images([image.to(device) for image in images], channels_last=model.channels_last)
-            features = model.backbone(own.tensors)
-            proposals, _ = model.rpn(own, features)
-            logits, deltas = heads.predict(features, proposals, own.image_sizes)
+            seen = model.outputs([image.to(device) for image in images])
             for value, rescore in candidates.items():
-                heads.rescore = rescore
-                found = heads.detect(logits, deltas, proposals, own.image_sizes)
+                model.rescore = rescore
+                found = model.detections(seen, model.limits)
                 for image, row, output in zip(images, rows, found, strict=True):
                     boxes = output["boxes"].cpu().numpy() * picture_scale(image.shape[-2:], source.index, row)
                     labels, scores = output["labels"].cpu().numpy(), output["scores"].cpu().numpy()

@@ -6,11 +6,11 @@ Multiply-adds are counted on one picture, the box head on as many proposals as t
 what detection papers print as FLOPs; a multiply-add is two floating-point operations. Elementwise work, RoIAlign and
 NMS are not counted.
 
-Pictures per second come with the time of each part: the detector's children, and what follows its last layer
+Pictures per second come with the time of each part: the detector's children, and what makes detections of its outputs
 (`post-processing`: scores, selection, NMS). The detectors take turns, so that a machine that slows down slows all. A
 trained model (a run or model file) is measured as it is. A recipe has no weights yet: its norms are settled on the
-picture and its box head gets what a trained one's would look like (proposals at random places, logits spread by 3
-around the classifier's first bias), since what NMS costs depends on the scores. Numbers of both kinds do not compare.
+picture and its outputs are those of `Detector.rehearsed` (proposals at random places, spread logits), since what NMS
+costs depends on the scores. Numbers of both kinds do not compare.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,10 +31,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tailfin.config import load_recipe
 from tailfin.errors import UserError
+from tailfin.models.detector import Detector, Limits
 from tailfin.schema.recipe import Recipe
 from tailfin.stats import ClassStats
 
-LOGIT_SPREAD, DELTA_SPREAD = 3.0, 0.2  # standard deviations of a trained box head's outputs, roughly
 POST = "post-processing"
 REST = "rest"
 OWN = "measuring"  # this module's own work, which does not count
@@ -70,16 +70,10 @@ class Subject:
     """A detector to measure."""
 
     name: str
-    model: nn.Module
+    model: Detector
     recipe: Recipe
     stats: ClassStats
     trained: bool
-
-    @property
-    def proposals(self) -> int | None:
-        """Proposals per picture at test time."""
-        kept = getattr(self.recipe.detector, "rpn_post_nms", None)
-        return kept[1] if kept and hasattr(self.model, "roi_heads") else None
 
 
 def cost(
@@ -152,7 +146,7 @@ def counted(subject: Subject, picture: Tensor) -> Cost:
     """Multiply-adds of one picture and parameters, in all and by part."""
     model = subject.model
     counter = FlopCounterMode(display=False)
-    with torch.no_grad(), _proposals(subject), counter:
+    with torch.no_grad(), _rehearsing(subject.model), counter:
         model([picture])
     counts = counter.get_flop_counts()
     root = type(model).__name__
@@ -166,7 +160,7 @@ def counted(subject: Subject, picture: Tensor) -> Cost:
         subject.trained,
         subject.stats.num_classes,
         (picture.shape[1], picture.shape[2]),
-        subject.proposals,
+        model.num_proposals,
         counter.get_total_flops() / 2e9,
         sum(parameter.numel() for parameter in model.parameters()),
         subject.recipe.about.published,
@@ -180,33 +174,13 @@ def _parts(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 @contextmanager
-def _proposals(subject: Subject) -> Iterator[None]:
-    """The box head gets the recipe's full number of proposals, at random places, whatever the RPN finds."""
-    if subject.proposals is None:
-        yield
-        return
-
-    def replace(_: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-        features, proposals, sizes, *more = arguments
-        drawn = [
-            _random_boxes(subject.proposals or 0, size).to(own) for own, size in zip(proposals, sizes, strict=True)
-        ]
-        return (features, drawn, sizes, *more)
-
-    handle = subject.model.get_submodule("roi_heads").register_forward_pre_hook(replace)
+def _rehearsing(model: Detector) -> Iterator[None]:
+    """The outputs are those of `Detector.rehearsed`, whatever an untrained network finds."""
+    model.outputs = lambda images, targets=None: model.rehearsed(images)  # type: ignore[method-assign]
     try:
         yield
     finally:
-        handle.remove()
-
-
-def _random_boxes(number: int, size: tuple[int, int]) -> Tensor:
-    """[number, 4] boxes of a twentieth to a half of the picture's sides."""
-    generator = torch.Generator().manual_seed(0)
-    limit = torch.tensor([size[1], size[0]], dtype=torch.float32)
-    sides = limit * (0.05 + 0.45 * torch.rand((number, 2), generator=generator))
-    corner = (limit - sides) * torch.rand((number, 2), generator=generator)
-    return torch.cat([corner, corner + sides], dim=1)
+        del model.outputs
 
 
 # ---- measuring -------------------------------------------------------------------------------------------------------
@@ -261,7 +235,7 @@ def _timed(subject: Subject, pictures: Sequence[Tensor], seen: list[int]) -> dic
 
     handles = []
     for name, child in _parts(subject.model):
-        for module in child if isinstance(child, nn.ModuleList) else [child]:
+        for module in (child, *child.children()):  # a detector may call a part's children one by one
             handles.append(module.register_forward_pre_hook(lambda _, __, name=name: begin(name)))
             handles.append(module.register_forward_hook(lambda *_: end()))
     with _post_processing(subject, begin, end, seen):
@@ -281,43 +255,27 @@ def _timed(subject: Subject, pictures: Sequence[Tensor], seen: list[int]) -> dic
 def _post_processing(
     subject: Subject, begin: Callable[[str], None], end: Callable[[], None], seen: list[int]
 ) -> Iterator[None]:
-    """Time what a box head does after its last layer, and count its candidates; an untrained one gets likely logits."""
-    heads = getattr(subject.model, "roi_heads", None)
-    if heads is None or not hasattr(heads, "detect"):
-        yield
-        return
-    detect = heads.detect
+    """Time what becomes of a detector's outputs, and count the candidates in them; an untrained one rehearses."""
+    model = subject.model
+    detections = model.detections
 
-    def timed(logits: Tensor, deltas: Tensor, *more: Any) -> Any:
+    def timed(outputs: Any, limits: Limits) -> Any:
         begin(OWN)
-        if not subject.trained:
-            logits, deltas = likely_outputs(heads, logits, deltas)
-        seen.append(int((heads.loss.scores(logits) > heads.score_threshold).sum()))
+        count = model.candidates(outputs, limits)
+        if count is not None:
+            seen.append(count)
         end()
         begin(POST)
-        found = detect(logits, deltas, *more)
+        found = detections(outputs, limits)
         end()
         return found
 
-    heads.detect = timed
+    model.detections = timed  # type: ignore[method-assign]
     try:
-        with _proposals(subject) if not subject.trained else _nothing():
+        with nullcontext() if subject.trained else _rehearsing(model):
             yield
     finally:
-        del heads.detect
-
-
-def likely_outputs(heads: Any, logits: Tensor, deltas: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits and deltas spread as those of a trained head, the same in every call."""
-    generator = torch.Generator().manual_seed(0)
-    noise = LOGIT_SPREAD * torch.randn(logits.shape, generator=generator)
-    logits = noise.to(logits) + heads.loss.prior_bias().to(logits)
-    return logits, (DELTA_SPREAD * torch.randn(deltas.shape, generator=generator)).to(deltas)
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
+        del model.detections
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,6 @@ from torch import nn
 from tailfin.data.dataset import TrainingDataset, open_source
 from tailfin.data.smooth_tail import ALL, divide, planned_steps
 from tailfin.errors import UserError
-from tailfin.methods.stepwise import class_specific
 from tailfin.models import build_detector
 from tailfin.report.draw import draw_detections
 from tailfin.run import batch_plan
@@ -45,7 +44,7 @@ def show_plan(recipe: Recipe, out: Path | None) -> None:
     lengths = np.diff(plan.boundaries)
     table.add_row("training images", f"{len(dataset.rows())} of {len(train.index)} in {train.index.path}")
     table.add_row("classes", f"{stats.num_classes} (rare {groups['r']}, common {groups['c']}, frequent {groups['f']})")
-    stages = planned_stages(recipe, dataset, stats)
+    stages = planned_stages(recipe, dataset, stats, model.class_specific())
     table.add_row("method", f"{recipe.method}: {len(stages)} stage{'s' * (len(stages) > 1)}")
     for number, (name, text) in enumerate(stages, start=1):
         table.add_row(f"stage {number}, {name}", text)
@@ -71,7 +70,9 @@ def show_plan(recipe: Recipe, out: Path | None) -> None:
     Console().print(table)
 
 
-def planned_stages(recipe: Recipe, dataset: TrainingDataset, stats: ClassStats) -> list[tuple[str, str]]:
+def planned_stages(
+    recipe: Recipe, dataset: TrainingDataset, stats: ClassStats, class_specific: Sequence[str]
+) -> list[tuple[str, str]]:
     """Name and plan of every stage that `recipe` trains, in order; names are those of the stages' folders."""
 
     def described(stage: Recipe, own: TrainingDataset = dataset) -> str:
@@ -85,7 +86,7 @@ def planned_stages(recipe: Recipe, dataset: TrainingDataset, stats: ClassStats) 
     if recipe.pretraining is not None:
         stages.append(("pretrain", f"{recipe.pretraining.preset}: {described(recipe.pretraining_stage())}"))
     if recipe.stepwise is not None:
-        return stages + _steps(recipe, recipe.stepwise, dataset, stats, described)
+        return stages + _steps(recipe, recipe.stepwise, dataset, stats, class_specific, described)
     if recipe.second is None:
         return [*stages, ("train", described(recipe))]
     trains = f"trains {', '.join(recipe.second.trains)}"
@@ -94,7 +95,12 @@ def planned_stages(recipe: Recipe, dataset: TrainingDataset, stats: ClassStats) 
 
 
 def _steps(
-    recipe: Recipe, settings: Stepwise, whole: TrainingDataset, stats: ClassStats, described: Callable[..., str]
+    recipe: Recipe,
+    settings: Stepwise,
+    whole: TrainingDataset,
+    stats: ClassStats,
+    class_specific: Sequence[str],
+    described: Callable[..., str],
 ) -> list[tuple[str, str]]:
     """The steps of step-wise learning. Which pictures the exemplars are in is known once step 0 is trained: the number
     of annotations is that which the step's counts allow."""
@@ -106,7 +112,7 @@ def _steps(
         stages = [("base", described(base, TrainingDataset(source, base.data, base.seed, kept=kept)))]
     for step in planned_steps(settings, parts):
         config, own = step.config, int(step.own.sum())
-        trains = ", ".join(config.trains or class_specific(recipe))
+        trains = ", ".join(config.trains or class_specific)
         counts = np.where(step.counts == ALL, stats.instance_count, np.minimum(step.counts, stats.instance_count))
         text = (
             f"{config.epochs:g} epochs, lr {config.lr:g}, {own} classes of its own, at most {int(counts.sum())} "

@@ -1,7 +1,6 @@
 """How sure a detector is of every training annotation: what exemplars are chosen by (step-wise learning, 3.1).
 
-The detector sees the training pictures at test size. Deformable DETR: the annotation's score is that of the query which
-the Hungarian matching of the last layer gives it. Faster R-CNN: that of the proposal which overlaps it most. The
+The detector sees the training pictures at test size and says itself how sure it is (`Detector.annotation_scores`). The
 pictures are cut into shards of whole batches, the same ones for every number of processes; a finished shard is a file,
 so an interrupted selection goes on with the next one and ends with the same bits.
 """
@@ -12,21 +11,18 @@ import os
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from numpy.typing import NDArray
-from torch import Tensor, nn
-from torchvision.ops import box_iou
+from torch import Tensor
 
 from tailfin.data.dataset import Source, by_aspect, evaluation_loader
 from tailfin.data.index import CleanBoxes
 from tailfin.errors import UserError
 from tailfin.inference import category_ids_for
-from tailfin.models.faster_rcnn import FasterRCNN
-from tailfin.models.images import batch_images
+from tailfin.models.detector import Detector
 from tailfin.progress import Progress
 from tailfin.schema.data import Data
 from tailfin.stop_signals import Interrupted, StopSignals
@@ -36,7 +32,7 @@ Scores = tuple[NDArray[np.int64], NDArray[np.float32]]  # rows of the index, and
 
 @torch.inference_mode()
 def score_annotations(
-    model: nn.Module,
+    model: Detector,
     source: Source,
     config: Data,
     folder: Path,
@@ -117,51 +113,19 @@ def read_scores(folder: Path, annotations: int) -> Scores:
 
 
 def annotation_scores(
-    model: nn.Module, images: Sequence[Tensor], targets: Sequence[dict[str, Tensor]], score: str = "max"
+    model: Detector, images: Sequence[Tensor], targets: Sequence[dict[str, Tensor]], score: str = "max"
 ) -> Tensor:
     """Scores of all annotations of a batch, [sum M]: pictures one after another, in the order of their targets.
 
     An annotation that is matched with nothing (more objects than queries, no proposal) has 0.
     """
     labels = torch.cat([target["labels"] for target in targets])
-    starts = np.cumsum([0, *(len(target["labels"]) for target in targets)])[:-1].tolist()
-    if isinstance(model, FasterRCNN):
-        scores, place = _proposals(model, images, targets, starts)
-    else:
-        scores, place = _queries(model, images, targets, starts)
+    scores, place = model.annotation_scores(images, targets)
     own = scores.gather(1, labels[place, None])[:, 0] if score == "gt_class" else scores.amax(1)
     return scores.new_zeros(len(labels)).index_copy(0, place, own)
 
 
 # ---- details ---------------------------------------------------------------------------------------------------------
-
-
-def _queries(
-    model: Any, images: Sequence[Tensor], targets: Sequence[dict[str, Tensor]], starts: list[int]
-) -> tuple[Tensor, Tensor]:
-    """(scores [P, C] of the matched queries, the annotation of each over the batch [P])."""
-    outputs = model.outputs(images)
-    scores = model.criterion.scores(outputs.logits[-1])
-    pairs = model.match(outputs, targets)
-    matched = torch.cat([own[query] for own, (query, _) in zip(scores, pairs, strict=True)])
-    return matched, torch.cat([found + start for start, (_, found) in zip(starts, pairs, strict=True)])
-
-
-def _proposals(
-    model: FasterRCNN, images: Sequence[Tensor], targets: Sequence[dict[str, Tensor]], starts: list[int]
-) -> tuple[Tensor, Tensor]:
-    """(scores [P, C] of the proposals that overlap the annotations most, the annotation of each [P])."""
-    batch = batch_images(images, channels_last=model.channels_last)
-    features = model.backbone(batch.tensors)
-    proposals, _ = model.rpn(batch, features)
-    chosen, place = [], []
-    for own, target, start in zip(proposals, targets, starts, strict=True):
-        count = len(target["boxes"]) if len(own) else 0
-        best = box_iou(target["boxes"], own).argmax(1) if count else own.new_zeros(0, dtype=torch.int64)
-        chosen.append(own[best])
-        place.append(torch.arange(start, start + count, device=own.device))
-    logits, _ = model.roi_heads.predict(features, chosen, batch.image_sizes)
-    return model.roi_heads.loss.scores(logits), torch.cat(place)
 
 
 def _targets(

@@ -19,6 +19,7 @@ from tailfin.data.dataset import Source, evaluation_loader
 from tailfin.data.index import AnnotationIndex
 from tailfin.errors import UserError, nearest
 from tailfin.evaluation import ResultWriter, TrainCounts
+from tailfin.models.detector import Limits
 from tailfin.progress import Progress
 from tailfin.schema.data import Data
 from tailfin.stats import ClassStats
@@ -62,8 +63,12 @@ def infer(
     accelerator: Accelerator,
     batch: int,
     title: str = "inference",
+    limits: Limits | None = None,
 ) -> float:
-    """Write this rank's detections into `shards`; returns the images per second of this rank, loading included."""
+    """Write this rank's detections into `shards`; returns the images per second of this rank, loading included.
+
+    `limits` of what is reported, instead of the model's own.
+    """
     index = source.index
     ids = category_ids_for(names, index)
     loader = evaluation_loader(
@@ -79,7 +84,8 @@ def infer(
     ):
         for images, rows in loader:
             with accelerator.autocast():
-                outputs = model([image.to(accelerator.device, non_blocking=True) for image in images])
+                on_device = [image.to(accelerator.device, non_blocking=True) for image in images]
+                outputs = model(on_device, limits=limits)
             for image, row, output in zip(images, rows, outputs, strict=True):
                 boxes = output["boxes"].float().cpu().numpy() * picture_scale(image.shape[-2:], index, row)
                 labels = output["labels"].cpu().numpy()

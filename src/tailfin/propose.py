@@ -1,8 +1,8 @@
 """Class-agnostic proposals of a trained detector over a data set, written for pre-training.
 
-    detector -> boxes of any class -> NMS, best `top` -> shards by chunks of images -> one file
+    Detector.proposals -> boxes of any class, after NMS, best `top` -> shards by chunks of images -> one file
 
-Every detector of tailfin serves: the localizer with its own scores, Faster R-CNN with its RPN's, any other with its
+Every detector serves: the localizer with its own scores, a two-stage detector with its RPN's, any other with its
 detections regardless of class. A chunk of images that is done is not done again when the command is repeated after an
 interruption.
 """
@@ -19,9 +19,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from numpy.typing import NDArray
-from torch import Tensor, nn
-from torchvision.models.detection.rpn import concat_box_prediction_layers
-from torchvision.ops import box_iou, nms
+from torchvision.ops import box_iou
 
 from tailfin.api import load
 from tailfin.checkpoint import file_hash
@@ -31,9 +29,7 @@ from tailfin.data.proposals import selective_search, write_proposals
 from tailfin.errors import UserError
 from tailfin.evaluation.results import ResultWriter, Shards
 from tailfin.files import read_json, write_json
-from tailfin.models.faster_rcnn import FasterRCNN
-from tailfin.models.images import batch_images
-from tailfin.models.localizer import Localizer
+from tailfin.models.detector import Detector
 from tailfin.progress import Progress
 from tailfin.run import new_accelerator, on_main
 from tailfin.schema.data import Data
@@ -51,55 +47,6 @@ class Found(NamedTuple):
     offsets: NDArray[np.int64]  # [I + 1]
     boxes: NDArray[np.float32]  # [N, 4] xyxy, pixels of the picture's file
     scores: NDArray[np.float32]  # [N]
-
-
-class Proposer(nn.Module):
-    """A trained detector as a source of class-agnostic boxes.
-
-    `proposer(images)` returns one dict per picture, best first: boxes [n, 4] and scores [n], n at most `top`.
-    """
-
-    def __init__(self, detector: nn.Module, top: int, nms_iou: float) -> None:
-        super().__init__()
-        self.detector, self.top, self.nms = detector, top, nms_iou
-        limits: Any = detector.limits
-        limits.score_threshold = 0.0
-        limits.max_dets = top if isinstance(detector, Localizer) else -1
-        if isinstance(detector, Localizer):
-            limits.nms = nms_iou
-        if isinstance(detector, FasterRCNN):
-            rpn: Any = detector.rpn
-            rpn.nms_thresh = max(nms_iou, rpn.nms_thresh)  # within a level; all levels follow here
-            for bound in (rpn._pre_nms_top_n, rpn._post_nms_top_n):
-                bound["testing"] = max(bound["testing"], 2 * top)
-
-    def forward(self, images: Sequence[Tensor]) -> list[dict[str, Tensor]]:
-        if isinstance(self.detector, FasterRCNN):
-            found = rpn_boxes(self.detector, images)
-        else:
-            found = self.detector(images)
-        results = []
-        for own in found:
-            boxes, scores = own["boxes"].float(), own["scores"].float()
-            if not isinstance(self.detector, Localizer):
-                keep = nms(boxes, scores, self.nms)
-                boxes, scores = boxes[keep], scores[keep]
-            results.append({"boxes": boxes[: self.top], "scores": scores[: self.top]})
-        return results
-
-
-def rpn_boxes(detector: FasterRCNN, images: Sequence[Tensor]) -> list[dict[str, Tensor]]:
-    """Boxes and objectness of a Faster R-CNN's RPN per picture, after its own NMS within each level."""
-    rpn = detector.rpn
-    batch = batch_images(images, channels_last=detector.channels_last)
-    levels = list(detector.backbone(batch.tensors).values())
-    objectness, deltas = rpn.head(levels)
-    anchors = rpn.anchor_generator(batch, levels)
-    per_level = [values[0].numel() for values in objectness]
-    objectness, deltas = concat_box_prediction_layers(objectness, deltas)
-    boxes = rpn.box_coder.decode(deltas, anchors).view(len(anchors), -1, 4)
-    found, scores = rpn.filter_proposals(boxes, objectness, batch.image_sizes, per_level)
-    return [{"boxes": own, "scores": value} for own, value in zip(found, scores, strict=True)]
 
 
 def propose(
@@ -136,7 +83,7 @@ def propose(
         detector = load(model, "cpu")
         config, made_by = detector.recipe.data, _made_by(Path(model), detector.recipe.detector.name)
         accelerator = new_accelerator(detector.recipe.schedule.precision, cpu=device == "cpu")
-        proposer = Proposer(detector.model, top, nms_iou).to(accelerator.device).eval()
+        proposer = detector.model.to(accelerator.device).eval()
 
     parts = out.with_name(f".{out.name}.parts")
     asked = {"model": made_by or SELECTIVE_SEARCH, "annotations": index.fingerprint, "top": top, "nms": nms_iou}
@@ -150,7 +97,7 @@ def propose(
                 if proposer is None:
                     _search_chunk(source, rows, folder, accelerator, top, config.max_pixels)
                 else:
-                    _propose_chunk(proposer, source, config, rows, folder, accelerator)
+                    _propose_chunk(proposer, top, nms_iou, source, config, rows, folder, accelerator)
             progress.update(number * CHUNK + len(rows))
     accelerator.wait_for_everyone()
     found = _joined(parts, len(chunks), accelerator.num_processes)
@@ -196,7 +143,14 @@ def average_recall(found: Found, index: AnnotationIndex, limits: Sequence[int]) 
 
 @torch.inference_mode()
 def _propose_chunk(
-    proposer: Proposer, source: Source, config: Data, rows: np.ndarray, folder: Path, accelerator: Accelerator
+    detector: Detector,
+    top: int,
+    nms_iou: float,
+    source: Source,
+    config: Data,
+    rows: np.ndarray,
+    folder: Path,
+    accelerator: Accelerator,
 ) -> None:
     index = source.index
     loader = evaluation_loader(
@@ -205,7 +159,8 @@ def _propose_chunk(
     with closing(loader), ResultWriter(folder, accelerator.process_index) as writer:
         for images, batch_rows in loader:
             with accelerator.autocast():
-                outputs = proposer([image.to(accelerator.device, non_blocking=True) for image in images])
+                on_device = [image.to(accelerator.device, non_blocking=True) for image in images]
+                outputs = detector.proposals(on_device, top, nms_iou)
             for image, row, output in zip(images, batch_rows, outputs, strict=True):
                 across, down = index.widths[row] / image.shape[-1], index.heights[row] / image.shape[-2]
                 boxes = output["boxes"].float().cpu().numpy() * np.array([across, down] * 2, dtype=np.float32)

@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from accelerate import Accelerator
@@ -36,6 +36,7 @@ from tailfin.files import read_json, write_atomic, write_json
 from tailfin.first_stage import first_stage
 from tailfin.inference import category_ids_for, counts_by_id, infer
 from tailfin.models import build_detector
+from tailfin.models.detector import Detector
 from tailfin.progress import Progress
 from tailfin.samplers.plan import BatchPlan
 from tailfin.schema.recipe import Recipe
@@ -77,7 +78,7 @@ class Run:
         self.stages_done = 0
         self.begun = False
 
-    def detector(self, recipe: Recipe | None = None) -> nn.Module:
+    def detector(self, recipe: Recipe | None = None) -> Detector:
         """The recipe's detector with its starting weights, the same on every process; says what it starts from.
 
         A run that is past its start does not need them: its first stage has better ones. `recipe` is the first stage's
@@ -102,7 +103,7 @@ class Run:
         dataset: TrainingDataset | None = None,
         plan: BatchPlan | None = None,
         product: str = "",
-    ) -> nn.Module:
+    ) -> Detector:
         """Train `model` as the next stage, or load it where the stage is already finished; returns the plain detector.
 
         Args:
@@ -161,7 +162,7 @@ class Run:
             on_main(self.accelerator, lambda: save_model(finished, model, recipe, self.stats, parents=self.parents))
             on_main(self.accelerator, lambda: best.unlink(missing_ok=True))
         self.parents = [*self.parents, file_hash(finished)]
-        return model
+        return cast(Detector, model)
 
     def measure(self, model: nn.Module, keep: bool = False) -> dict[str, Any]:
         """Metrics of `model` on the validation set, the same on every process; `keep` writes the results file too."""

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -416,6 +417,19 @@ class TestDetector:
         high = detector.predict(path, score_threshold=0.2)[0]["scores"]
         assert len(high) < before and (high > 0.2).all()
         assert len(detector.predict(path)[0]["scores"]) == before
+
+    def test_threads_do_not_disturb_each_other(self, detector, pictures):
+        """Two callers with limits of their own, at the same time: each gets what it asked for."""
+        path = pictures / "3.png"
+        alone = {limit: len(detector.predict(path, max_dets=limit)[0]["scores"]) for limit in (1, 9)}
+        assert alone[1] < alone[9]
+
+        def counts(limit):
+            return limit, {len(detector.predict(path, max_dets=limit)[0]["scores"]) for _ in range(20)}
+
+        with ThreadPoolExecutor(2) as pool:
+            for limit, seen in pool.map(counts, (1, 9)):
+                assert seen == {alone[limit]}
 
     def test_nothing_in_nothing_out(self, detector):
         assert detector.predict([]) == []

@@ -60,7 +60,7 @@ def features(tmp_path_factory, tiny_set, tiny_recipe) -> Features:
             small = to_test_size(picture, detector.recipe.data)
             batch = batch_images([small])
             maps = model.backbone(batch.tensors)
-            proposals, _ = model.rpn(batch, maps)
+            _, proposals, _ = model.rpn(batch, maps)
             own = slice(int(clean.offsets[row]), int(clean.offsets[row + 1]))
             scale = small.shape[-1] / picture.shape[-1]
             target = {
@@ -109,16 +109,15 @@ def test_a_classifier_learns_with_every_loss_in_half_precision(features: Feature
 def average_precision(features: Features, loss: losses.ClassificationLoss, classifier: torch.nn.Module) -> float:
     """AP50 of the detections that the classifier and its loss's scores make on the training pictures."""
     heads, results = features.heads, []
-    own, heads.loss = heads.loss, loss.eval()
+    loss.eval()
     for image_id, proposals, shared, deltas, small, full in features.pictures:
-        found = heads.detect(classifier(shared), deltas, proposals, [small])[0]
+        found = heads.detect(loss.scores(classifier(shared)), deltas, proposals, [small], heads.limits)[0]
         boxes = found["boxes"] * (full[1] / small[1])
         boxes[:, 2:] -= boxes[:, :2]
         results += [
             {"image_id": image_id, "category_id": int((3, 5, 9)[label]), "bbox": box.tolist(), "score": float(score)}
             for box, label, score in zip(boxes, found["labels"], found["scores"], strict=True)
         ]
-    heads.loss = own
     loss.train()
     if not results:
         return 0.0

@@ -20,6 +20,7 @@ from tailfin.errors import UserError
 from tailfin.models import build_detector
 from tailfin.models.deformable_attention import sample
 from tailfin.models.deformable_detr import FOCAL_BIAS, position_code, transformers_config, valid_mask
+from tailfin.models.detector import Limits
 from tailfin.models.detr_criterion import SetCriterion
 from tailfin.models.images import batch_images
 from tailfin.schedule import build_optimizer
@@ -309,11 +310,8 @@ def test_detections_are_the_best_pairs():
     model = tiny_model(spread=0.1).eval()
     with torch.inference_mode():
         outputs, found = model.outputs(IMAGES), model(IMAGES)
-        model.limits.max_dets, model.limits.score_threshold = 5, 0.001
-        few = model(IMAGES)
-        model.limits.max_dets = -1
-        model.limits.score_threshold = 0.0
-        everything = model(IMAGES)
+        few = model(IMAGES, limits=Limits(0.001, 5))
+        everything = model(IMAGES, limits=Limits(0.0, -1))
     for number, result in enumerate(found):
         scores = outputs.logits[-1, number].sigmoid()
         torch.testing.assert_close(result["scores"], scores.flatten().sort(descending=True).values)
@@ -327,7 +325,7 @@ def test_detections_are_the_best_pairs():
 
 def test_parts_freeze():
     model = tiny_model()
-    model.freeze_all_but(["classifier", "projection"])
+    model.freeze_but(["classifier", "projection"])
     assert {n.split(".")[0] for n, p in model.named_parameters() if p.requires_grad} == {"class_embed", "input_proj"}
     model.train()
     assert not any(m.training for m in model.backbone.modules() if isinstance(m, nn.BatchNorm2d))

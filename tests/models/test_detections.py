@@ -11,6 +11,7 @@ from torchvision.ops import nms
 
 from tailfin.models import detections
 from tailfin.models.detections import nms_per_class, select_detections
+from tailfin.models.detector import Limits
 
 CODER = BoxCoder((10.0, 10.0, 5.0, 5.0))
 
@@ -50,9 +51,7 @@ def test_equals_nms_over_all_candidates(seed, rows, classes, agnostic, max_dets)
     scores = torch.rand((rows, classes), generator=generator)
     deltas = 0.5 * torch.randn((rows, 1 if agnostic else classes, 4), generator=generator)
     first = detections.FIRST_CANDIDATES
-    found = select_detections(
-        proposals, scores, deltas, CODER, (90, 110), score_threshold=0.05, nms_iou=0.5, max_dets=max_dets
-    )
+    found = select_detections(proposals, scores, deltas, CODER, (90, 110), Limits(0.05, max_dets, 0.5))
     expected = plain_selection(proposals, scores, deltas, (90, 110), 0.05, 0.5, max_dets)
     assert first == detections.FIRST_CANDIDATES
     assert [(s, c) for s, c, _ in expected] == list(
@@ -71,9 +70,7 @@ def test_candidates_grow_where_nms_removes_many(monkeypatch):
         :, None
     ]
     deltas = torch.zeros((1900, 1, 4))
-    found = select_detections(
-        proposals, scores, deltas, CODER, (100, 100), score_threshold=0.01, nms_iou=0.5, max_dets=50
-    )
+    found = select_detections(proposals, scores, deltas, CODER, (100, 100), Limits(0.01, 50, 0.5))
     expected = plain_selection(proposals, scores, deltas, (100, 100), 0.01, 0.5, 50)
     assert len(expected) == 50
     assert found["scores"].tolist() == [score for score, *_ in expected]
@@ -83,9 +80,7 @@ def test_equal_scores_are_never_parted(monkeypatch):
     generator = torch.Generator().manual_seed(1)
     proposals = random_boxes(generator, 3000, 1000)
     scores = torch.full((3000, 1), 0.5)
-    found = select_detections(
-        proposals, scores, torch.zeros((3000, 1, 4)), CODER, (1500, 1500), score_threshold=0.1, nms_iou=0.5, max_dets=20
-    )
+    found = select_detections(proposals, scores, torch.zeros((3000, 1, 4)), CODER, (1500, 1500), Limits(0.1, 20, 0.5))
     kept = nms(proposals.double(), scores[:, 0].double(), 0.5)[:20]
     torch.testing.assert_close(found["boxes"], proposals[kept])
 
@@ -106,9 +101,7 @@ def test_no_candidate():
         torch.zeros((0, 5, 4)),
         CODER,
         (10, 10),
-        score_threshold=0.1,
-        nms_iou=0.5,
-        max_dets=3,
+        Limits(0.1, 3, 0.5),
     )
     assert {key: tuple(value.shape) for key, value in found.items()} == {
         "boxes": (0, 4),
@@ -124,8 +117,6 @@ def test_many_classes_stay_small(classes):
     scores = 0.01 * torch.rand((1000, classes), generator=generator)
     proposals = random_boxes(generator, 1000, 800)
     deltas = torch.zeros((1000, 1, 4)).expand(1000, classes, 4)  # a view: materialised it would be 19 MB
-    found = select_detections(
-        proposals, scores, deltas, CODER, (1333, 1333), score_threshold=1e-4, nms_iou=0.5, max_dets=300
-    )
+    found = select_detections(proposals, scores, deltas, CODER, (1333, 1333), Limits(1e-4, 300, 0.5))
     assert len(found["scores"]) == 300
     assert (found["scores"].diff() <= 0).all()

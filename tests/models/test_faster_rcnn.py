@@ -14,14 +14,22 @@ from tailfin import losses
 from tailfin.config import check_recipe
 from tailfin.losses import ClassificationLoss
 from tailfin.models import build_detector
-from tailfin.models.backbones import resnet_fpn
+from tailfin.models.backbones import Backbone, pyramid_backbone, resnet_body
+from tailfin.models.detector import Limits
 from tailfin.models.faster_rcnn import build_faster_rcnn
 from tailfin.models.images import MEAN, STD, batch_images
 from tailfin.schema.recipe import Recipe
 from tailfin.stats import ClassStats
 
 STATS = ClassStats(image_count=[30, 12, 3], instance_count=[50, 20, 4], num_images=40)
+LIMITS = Limits(1e-4, 300, 0.5)
 LOSS_NAMES = {"loss_classifier", "loss_box_reg", "loss_rpn_objectness", "loss_rpn_box_reg"}
+
+
+def tiny_backbone(norm: str, frozen_layers: int) -> Backbone:
+    body = resnet_body("resnet18", norm=norm)
+    body.freeze(frozen_layers)
+    return pyramid_backbone(body, layers=(2, 3), channels=16, pool=False)
 
 
 def tiny_recipe(**detector: Any) -> Recipe:
@@ -182,8 +190,8 @@ def test_buffers_of_the_loss_travel_with_the_weights():
     recipe = tiny_recipe()
     models = []
     for _ in range(2):
-        backbone = resnet_fpn("resnet18", norm="bn", layers=(2, 3), channels=16, pool=False, frozen_layers=0)
-        models.append(build_faster_rcnn(backbone, CountingLoss(STATS), recipe.detector, recipe.evaluation, STATS))
+        backbone = tiny_backbone("bn", 0)
+        models.append(build_faster_rcnn(backbone, CountingLoss(STATS), recipe.detector, LIMITS, STATS))
     models[0].train()(IMAGES, TARGETS)
     state = models[0].state_dict()
     assert state["roi_heads.loss.seen"].sum() > 0 and state["roi_heads.loss.seen"].dtype == torch.float64
@@ -223,12 +231,11 @@ def test_overfits_four_pictures():
 def test_detections_lie_in_their_own_picture():
     model = tiny_model().eval()
     images = [torch.zeros((3, 40, 70), dtype=torch.uint8), torch.full((3, 66, 33), 200, dtype=torch.uint8)]
-    model.roi_heads.score_threshold = 0.0
     with torch.inference_mode():
-        found = model(images)
+        found = model(images, limits=model.limits.replaced(score_threshold=0.0))
     assert len(found) == 2
     for each, image in zip(found, images, strict=True):
-        assert len(each["scores"]) > 0 and len(each["scores"]) <= model.roi_heads.max_dets
+        assert len(each["scores"]) > 0 and len(each["scores"]) <= model.limits.max_dets
         assert each["boxes"][:, [0, 2]].max() <= image.shape[2] and each["boxes"][:, [1, 3]].max() <= image.shape[1]
         assert each["boxes"].min() >= 0 and (each["boxes"][:, 2:] > each["boxes"][:, :2]).all()
         assert (each["scores"].diff() <= 0).all() and set(each["labels"].tolist()) <= {0, 1, 2}
@@ -313,8 +320,8 @@ def changed(model: nn.Module, action) -> set[str]:
 def test_frozen_layers_do_not_train(norm):
     torch.manual_seed(0)
     recipe = tiny_recipe(norm=norm)
-    backbone = resnet_fpn("resnet18", norm=norm, layers=(2, 3), channels=16, pool=False, frozen_layers=2)
-    model = build_faster_rcnn(backbone, losses.build("softmax", STATS), recipe.detector, recipe.evaluation, STATS)
+    backbone = tiny_backbone(norm, 2)
+    model = build_faster_rcnn(backbone, losses.build("softmax", STATS), recipe.detector, LIMITS, STATS)
     moved = changed(model, step)
     assert not [
         key for key in moved if key.startswith(("backbone.body.conv1", "backbone.body.bn1", "backbone.body.layer1"))
@@ -326,8 +333,8 @@ def test_frozen_layers_do_not_train(norm):
 def test_frozen_norms_keep_their_statistics():
     torch.manual_seed(0)
     recipe = tiny_recipe()
-    backbone = resnet_fpn("resnet18", norm="frozen_bn", layers=(2, 3), channels=16, pool=False, frozen_layers=0)
-    model = build_faster_rcnn(backbone, losses.build("softmax", STATS), recipe.detector, recipe.evaluation, STATS)
+    backbone = tiny_backbone("frozen_bn", 0)
+    model = build_faster_rcnn(backbone, losses.build("softmax", STATS), recipe.detector, LIMITS, STATS)
     norms = {name for name, module in model.named_modules() if isinstance(module, FrozenBatchNorm2d)}
     assert len(norms) == 15  # every norm of layers 0 to 3
     assert not [name for name, _ in model.named_parameters() if name.rpartition(".")[0] in norms]

@@ -144,10 +144,10 @@ def test_rows_drawn_for_the_box_head(benchmark, recipe, model):
 def test_detections(benchmark, recipe, model, max_dets):
     recipe = recipe.model_copy(update={"evaluation": recipe.evaluation.model_copy(update={"max_dets": max_dets})})
     model.eval()
-    model.roi_heads.max_dets = max_dets
+    limits = model.limits.replaced(max_dets=max_dets)
     twin = benchmark.torchvision_twin(model, recipe)
     with torch.no_grad():
-        ours, theirs = model(pictures()), twin(pictures())
+        ours, theirs = model(pictures(), limits=limits), twin(pictures())
     assert len(torch.cat([own["labels"] for own in ours]).unique()) > 2
     for own, other in zip(ours, theirs, strict=True):
         assert 50 < len(own["scores"]) <= max_dets

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from tailfin.errors import UserError
 from tailfin.models.images import batch_images
-from tailfin.pretraining.backbone import body_layers, pyramid
 from tailfin.pretraining.image import pooled
 from tailfin.pretraining.term import Features, View
 from tailfin.schema.presets import PRESETS, TERMS, terms
@@ -265,10 +264,10 @@ def test_layers_and_pyramid_are_the_backbones_own():
     own = shell().eval()
     pictures = batch_images(samples()[0]).tensors
     body = own.detector.backbone.body
-    layers = body_layers(body, pictures)
-    assert list(layers) == ["layer1", "layer2", "layer3", "layer4"]
+    layers = own.detector.backbone.layers(pictures)
+    assert list(layers) == body.layer_names == ["layer1", "layer2", "layer3", "layer4"]
     for name, value in own.detector.backbone(pictures).items():
-        assert torch.equal(pyramid(own.detector.backbone.fpn, body, layers)[name], value)
+        assert torch.equal(own.detector.backbone.pyramid(layers)[name], value)
 
 
 def test_bf16_autocast():

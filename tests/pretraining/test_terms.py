@@ -10,7 +10,6 @@ from small_shell import detector, samples, section
 from torch import Tensor
 from torch.nn import functional as F
 
-from tailfin.pretraining.backbone import deepest
 from tailfin.pretraining.box import AssignedBoxContrast, LocalContrast
 from tailfin.pretraining.contrast import ContrastHeads
 from tailfin.pretraining.dense import DenseContrast
@@ -18,6 +17,7 @@ from tailfin.pretraining.detection import ClassAgnosticDetection, ClassAwareDete
 from tailfin.pretraining.image import BatchContrast, HolisticContrast, pooled
 from tailfin.pretraining.momentum import MomentumNetwork
 from tailfin.pretraining.reconstruction import DualReconstruction
+from tailfin.pretraining.shell import deepest
 from tailfin.pretraining.term import Iteration, Term
 
 SHARED = 16  # width of the small detector's box head

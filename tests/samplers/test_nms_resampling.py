@@ -12,8 +12,8 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.ops import batched_nms, box_iou
 
+from tailfin.models.rpn import RPN, ResamplingRPN
 from tailfin.samplers.nms_resampling import (
-    ResamplingRPN,
     class_groups,
     discrete_resampling,
     linear_resampling,
@@ -139,16 +139,18 @@ def test_rpn(scheme):
     assert set(resampling.state_dict()) == set(plain.state_dict())
     torch.manual_seed(1)
     expected, losses = plain(images, features, targets)
-    torch.manual_seed(1)
-    found, same_losses = resampling(images, features, targets)
-    for name, value in losses.items():
-        assert same_losses[name].item() == value.item()
+    for ours in (RPN(*parts, **options), resampling):
+        torch.manual_seed(1)
+        raw, found, _ = ours(images, features, targets)
+        same_losses = ours.losses(raw, targets)
+        for name, value in losses.items():
+            assert same_losses[name.replace("loss_obj", "loss_rpn_obj")].item() == value.item()
     rare = targets[0]["boxes"][:1]
     near = [int((box_iou(boxes[0], rare) >= 0.3).sum()) for boxes in (found, expected)]
     assert near[0] > near[1] > 0
     assert len(found[0]) <= 150
     torch.testing.assert_close(found[1], expected[1])  # an image without objects
-    found, expected = (rpn.eval()(images, features)[0] for rpn in (resampling, plain))
+    found, expected = resampling.eval()(images, features)[1], plain.eval()(images, features)[0]
     torch.testing.assert_close(found[0], expected[0])
 
 

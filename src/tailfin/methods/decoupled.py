@@ -15,6 +15,7 @@ from tailfin.errors import UserError
 from tailfin.methods.drcl import start
 from tailfin.methods.feature_stage import feature_stage
 from tailfin.models import build_detector
+from tailfin.models.detector import Detector
 from tailfin.models.faster_rcnn import FasterRCNN
 from tailfin.models.heads import calibrate, uncalibrated
 from tailfin.run import Run
@@ -25,7 +26,7 @@ from tailfin.schema.recipe import Recipe
 
 def train(run: Run) -> None:
     """Both stages; the second starts from the first one's weights."""
-    model = start(run)
+    model: Detector = start(run)
     classifier_stage(run, model)  # a second stage that cannot be built is told before the first one has trained
     representation = feature_stage(run, "representation", model)
     second = run.recipe.second_stage()
@@ -33,7 +34,7 @@ def train(run: Run) -> None:
     run.finish(feature_stage(run, "classifier", model, second, **samples(run, second)))
 
 
-def classifier_stage(run: Run, trained: nn.Module) -> nn.Module:
+def classifier_stage(run: Run, trained: nn.Module) -> FasterRCNN:
     """The second stage's detector: weights of `trained`, the second loss, and only the named parts training."""
     second = run.recipe.second
     assert second is not None
@@ -51,7 +52,7 @@ def classifier_stage(run: Run, trained: nn.Module) -> nn.Module:
     assert isinstance(model, FasterRCNN) and isinstance(recipe.detector, FasterRCNNConfig)
     untrained = {id(value) for key, value in model.named_parameters() if key not in taken and not key.startswith(anew)}
     calibrate(model, recipe.detector.classifier, run.stats)
-    model.freeze_all_but(second.trains)
+    model.freeze_but(second.trains)
     for name, value in model.named_parameters():
         if id(value) in untrained and not value.requires_grad:
             why = "second.fresh_classifier starts it anew" if second.fresh_classifier else "the first stage has none"

@@ -22,12 +22,12 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import nn
 
 from tailfin.checkpoint import save_model
 from tailfin.data.proposals import ProposalSource, open_proposals
 from tailfin.data.views import PretrainingDataset
 from tailfin.models import build_detector
+from tailfin.models.detector import Detector
 from tailfin.models.faster_rcnn import FasterRCNN
 from tailfin.pretraining.look import look
 from tailfin.pretraining.shell import PreTrainer
@@ -40,7 +40,7 @@ TRANSFERRED = ("backbone.", "rpn.", "roi_heads.head.")
 PREDICTOR = "roi_heads.predictor."
 
 
-def start(run: Run) -> nn.Module:
+def start(run: Run) -> Detector:
     """The detector that a method starts from, pre-trained where the recipe says so."""
     config = run.recipe.pretraining
     if config is None:
@@ -85,7 +85,7 @@ def write(
     recipe: Recipe,
     shell: PreTrainer,
     dataset: PretrainingDataset,
-    product: nn.Module,
+    product: Detector,
     parts: tuple[str, ...],
 ) -> None:
     """The pictures for the report and the weights for other recipes, each once."""
@@ -98,7 +98,7 @@ def write(
         save_model(exported, product, recipe, run.stats, parents=run.parents, parts=parts)
 
 
-def transfer(run: Run, trained: nn.Module, parts: tuple[str, ...]) -> nn.Module:
+def transfer(run: Run, trained: Detector, parts: tuple[str, ...]) -> Detector:
     """A fresh detector of the recipe with the weights of `trained` whose names start with one of `parts`."""
     torch.manual_seed(run.recipe.seed)  # new weights must not depend on whether the stage ran just now or was loaded
     model, _ = build_detector(run.recipe, run.stats, start=False)

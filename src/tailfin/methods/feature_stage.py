@@ -1,6 +1,6 @@
 """A stage as its feature module wants it: a memory that is full at the start, a second stream of balanced pictures.
 
-Most feature modules live in the box head alone (`models/features/__init__.py`). Two need something of the training around:
+Most feature modules live in the box head alone (`models/features/`). Two need something of the training around:
 
     feature_memory    before a second stage its memory is filled, class by class, with features of the frozen detector
     meta_reweighting  every training picture brings a partner, drawn so that classes come about equally often: with
@@ -21,10 +21,10 @@ from tailfin.checkpoint import resume_point
 from tailfin.data.dataset import Source, TrainingDataset, training_loader
 from tailfin.engine import seed_iteration
 from tailfin.errors import UserError
+from tailfin.models.detector import Detector
 from tailfin.models.faster_rcnn import FasterRCNN
 from tailfin.models.features import LearntWeights, RememberedRows
 from tailfin.models.features.box_generator import COPIES
-from tailfin.models.images import batch_images
 from tailfin.run import Run, batch_plan
 from tailfin.samplers.repeat_factor import training_labels
 from tailfin.schedule import learning_rate
@@ -34,7 +34,7 @@ from tailfin.schema.recipe import Recipe
 PARTNER = "balanced_"  # what a partner's picture, boxes and labels are called in its training picture's target
 
 
-def feature_stage(run: Run, name: str, model: nn.Module, recipe: Recipe | None = None, **options: Any) -> nn.Module:
+def feature_stage(run: Run, name: str, model: Detector, recipe: Recipe | None = None, **options: Any) -> Detector:
     """`run.stage` with what the feature module of `model` needs; without one, or with another, just that."""
     recipe = recipe or run.recipe
     module = model.roi_heads.extra_rows if isinstance(model, FasterRCNN) else None
@@ -90,15 +90,9 @@ class PartneredDataset(TrainingDataset):
 def partner_rows(model: FasterRCNN, targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Shared features [M, D] and labels [M] of the partners' sampled rows; nothing in `model` changes."""
     own = [{key: target[PARTNER + key] for key in ("boxes", "labels")} for target in targets]
-    model.backbone.eval()  # batch norms keep their statistics
-    batch = batch_images([target[PARTNER + "image"] for target in targets], channels_last=model.channels_last)
-    features = model.backbone(batch.tensors)
-    model.train()
-    proposals, _ = model.rpn(batch, features, own)
-    heads = model.roi_heads
-    rows = heads.sample(proposals, own)
-    shared = heads.head(heads.pool(features, rows.boxes, batch.image_sizes))
-    return {PARTNER + "features": shared, PARTNER + "labels": rows.labels}
+    pictures = [target[PARTNER + "image"] for target in targets]
+    shared, labels = model.sampled_rows(pictures, own)
+    return {PARTNER + "features": shared, PARTNER + "labels": labels}
 
 
 @torch.no_grad()
@@ -127,13 +121,8 @@ def fill_memory(run: Run, model: FasterRCNN, module: RememberedRows, recipe: Rec
 def _remember(
     model: FasterRCNN, module: RememberedRows, images: list[Tensor], targets: list[dict[str, Tensor]]
 ) -> None:
-    batch = batch_images(images, channels_last=model.channels_last)
-    features = model.backbone(batch.tensors)
-
-    def pool(boxes: list[Tensor]) -> Tensor:
-        return model.roi_heads.pool(features, boxes, batch.image_sizes)
-
-    module.remember(pool, model.roi_heads.head, targets, batch.image_sizes)
+    pool, sizes = model.pooler(images)
+    module.remember(pool, model.roi_heads.head, targets, sizes)
 
 
 def _begun(out: Path, number: int, name: str) -> bool:

@@ -23,22 +23,21 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
 
 from tailfin.checkpoint import file_hash, load_model_file, load_weights, memories, save_model
 from tailfin.data import smooth_tail
 from tailfin.data.dataset import TrainingDataset
 from tailfin.data.smooth_tail import Exemplars, PlannedStep, planned_steps
-from tailfin.errors import UserError, nearest
+from tailfin.errors import UserError
 from tailfin.exemplar_scores import read_scores, score_annotations
 from tailfin.files import write_json
 from tailfin.methods.drcl import start
 from tailfin.models import build_detector
+from tailfin.models.detector import Detector
 from tailfin.models.transfer import Transfer
 from tailfin.run import Run, on_main
 from tailfin.samplers.plan import BatchPlan
 from tailfin.samplers.stepwise import step_factors
-from tailfin.schema.detectors import FasterRCNN
 from tailfin.schema.recipe import Recipe
 from tailfin.schema.stepwise import Stepwise
 from tailfin.schema.training import Sampler
@@ -63,7 +62,7 @@ def train(run: Run) -> None:
         on_main(run.accelerator, lambda: write_json(_metrics_file(run, name), metrics, indent=1))
 
 
-def select_exemplars(run: Run, model: nn.Module, settings: Stepwise, parts: NDArray[np.int64]) -> Exemplars:
+def select_exemplars(run: Run, model: Detector, settings: Stepwise, parts: NDArray[np.int64]) -> Exemplars:
     """The lists of RUN/exemplars.json; they are made, with `model`, where the file is not there yet."""
     path, folder = run.out / "exemplars.json", run.out / "exemplars.shards"
     index, options = run.train.index, settings.exemplars
@@ -103,37 +102,19 @@ def select_exemplars(run: Run, model: nn.Module, settings: Stepwise, parts: NDAr
     return smooth_tail.read_exemplars(path, index)
 
 
-def freeze_but(model: nn.Module, names: Sequence[str], recipe: Recipe) -> None:
+def freeze_but(model: Detector, names: Sequence[str]) -> None:
     """Only the named parts of a detector go on training, none: its class-specific ones; norms of frozen layers keep
     their statistics.
-
-    Class-specific parts are the classifiers, and Deformable DETR's input projections (released code), or Faster R-CNN's
-    box layer where it has rows of its own for every class.
     """
     if EVERYTHING in names:
         return
-    parts: dict[str, nn.Module] = model.parts()  # type: ignore[operator]
-    for name in names:
-        if name not in parts:
-            raise UserError(f'stepwise: trains: there is no part "{name}"{nearest(name, [*parts, EVERYTHING])}')
-    kept = {id(p) for name in names or class_specific(recipe) for p in parts[name].parameters()}
-    for parameter in model.parameters():
-        parameter.requires_grad_(parameter.requires_grad and id(parameter) in kept)
-    model.train(model.training)
-
-
-def class_specific(recipe: Recipe) -> tuple[str, ...]:
-    """The parts of a detector that know the classes."""
-    detector = recipe.detector
-    if not isinstance(detector, FasterRCNN):
-        return ("classifier", "projection")
-    return ("classifier", "box") if detector.box_regression == "class_specific" else ("classifier",)
+    model.freeze_but(names or model.class_specific())
 
 
 # ---- details ---------------------------------------------------------------------------------------------------------
 
 
-def _step0(run: Run, settings: Stepwise, parts: NDArray[np.int64]) -> nn.Module:
+def _step0(run: Run, settings: Stepwise, parts: NDArray[np.int64]) -> Detector:
     """The plain detector on all annotations, or on those of head classes."""
     recipe = run.recipe.base_step()
     kept = (parts == 0)[run.train.index.labels] if settings.base == "head" else None
@@ -141,7 +122,7 @@ def _step0(run: Run, settings: Stepwise, parts: NDArray[np.int64]) -> nn.Module:
     return run.stage("base", start(run), recipe=recipe, dataset=dataset)
 
 
-def _given(run: Run) -> nn.Module:
+def _given(run: Run) -> Detector:
     """The detector of `weights` in the place of step 0; a copy of it in the run is what later steps start from."""
     path = run.out / "stages" / "0-base" / "model.safetensors"
     recipe = run.final_recipe = run.recipe.base_step()
@@ -161,7 +142,7 @@ def _given(run: Run) -> nn.Module:
     return model
 
 
-def _step(run: Run, trained: nn.Module, step: PlannedStep, exemplars: Exemplars, parts: int) -> nn.Module:
+def _step(run: Run, trained: Detector, step: PlannedStep, exemplars: Exemplars, parts: int) -> Detector:
     """One step from the weights of `trained`."""
     config, index = step.config, run.train.index
     recipe = run.recipe.step_recipe(config)
@@ -192,14 +173,14 @@ def _step(run: Run, trained: nn.Module, step: PlannedStep, exemplars: Exemplars,
     )
     run.say(f"step {step.name}: {len(own)} annotations in {len(dataset.rows())} images, {len(plan.order(0))} an epoch")
     model = _copy(run, recipe, trained)
-    freeze_but(model, config.trains, recipe)
+    freeze_but(model, config.trains)
     if config.distillation is None or not step.old.any():
         return run.stage(step.name, model, recipe=recipe, dataset=dataset, plan=plan)
     shell = Transfer(model, _copy(run, recipe, trained), torch.from_numpy(step.old), config.distillation)
     return run.stage(step.name, shell, recipe=recipe, dataset=dataset, plan=plan, product="student")
 
 
-def _copy(run: Run, recipe: Recipe, trained: nn.Module) -> nn.Module:
+def _copy(run: Run, recipe: Recipe, trained: Detector) -> Detector:
     """A new detector with the weights of `trained`, as the recipe freezes and wraps it; memories start empty."""
     torch.manual_seed(recipe.seed)
     model, _ = build_detector(recipe, run.stats, start=False)
@@ -209,7 +190,7 @@ def _copy(run: Run, recipe: Recipe, trained: nn.Module) -> nn.Module:
     return model
 
 
-def _measure(run: Run, model: nn.Module, name: str) -> None:
+def _measure(run: Run, model: Detector, name: str) -> None:
     """Metrics of a finished step in its folder, once."""
     path = _metrics_file(run, name)
     if run.val is not None and on_main(run.accelerator, lambda: not path.exists()):

@@ -7,15 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
-from torchvision.models.detection.backbone_utils import BackboneWithFPN
+from torch import Tensor
 
 from tailfin import losses
 from tailfin.checkpoint import FORMAT, load_weights, read_safetensors
 from tailfin.errors import UserError
 from tailfin.files import existing_file
 from tailfin.losses.base import ClassificationLoss
-from tailfin.models.backbones import imagenet_state, resnet_fpn
+from tailfin.models.backbones import Backbone, imagenet_state, load_body, pyramid_backbone, resnet_body
+from tailfin.models.detector import Detector, Limits
 from tailfin.models.faster_rcnn import build_faster_rcnn
 from tailfin.models.features import build_feature_module
 from tailfin.models.features.meta_reweighting import MetaReweighter
@@ -26,7 +26,7 @@ from tailfin.schema.recipe import Recipe
 from tailfin.stats import ClassStats
 
 
-def build_detector(recipe: Recipe, stats: ClassStats, *, start: bool = True) -> tuple[nn.Module, list[str]]:
+def build_detector(recipe: Recipe, stats: ClassStats, *, start: bool = True) -> tuple[Detector, list[str]]:
     """The recipe's detector for the classes of `stats`, and lines that say what it starts from.
 
     `start` false leaves the weights random: what a model file will fill, without a download.
@@ -46,38 +46,35 @@ def build_detector(recipe: Recipe, stats: ClassStats, *, start: bool = True) -> 
 
 def _faster_rcnn(
     recipe: Recipe, stats: ClassStats, loss: ClassificationLoss, body: dict[str, Tensor] | None, source: str
-) -> nn.Module:
+) -> Detector:
     config = recipe.detector
     assert isinstance(config, FasterRCNN)
     backbone = _pyramid(recipe, config, body, source)
     channels_last = recipe.schedule.channels_last
-    model = build_faster_rcnn(backbone, loss, config, recipe.evaluation, stats, channels_last=channels_last)
+    own = recipe.evaluation
+    limits = Limits(own.score_threshold, own.max_dets, own.nms)
+    model = build_faster_rcnn(backbone, loss, config, limits, stats, channels_last=channels_last)
     model.roi_heads.extra_rows = build_feature_module(recipe, stats, loss)
     calibrate(model, config.classifier, stats)
     check_extra_rows(model, config.classifier)
     if recipe.evaluation.norcal:
-        model.roi_heads.rescore = NorCal(stats, model.roi_heads.loss, recipe.evaluation.norcal)
+        model.rescore = NorCal(stats, model.roi_heads.loss, recipe.evaluation.norcal)
     return model
 
 
 def _pyramid(
-    recipe: Recipe, config: FasterRCNN | Localizer, body: dict[str, Tensor] | None, source: str
-) -> BackboneWithFPN:
-    return resnet_fpn(
-        recipe.backbone,
-        norm=config.norm,
-        layers=config.fpn_layers,
-        channels=config.fpn_channels,
-        pool=config.fpn_pool,
-        frozen_layers=config.frozen_layers,
-        state=body,
-        source=source,
-    )
+    recipe: Recipe, config: FasterRCNN | Localizer, body_state: dict[str, Tensor] | None, source: str
+) -> Backbone:
+    body = resnet_body(recipe.backbone, norm=config.norm)
+    if body_state is not None:
+        load_body(body, body_state, source)
+    body.freeze(config.frozen_layers)
+    return pyramid_backbone(body, layers=config.fpn_layers, channels=config.fpn_channels, pool=config.fpn_pool)
 
 
 def _deformable_detr(
     recipe: Recipe, stats: ClassStats, loss: ClassificationLoss, body: dict[str, Tensor] | None, source: str
-) -> nn.Module:
+) -> Detector:
     from tailfin.models.deformable_detr import build_deformable_detr  # transformers takes seconds to import
 
     return build_deformable_detr(recipe, loss, body, source)
@@ -85,14 +82,14 @@ def _deformable_detr(
 
 def _localizer(
     recipe: Recipe, stats: ClassStats, loss: ClassificationLoss, body: dict[str, Tensor] | None, source: str
-) -> nn.Module:
+) -> Detector:
     config = recipe.detector
     assert isinstance(config, Localizer)
     backbone = _pyramid(recipe, config, body, source)
     return build_localizer(backbone, config, channels_last=recipe.schedule.channels_last)
 
 
-Builder = Callable[[Recipe, ClassStats, ClassificationLoss, dict[str, Tensor] | None, str], nn.Module]
+Builder = Callable[[Recipe, ClassStats, ClassificationLoss, dict[str, Tensor] | None, str], Detector]
 # by `detector.name`; the last arguments are the weights of the ResNet body, where there are any, and their source
 BUILDERS: dict[str, Builder] = {
     "faster_rcnn": _faster_rcnn,

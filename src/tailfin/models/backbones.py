@@ -1,24 +1,33 @@
-"""ResNet + FPN from torchvision bricks, with the norm and freezing of detection practice.
+"""Backbones: a body that says what it is made of, and the feature pyramid on it.
 
-`weights: imagenet` loads torchvision's published classification weights through torchvision's own loader; a random
-start switches the norm to "bn" or "gn", since frozen statistics of nothing cannot train.
+    body = resnet_body("resnet50", norm="frozen_bn")      or small_body(widths, blocks, norm="bn")
+    body.layer_names, body.channels, body.strides         what a pyramid, a transformer or pre-training builds on
+    body.mean, body.std                                   of the pictures that it expects
+    backbone = pyramid_backbone(body, layers=(1, 2, 3, 4), channels=256)
+    backbone(pictures)                                    {"0": [B, 256, H / 4, W / 4], ...}
+    backbone.layers(pictures)                             every layer of the body, {"layer1": ...}
+
+A new kind of body is a function that returns a `Body`. `weights: imagenet` loads torchvision's published classification
+weights through torchvision's own loader; a random start switches the norm to "bn" or "gn", since frozen statistics of
+nothing cannot train.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from urllib.error import URLError
 
 import torch
 import torchvision
 from torch import Tensor, nn
-from torchvision.models.detection.backbone_utils import BackboneWithFPN
+from torchvision.models.resnet import BasicBlock
 from torchvision.ops import FrozenBatchNorm2d
-from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
+from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool
 
 from tailfin.errors import UserError
+from tailfin.models.images import MEAN, STD
 
 IMAGENET_WEIGHTS = {
     "resnet18": "ResNet18_Weights.IMAGENET1K_V1",
@@ -33,44 +42,153 @@ NORMS: dict[str, Callable[..., nn.Module]] = {
 }
 
 
-def resnet_fpn(
-    name: str,
-    *,
-    norm: str,
-    layers: tuple[int, ...],
-    channels: int,
-    pool: bool,
-    frozen_layers: int,
-    state: dict[str, Tensor] | None = None,
-    source: str = "backbone weights",
-) -> BackboneWithFPN:
-    """A ResNet body with a feature pyramid on the outputs of `layers` (1..4, strides 4..32).
+class Body(nn.ModuleDict):
+    """A classification network without its classifier, as a row of named modules; `body(pictures)` gives the layers
+    that `take` has chosen.
 
     Args:
-        name: resnet18, resnet34, resnet50 or resnet101.
-        norm: a key of `NORMS`, used in the body; the pyramid has none.
-        channels: width of every pyramid level.
-        pool: one more level, max-pooled from the last.
-        frozen_layers: how many of (stem, layer1, ..., layer4) do not train.
-        state: body weights in torchvision's naming (`imagenet_state` or a file's); none is a random start.
-        source: the name of `state` in messages.
+        modules: in the order in which a picture passes them; those named in `channels` are layers, all before the first
+            one are the stem.
+        channels: of each layer's output, finest first.
+        strides: pixels per cell of each layer's output.
+        mean, std: of the pictures that the network expects, RGB in 0..1.
     """
-    body = getattr(torchvision.models, name)(weights=None, norm_layer=NORMS[norm])
-    widths = [getattr(body, f"layer{layer}")[-1].conv2.out_channels for layer in layers]
-    if name not in ("resnet18", "resnet34"):
-        widths = [getattr(body, f"layer{layer}")[-1].conv3.out_channels for layer in layers]
-    if state is not None:
-        load_body(body, state, source)
-    for part in (["conv1", "bn1"], ["layer1"], ["layer2"], ["layer3"], ["layer4"])[:frozen_layers]:
-        for module in part:
-            getattr(body, module).requires_grad_(False)
-    return BackboneWithFPN(
-        body,
-        return_layers={f"layer{layer}": str(level) for level, layer in enumerate(layers)},
-        in_channels_list=widths,
-        out_channels=channels,
-        extra_blocks=LastLevelMaxPool() if pool else _NoExtraLevel(),
-    )
+
+    def __init__(
+        self,
+        modules: Mapping[str, nn.Module],
+        channels: Mapping[str, int],
+        strides: Mapping[str, int],
+        *,
+        mean: Sequence[float] = MEAN,
+        std: Sequence[float] = STD,
+    ) -> None:
+        super().__init__(dict(modules))
+        self.channels, self.strides = dict(channels), dict(strides)
+        self.mean, self.std = tuple(mean), tuple(std)
+        self.taken = {name: name for name in self.channels}
+
+    @property
+    def layer_names(self) -> list[str]:
+        """Names of the layers, finest first."""
+        return list(self.channels)
+
+    def take(self, names: Mapping[str, str]) -> Body:
+        """Give the layers `names` (layer to name in the output) in `forward`, and drop what comes after the last."""
+        order = list(self.keys())
+        for name in order[1 + max(order.index(layer) for layer in names) :]:
+            del self[name]
+            self.channels.pop(name, None)
+            self.strides.pop(name, None)
+        self.taken = dict(names)
+        return self
+
+    def forward(self, pictures: Tensor) -> dict[str, Tensor]:
+        """The layers taken, by the names that `take` gave them."""
+        layers = self.layers(pictures)
+        return {name: layers[layer] for layer, name in self.taken.items()}
+
+    def layers(self, pictures: Tensor) -> dict[str, Tensor]:
+        """Pictures float [B, 3, H, W], normalised, to the output of every layer by its name."""
+        found = {}
+        for name, module in self.items():
+            pictures = module(pictures)
+            if name in self.channels:
+                found[name] = pictures
+        return found
+
+    def freeze(self, count: int) -> None:
+        """Switch off the gradients of the first `count` of (stem, first layer, second layer, ...)."""
+        layer = 0  # the stem; then 1, 2, ...
+        for name, module in self.items():
+            layer += name in self.channels
+            if layer < count:
+                module.requires_grad_(False)
+
+
+class Backbone(nn.Module):
+    """A body and, where there is one, the feature pyramid on it: pictures [B, 3, H, W] to levels by name."""
+
+    body: Body
+    fpn: FeaturePyramidNetwork
+
+    def __init__(self, body: Body, fpn: FeaturePyramidNetwork | None = None, out_channels: int = 0) -> None:
+        super().__init__()
+        self.body = body
+        if fpn is not None:
+            self.fpn = fpn
+        self.out_channels = out_channels  # of every level of the pyramid
+
+    def forward(self, pictures: Tensor) -> dict[str, Tensor]:
+        found = self.body(pictures)
+        return self.fpn(found) if hasattr(self, "fpn") else found
+
+    def layers(self, pictures: Tensor) -> dict[str, Tensor]:
+        """Every layer of the body, which `pyramid` continues from."""
+        return self.body.layers(pictures)
+
+    def pyramid(self, layers: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The levels, from what `layers` gave."""
+        found = {name: layers[layer] for layer, name in self.body.taken.items()}
+        return self.fpn(found) if hasattr(self, "fpn") else found
+
+    @property
+    def strides(self) -> dict[str, int]:
+        """Pixels per cell of the levels that come from a layer of the body, by the level's name, finest first."""
+        return {name: self.body.strides[layer] for layer, name in self.body.taken.items()}
+
+
+def resnet_body(name: str, *, norm: str) -> Body:
+    """torchvision's ResNet (resnet18, 34, 50, 101) with random weights and the norm of a key of `NORMS`."""
+    network = getattr(torchvision.models, name)(weights=None, norm_layer=NORMS[norm])
+    expansion = network.layer1[0].expansion
+    widths = {f"layer{number}": expansion * 32 * 2**number for number in range(1, 5)}
+    parts = {name: module for name, module in network.named_children() if name not in ("avgpool", "fc")}
+    return Body(parts, widths, _strides(widths))
+
+
+def small_body(widths: Sequence[int], blocks: Sequence[int], *, norm: str) -> Body:
+    """A residual body of basic blocks by `widths` (stem, layer1..4) and `blocks`; torchvision's names and strides."""
+    stem, *outputs = widths
+    make = NORMS[norm]
+    parts: dict[str, nn.Module] = {
+        "conv1": nn.Conv2d(3, stem, 7, stride=2, padding=3, bias=False),
+        "bn1": make(stem),
+        "relu": nn.ReLU(inplace=True),
+        "maxpool": nn.MaxPool2d(3, stride=2, padding=1),
+    }
+    before = stem
+    for number, (width, count) in enumerate(zip(outputs, blocks, strict=True)):
+        layer = nn.Sequential()
+        for block in range(count):
+            stride = 2 if number and not block else 1
+            skip = None
+            if stride > 1 or before != width:
+                skip = nn.Sequential(nn.Conv2d(before, width, 1, stride=stride, bias=False), make(width))
+            layer.append(BasicBlock(before, width, stride, skip, norm_layer=make))
+            before = width
+        parts[f"layer{number + 1}"] = layer
+    channels = {f"layer{number}": width for number, width in enumerate(outputs, start=1)}
+    body = Body(parts, channels, _strides(channels))
+    for module in body.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    return body
+
+
+def pyramid_backbone(body: Body, *, layers: Sequence[int], channels: int, pool: bool) -> Backbone:
+    """A feature pyramid on a body.
+
+    Args:
+        layers: which of the body's layers, counted from 1; the levels are named "0", "1", ...
+        channels: width of every level.
+        pool: one more level, max-pooled from the last.
+    """
+    names = body.layer_names
+    taken = {names[layer - 1]: str(level) for level, layer in enumerate(layers)}
+    widths = [body.channels[layer] for layer in taken]
+    extra = LastLevelMaxPool() if pool else _NoExtraLevel()
+    return Backbone(body.take(taken), FeaturePyramidNetwork(widths, channels, extra_blocks=extra), channels)
 
 
 def load_body(body: nn.Module, state: dict[str, Tensor], source: str) -> None:
@@ -98,6 +216,11 @@ def imagenet_state(name: str) -> dict[str, Tensor]:
             f"place the file in {folder}, or start from random weights with weights=none detector.norm=bn "
             f"detector.frozen_layers=0"
         ) from None
+
+
+def _strides(layers: Mapping[str, int]) -> dict[str, int]:
+    """A residual network halves the picture twice before its first layer and once in every later one."""
+    return {name: 4 * 2**number for number, name in enumerate(layers)}
 
 
 class _NoExtraLevel(LastLevelMaxPool):

@@ -12,14 +12,12 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections import OrderedDict
 from collections.abc import Sequence
+from typing import cast
 
 import torch
-import torchvision
 from torch import Tensor, nn
-from torchvision.models._utils import IntermediateLayerGetter
-from torchvision.models.resnet import BasicBlock
+from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import box_convert
 from transformers import DeformableDetrConfig, ResNetConfig
 from transformers.models.deformable_detr.modeling_deformable_detr import (
@@ -30,11 +28,11 @@ from transformers.models.deformable_detr.modeling_deformable_detr import (
 from tailfin.checkpoint import load_weights
 from tailfin.losses.base import ClassificationLoss
 from tailfin.losses.focal import Focal
-from tailfin.models.backbones import NORMS, load_body
+from tailfin.models.backbones import Backbone, load_body, resnet_body, small_body
 from tailfin.models.deformable_attention import DeformableAttention, EncoderLayer, Shapes
+from tailfin.models.detector import Compared, Detections, Detector, Limits, Targets, reported
 from tailfin.models.detr_convert import convert_released, is_released
 from tailfin.models.detr_criterion import Outputs, SetCriterion
-from tailfin.models.images import batch_images
 from tailfin.schema.detectors import DeformableDETR as DeformableDETRConfig
 from tailfin.schema.recipe import Recipe
 
@@ -44,12 +42,8 @@ PROPOSAL_SIDE = 0.05  # of a proposal on the first level; doubled per level
 SMALLEST_PROPOSAL, LARGEST_PROPOSAL = 0.01, 0.99  # a proposal with a coordinate outside does not count
 
 
-class DeformableDETR(nn.Module):
-    """A query-based detector as a function of pictures.
-
-    Training: `model(images, targets)` returns named losses; targets are dicts of boxes float32 [M, 4] (xyxy, pixels of
-    the picture given) and labels int64 [M]. Evaluation: `model(images)` returns one dict of boxes, scores and labels
-    per picture. Pictures are [3, H, W], uint8 or float in 0..1, already resized.
+class DeformableDETR(Detector):
+    """A query-based detector; see `Detector` for how it is called.
 
     `input_proj` is a list of (convolution, group norm) per level; `class_embed` and `bbox_embed` have one head per
     decoder layer, then the encoder's. Without refinement one head serves all layers, as published.
@@ -57,20 +51,18 @@ class DeformableDETR(nn.Module):
 
     def __init__(
         self,
-        body: nn.Module,
-        widths: Sequence[int],
+        backbone: Backbone,
         loss: ClassificationLoss,
         config: DeformableDETRConfig,
         *,
-        score_threshold: float = 0.0,
-        max_dets: int = 300,
+        limits: Limits = Limits(0.0, 300),
         channels_last: bool = False,
     ) -> None:
-        """`body` returns a dict of feature maps, one per entry of `widths`, their channels."""
-        super().__init__()
+        body = backbone.body
+        super().__init__(backbone, limits, divisor=1, channels_last=channels_last, mean=body.mean, std=body.std)
+        widths = [body.channels[layer] for layer in body.taken]
         layers = transformers_config(config)
         channels = config.channels
-        self.backbone = nn.Sequential(OrderedDict(body=body))
         self.input_proj = nn.ModuleList(
             nn.Sequential(nn.Conv2d(width, channels, 1), nn.GroupNorm(32, channels)) for width in widths
         )
@@ -99,19 +91,7 @@ class DeformableDETR(nn.Module):
             self.reference_points = nn.Linear(channels, 2)
         self.criterion = SetCriterion(loss, config)
         self.queries, self.refine, self.two_stage = config.queries, config.refine, config.two_stage
-        self.score_threshold, self.max_dets = score_threshold, max_dets
-        self.channels_last = channels_last
         self._reset(loss)
-
-    def forward(
-        self, images: Sequence[Tensor], targets: Sequence[dict[str, Tensor]] | None = None
-    ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
-        outputs = self.outputs(images)
-        if not self.training:
-            return self.detect(outputs)
-        if targets is None:
-            raise ValueError("training needs targets")
-        return self.losses(outputs, targets)
 
     def losses(self, outputs: Outputs, targets: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
         """Named losses with their weights: `SetCriterion.forward`."""
@@ -122,11 +102,6 @@ class DeformableDETR(nn.Module):
     ) -> list[tuple[Tensor, Tensor]]:
         """Per picture the (query, object) indices of a decoder layer's best assignment, int64 [P] each, by query."""
         return self.criterion.match(outputs.logits[layer], outputs.boxes[layer], targets, outputs.sizes)
-
-    @property
-    def limits(self) -> nn.Module:
-        """Where `score_threshold` and `max_dets` are."""
-        return self
 
     def parts(self) -> dict[str, nn.Module]:
         """Parts that a stage may train, by name."""
@@ -139,33 +114,29 @@ class DeformableDETR(nn.Module):
             "backbone": self.backbone,
         }
 
-    def freeze_all_but(self, trained: Sequence[str]) -> None:
-        """Freeze every parameter that is not in a part named, the queries and embeddings between the parts too."""
-        kept = {id(p) for name in trained for p in self.parts()[name].parameters() if p.requires_grad}
-        for parameter in self.parameters():
-            parameter.requires_grad_(id(parameter) in kept)
-        self.train(self.training)
+    def class_specific(self) -> tuple[str, ...]:
+        """The class heads, and the input projections as in the released code of step-wise learning."""
+        return ("classifier", "projection")
 
-    def train(self, mode: bool = True) -> DeformableDETR:
-        """Training or evaluation mode; a batch norm whose weights are frozen keeps its statistics in both."""
-        super().train(mode)
-        for module in self.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm) and not module.weight.requires_grad:
-                module.eval()
-        return self
+    @property
+    def loss(self) -> ClassificationLoss:
+        return self.criterion.loss
 
     # ---- the network -----------------------------------------------------------------------------------------------
 
-    def outputs(self, images: Sequence[Tensor]) -> Outputs:
+    def outputs(self, images: Sequence[Tensor], targets: Targets | None = None) -> Outputs:
         """Everything that losses, detections and distillation read, for pictures as in `forward`."""
-        batch = batch_images(images, divisor=1, channels_last=self.channels_last)
+        batch = self.batch(images)
+        return self.from_maps(batch, list(self.backbone(batch.tensors).values()))
+
+    def from_maps(self, batch: ImageList, maps: list[Tensor]) -> Outputs:
+        """`outputs` from the backbone's feature maps of a batch on, for what has them already."""
         full = batch.tensors.shape[-2:]
         device = batch.tensors.device
         sizes = torch.tensor([[width, height] * 2 for height, width in batch.image_sizes], device=device).float()
         padded = any(size != tuple(full) for size in batch.image_sizes)
 
-        maps = list(self.backbone(batch.tensors).values())
-        maps += [maps[-1]] * (len(self.input_proj) - len(maps))
+        maps = maps + [maps[-1]] * (len(self.input_proj) - len(maps))
         features = [project(level) for project, level in zip(self.input_proj, maps, strict=True)]
         shapes: Shapes = [(int(level.shape[-2]), int(level.shape[-1])) for level in features]
         masks = [valid_mask(shape, full, sizes) for shape in shapes]
@@ -196,7 +167,7 @@ class DeformableDETR(nn.Module):
             encoder_boxes = raw.sigmoid()
             queries, content, reference = self._queries_of(encoder_logits, raw, mask)
         else:
-            queries, content = self.query_embed.weight.expand(len(images), -1, -1).chunk(2, dim=2)
+            queries, content = self.query_embed.weight.expand(len(sizes), -1, -1).chunk(2, dim=2)
             reference = self.reference_points(queries).float().sigmoid()
         hidden, boxes = self._decode(queries, content, reference, memory, mask, ratios, shapes)
         return Outputs(self.classify(hidden), boxes, hidden, features, masks, sizes, encoder_logits, encoder_boxes)
@@ -271,20 +242,48 @@ class DeformableDETR(nn.Module):
 
     # ---- evaluation ------------------------------------------------------------------------------------------------
 
-    def detect(self, outputs: Outputs) -> list[dict[str, Tensor]]:
-        """Per picture: boxes [D, 4] (xyxy, pixels of the picture given), scores [D] descending, labels [D]."""
-        scores = self.criterion.scores(outputs.logits[-1])
+    def detections(self, outputs: Outputs, limits: Limits) -> Detections:
+        """The best pairs of query and class."""
+        scores = reported(self, self.criterion.scores(outputs.logits[-1]))
         classes = scores.shape[-1]
         boxes = box_convert(outputs.boxes[-1], "cxcywh", "xyxy").clamp(0, 1) * outputs.sizes[:, None]
         flat = scores.flatten(1)
-        count = flat.shape[1] if self.max_dets < 0 else min(self.max_dets, flat.shape[1])
+        count = flat.shape[1] if limits.max_dets < 0 else min(limits.max_dets, flat.shape[1])
         values, places = flat.topk(count, dim=1)
         results = []
         for own_boxes, own, place in zip(boxes, values, places, strict=True):
-            keep = own > self.score_threshold
+            keep = own > limits.score_threshold
             place = place[keep]
             results.append({"boxes": own_boxes[place // classes], "scores": own[keep], "labels": place % classes})
         return results
+
+    # ---- what methods ask ------------------------------------------------------------------------------------------
+
+    def annotation_scores(self, images: Sequence[Tensor], targets: Targets) -> tuple[Tensor, Tensor]:
+        """Scores of the query that the Hungarian matching of the last layer gives to each annotation."""
+        outputs = self.outputs(images)
+        scores = self.criterion.scores(outputs.logits[-1])
+        chosen, place, start = [], [], 0
+        for own, (query, found), target in zip(scores, self.match(outputs, targets), targets, strict=True):
+            chosen.append(own[query])
+            place.append(found + start)
+            start += len(target["labels"])
+        return torch.cat(chosen), torch.cat(place)
+
+    def compared(self, teacher: Detector, images: Sequence[Tensor], targets: Targets, *, shared: bool) -> Compared:
+        """Eq. 2 on the outputs of `input_proj`, eq. 3 on the teacher's object queries."""
+        taught_by = cast(DeformableDETR, teacher)
+        batch = self.batch(images)
+        maps = list(self.backbone(batch.tensors).values())
+        outputs = self.from_maps(batch, maps)
+        losses = self.losses(outputs, targets)
+        with torch.no_grad():
+            # a frozen backbone is the same in both: the teacher takes what the student has computed
+            trains = any(parameter.requires_grad for parameter in self.backbone.parameters())
+            theirs = list(taught_by.backbone(batch.tensors).values()) if trains else maps
+            taught = taught_by.from_maps(batch, theirs)
+        logits = self.classify(taught.hidden) if shared else outputs.logits
+        return Compared(losses, outputs.features, taught.features, outputs.masks, outputs.sizes, logits, taught.logits)
 
     # ---- initial weights -------------------------------------------------------------------------------------------
 
@@ -330,30 +329,19 @@ def build_deformable_detr(
     `body_state` are weights of the ResNet, or of a whole detector by the names of the released code; `source` is where
     they come from, for messages.
     """
-    config = recipe.detector
-    assert isinstance(config, DeformableDETRConfig)
+    config = cast(DeformableDETRConfig, recipe.detector)
     released = body_state is not None and is_released(body_state)
     if config.widths:
-        body = small_body(config)
+        body = small_body(config.widths, config.blocks, norm=config.norm)
     else:
-        body = getattr(torchvision.models, recipe.backbone)(weights=None, norm_layer=NORMS[config.norm])
+        body = resnet_body(recipe.backbone, norm=config.norm)
     if body_state is not None and not released:
         load_body(body, body_state, source)
-    for part in (["conv1", "bn1"], ["layer1"], ["layer2"], ["layer3"], ["layer4"])[: config.frozen_layers]:
-        for name in part:
-            getattr(body, name).requires_grad_(False)
-    used = range(5 - min(config.levels, 3), 5)
-    widths = [_width(getattr(body, f"layer{layer}")) for layer in used]
-    getter = IntermediateLayerGetter(body, {f"layer{layer}": str(level) for level, layer in enumerate(used)})
-    model = DeformableDETR(
-        getter,
-        widths,
-        loss,
-        config,
-        score_threshold=recipe.evaluation.score_threshold,
-        max_dets=recipe.evaluation.max_dets,
-        channels_last=recipe.schedule.channels_last,
-    )
+    body.freeze(config.frozen_layers)
+    used = body.layer_names[-min(config.levels, 3) :]
+    backbone = Backbone(body.take({layer: str(level) for level, layer in enumerate(used)}))
+    limits = Limits(recipe.evaluation.score_threshold, recipe.evaluation.max_dets)
+    model = DeformableDETR(backbone, loss, config, limits=limits, channels_last=recipe.schedule.channels_last)
     if released and body_state is not None:
         load_weights(model, convert_released(body_state, num_logits=loss.num_logits), source)
     return model
@@ -382,32 +370,6 @@ def transformers_config(config: DeformableDETRConfig) -> DeformableDetrConfig:
         with_box_refine=config.refine,
         attn_implementation="sdpa",  # type: ignore[call-arg]
     )
-
-
-def small_body(config: DeformableDETRConfig) -> nn.Module:
-    """A residual body of basic blocks by `widths` (stem, layer1..4) and `blocks`; torchvision's names and strides."""
-    stem, *widths = config.widths
-    norm = NORMS[config.norm]
-    body = nn.Sequential()
-    body.add_module("conv1", nn.Conv2d(3, stem, 7, stride=2, padding=3, bias=False))
-    body.add_module("bn1", norm(stem))
-    body.add_module("relu", nn.ReLU(inplace=True))
-    body.add_module("maxpool", nn.MaxPool2d(3, stride=2, padding=1))
-    before = stem
-    for number, (width, blocks) in enumerate(zip(widths, config.blocks, strict=True)):
-        layer = nn.Sequential()
-        for block in range(blocks):
-            stride = 2 if number and not block else 1
-            skip = None
-            if stride > 1 or before != width:
-                skip = nn.Sequential(nn.Conv2d(before, width, 1, stride=stride, bias=False), norm(width))
-            layer.append(BasicBlock(before, width, stride, skip, norm_layer=norm))
-            before = width
-        body.add_module(f"layer{number + 1}", layer)
-    for module in body.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-    return body
 
 
 # ---- details ---------------------------------------------------------------------------------------------------------
@@ -472,8 +434,3 @@ def _reset_sampling(module: DeformableAttention) -> None:
 
 def _clones(module: nn.Module, count: int) -> nn.ModuleList:
     return nn.ModuleList(copy.deepcopy(module) for _ in range(count))
-
-
-def _width(layer: nn.Module) -> int:
-    block = layer[-1]  # type: ignore[index]
-    return (block.conv3 if hasattr(block, "conv3") else block.conv2).out_channels

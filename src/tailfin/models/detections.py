@@ -14,6 +14,8 @@ from torch import Tensor
 from torchvision.models.detection._utils import BoxCoder
 from torchvision.ops import nms
 
+from tailfin.models.detector import Limits
+
 MIN_SIDE = 1e-2  # pixels; thinner boxes are dropped
 FIRST_CANDIDATES = 4  # times max_dets
 
@@ -24,10 +26,7 @@ def select_detections(
     deltas: Tensor,
     box_coder: BoxCoder,
     image_size: tuple[int, int],
-    *,
-    score_threshold: float,
-    nms_iou: float,
-    max_dets: int,
+    limits: Limits,
 ) -> dict[str, Tensor]:
     """Detections of one image.
 
@@ -36,12 +35,12 @@ def select_detections(
         scores: foreground scores [R, C].
         deltas: box deltas [R, 1, 4] (class-agnostic) or [R, C, 4].
         image_size: (height, width) that boxes are clipped to.
-        score_threshold: candidates score above it.
-        max_dets: best detections kept over all classes; -1 = no limit.
+        limits: threshold of the scores, IoU of the suppression, and how many are kept over all classes.
 
     Returns:
         boxes [D, 4] float32, scores [D] descending, labels int64 [D]: exactly those of NMS over every candidate.
     """
+    score_threshold, max_dets, nms_iou = limits
     num_classes = scores.shape[1]
     flat = scores.reshape(-1)
     candidates = torch.where(flat > score_threshold)[0]

@@ -1,6 +1,8 @@
 """Faster R-CNN with FPN: torchvision's bricks and tailfin's box head.
 
-    images -> batch -> backbone -> RPN -> RoI heads -> losses (training) or detections (evaluation)
+    images -> batch -> backbone -> RPN -> proposals                     outputs
+        -> sampled rows -> box head -> losses                           losses (training)
+        -> box head -> scores, NMS -> detections                        detections (evaluation)
 
 Under autocast only the convolutions and linear layers run in half precision; anchors, deltas, boxes, logits and losses
 stay float32.
@@ -10,74 +12,95 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.image_list import ImageList
-from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
+from torchvision.ops import box_iou, nms
 
 from tailfin.losses.base import ClassificationLoss
+from tailfin.models.backbones import Backbone
+from tailfin.models.detector import Compared, Detections, Detector, Limits, Targets, reported, valid_cells
 from tailfin.models.heads import box_heads
-from tailfin.models.heads.roi_heads import RoIHeads, Targets
-from tailfin.models.images import batch_images
+from tailfin.models.heads.roi_heads import RoIHeads
 from tailfin.models.roi_align import PyramidRoIAlign
-from tailfin.samplers.nms_resampling import THRESHOLDS, ResamplingRPN
+from tailfin.models.rpn import RPN, Float32Anchors, Float32RPNHead, ResamplingRPN, RPNOutputs
+from tailfin.samplers.nms_resampling import THRESHOLDS
 from tailfin.schema.detectors import FasterRCNN as FasterRCNNConfig
-from tailfin.schema.recipe import Evaluation
 from tailfin.stats import ClassStats
 
+LOGIT_SPREAD, DELTA_SPREAD = 3.0, 0.2  # standard deviations of a trained box head's outputs, roughly
 
-class FasterRCNN(nn.Module):
-    """A two-stage detector as a function of pictures.
 
-    Training: `model(images, targets)` returns named losses; targets are dicts of boxes float32 [M, 4] (xyxy, pixels of
-    the picture given) and labels int64 [M]. Evaluation: `model(images)` returns one dict of boxes, scores and labels
-    per picture. Pictures are [3, H, W], uint8 or float in 0..1, already resized.
-    """
+class Outputs(NamedTuple):
+    """What Faster R-CNN makes of a batch; N proposals, images one after another."""
+
+    image_sizes: list[tuple[int, int]]  # (height, width) without padding
+    features: dict[str, Tensor]  # the pyramid's levels [B, channels, h, w]
+    rpn: RPNOutputs
+    proposals: list[Tensor]  # per image [n, 4], best first
+    logits: Tensor | None = None  # [N, num_logits], in evaluation: training samples among the proposals first
+    deltas: Tensor | None = None  # [N, 4] or [N, 4 C]
+
+
+class FasterRCNN(Detector):
+    """A two-stage detector; see `Detector` for how it is called."""
+
+    backbone: Backbone
+    rpn: RPN
+    roi_heads: RoIHeads
 
     def __init__(
         self,
-        backbone: BackboneWithFPN,
-        rpn: RegionProposalNetwork,
+        backbone: Backbone,
+        rpn: RPN,
         roi_heads: RoIHeads,
         *,
+        limits: Limits = Limits(1e-4, 300, 0.5),
         rpn_loss_weight: float = 1.0,
+        own_boxes: bool = True,
         channels_last: bool = False,
     ) -> None:
-        super().__init__()
-        self.backbone = backbone
+        """`own_boxes`: every class has a box layer of its own."""
+        body = backbone.body
+        super().__init__(backbone, limits, channels_last=channels_last, mean=body.mean, std=body.std)
         self.rpn = rpn
         self.roi_heads = roi_heads
-        self.rpn_loss_weight = rpn_loss_weight
-        self.channels_last = channels_last
+        self.rpn_loss_weight, self.own_boxes = rpn_loss_weight, own_boxes
 
-    def forward(
-        self, images: Sequence[Tensor], targets: Targets | None = None
-    ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
-        batch = batch_images(images, channels_last=self.channels_last)
-        return self.from_features(batch, self.backbone(batch.tensors), targets)
+    # ---- the three steps -------------------------------------------------------------------------------------------
 
-    def from_features(
-        self, batch: ImageList, features: dict[str, Tensor], targets: Targets | None = None
-    ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
-        """`forward` from the pyramid's features of a batch on, for what has them already."""
-        proposals, rpn_losses = self.rpn(batch, features, targets if self.training else None)
-        detections, losses = self.roi_heads(features, proposals, batch.image_sizes, targets)
-        if not self.training:
-            return detections
-        for name, value in rpn_losses.items():
-            losses[name.replace("loss_objectness", "loss_rpn_objectness")] = self.rpn_loss_weight * value
-        return losses
+    def outputs(self, images: Sequence[Tensor], targets: Targets | None = None) -> Outputs:
+        batch = self.batch(images)
+        return self.from_features(self.backbone(batch.tensors), batch, targets)
 
-    @property
-    def limits(self) -> nn.Module:
-        """Where `score_threshold` and `max_dets` are."""
-        return self.roi_heads
+    def from_features(self, features: dict[str, Tensor], batch: ImageList, targets: Targets | None = None) -> Outputs:
+        """`outputs` from the pyramid's features of a batch on, for what has them already."""
+        raw, proposals, _ = self.rpn(batch, features, targets)
+        if self.training:
+            return Outputs(batch.image_sizes, features, raw, proposals)
+        logits, deltas = self.roi_heads.predict(features, proposals, batch.image_sizes)
+        return Outputs(batch.image_sizes, features, raw, proposals, logits, deltas)
+
+    def losses(self, outputs: Outputs, targets: Targets) -> dict[str, Tensor]:
+        rpn = self.rpn_losses(outputs.rpn, targets)
+        rows = self.roi_heads.sample(outputs.proposals, targets)
+        return {**self.roi_heads.losses(outputs.features, rows, outputs.image_sizes, targets), **rpn}
+
+    def rpn_losses(self, raw: RPNOutputs, targets: Targets) -> dict[str, Tensor]:
+        """The first stage's losses with their weight."""
+        return {name: self.rpn_loss_weight * value for name, value in self.rpn.losses(raw, targets).items()}
+
+    def detections(self, outputs: Outputs, limits: Limits) -> Detections:
+        if outputs.logits is None or outputs.deltas is None:
+            raise ValueError("detections are made of outputs in evaluation mode")
+        scores = reported(self, self.loss.scores(outputs.logits))
+        return self.roi_heads.detect(scores, outputs.deltas, outputs.proposals, outputs.image_sizes, limits)
+
+    # ---- parts -----------------------------------------------------------------------------------------------------
 
     def parts(self) -> dict[str, nn.Module]:
-        """Parts that a stage may train, by the names of a recipe's `second.trains`."""
         return {
             **self.roi_heads.parts(),
             "rpn": self.rpn,
@@ -85,59 +108,155 @@ class FasterRCNN(nn.Module):
             "backbone": self.backbone.body,
         }
 
-    def freeze_all_but(self, trained: Sequence[str]) -> None:
-        """Freeze every part not named: no gradients are computed or kept for it, and its norms stay as they are."""
-        for name, part in self.parts().items():
-            if name not in trained:
-                part.requires_grad_(False)
+    def class_specific(self) -> tuple[str, ...]:
+        """The classifier, and the box layer where it has rows of its own for every class."""
+        return ("classifier", "box") if self.own_boxes else ("classifier",)
+
+    @property
+    def loss(self) -> ClassificationLoss:
+        return self.roi_heads.loss
+
+    @property
+    def features(self) -> nn.Module | None:
+        return self.roi_heads.extra_rows
+
+    @property
+    def num_proposals(self) -> int:  # type: ignore[override]
+        return self.rpn._post_nms_top_n["testing"]
+
+    # ---- what methods and tools ask --------------------------------------------------------------------------------
+
+    def annotation_scores(self, images: Sequence[Tensor], targets: Targets) -> tuple[Tensor, Tensor]:
+        """Scores of the proposal that overlaps each annotation most."""
+        batch = self.batch(images)
+        features = self.backbone(batch.tensors)
+        _, proposals, _ = self.rpn(batch, features)
+        chosen, place, start = [], [], 0
+        for own, target in zip(proposals, targets, strict=True):
+            count = len(target["boxes"]) if len(own) else 0
+            best = box_iou(target["boxes"], own).argmax(1) if count else own.new_zeros(0, dtype=torch.int64)
+            chosen.append(own[best])
+            place.append(torch.arange(start, start + count, device=own.device))
+            start += len(target["boxes"])
+        logits, _ = self.roi_heads.predict(features, chosen, batch.image_sizes)
+        return self.loss.scores(logits), torch.cat(place)
+
+    def proposals(self, images: Sequence[Tensor], top: int, nms_iou: float) -> Detections:
+        """Boxes and objectness of the RPN, after NMS over all levels; more of them than the recipe keeps, if asked."""
+        batch = self.batch(images)
+        raw = self.rpn.outputs(batch, self.backbone(batch.tensors))
+        boxes, scores = self.rpn.propose_more(raw, batch.image_sizes, 2 * top, nms_iou)
+        results = []
+        for own, value in zip(boxes, scores, strict=True):
+            keep = nms(own, value, nms_iou)[:top]
+            results.append({"boxes": own[keep], "scores": value[keep]})
+        return results
+
+    def sampled_rows(self, images: Sequence[Tensor], targets: Targets) -> tuple[Tensor, Tensor]:
+        """Shared features [N, D] and labels [N] of the rows that training would sample; nothing in the model changes,
+        batch norms keep their statistics."""
+        self.backbone.eval()
+        batch = self.batch(images)
+        features = self.backbone(batch.tensors)
         self.train(self.training)
+        raw, proposals, _ = self.rpn(batch, features, targets)
+        self.rpn.losses(raw, targets)  # its draws come before those of the rows, as in a training step
+        heads = self.roi_heads
+        rows = heads.sample(proposals, targets)
+        return heads.head(heads.pool(features, rows.boxes, batch.image_sizes)), rows.labels
 
-    def train(self, mode: bool = True) -> FasterRCNN:
-        """Training or evaluation mode; a batch norm whose weights are frozen keeps its statistics in both."""
-        super().train(mode)
-        for module in self.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm) and not module.weight.requires_grad:
-                module.eval()
-        return self
+    def pooler(self, images: Sequence[Tensor]) -> tuple[Callable[[list[Tensor]], Tensor], list[tuple[int, int]]]:
+        """A function from boxes per image to pooled features [N, channels, size, size], and the images' sizes."""
+        batch = self.batch(images)
+        features = self.backbone(batch.tensors)
+        return lambda boxes: self.roi_heads.pool(features, boxes, batch.image_sizes), batch.image_sizes
+
+    def untaught(self) -> str:
+        if self.roi_heads.takes_extra_rows:
+            return ""
+        return "distillation needs a box head of one pass and one classifier, not pcb or simcal"
+
+    def compared(self, teacher: Detector, images: Sequence[Tensor], targets: Targets, *, shared: bool) -> Compared:
+        """Eq. 3 on the student's sampled proposals with the teacher's features, eq. 2 on a pyramid that trains."""
+        teacher = cast(FasterRCNN, teacher)
+        batch = self.batch(images)
+        features = self.backbone(batch.tensors)
+        raw, proposals, _ = self.rpn(batch, features, targets)
+        rpn = self.rpn_losses(raw, targets)
+        heads, sizes = self.roi_heads, batch.image_sizes
+        rows = heads.sample(proposals, targets)
+        own = heads.head(heads.pool(features, rows.boxes, sizes))
+        losses = {**heads.losses(features, rows, sizes, targets, own), **rpn}
+        pyramid = any(p.requires_grad for p in self.backbone.parameters())
+        trunk = pyramid or any(p.requires_grad for p in heads.head.parameters())
+        taught = features
+        with torch.no_grad():
+            if pyramid:
+                taught = teacher.backbone(batch.tensors)
+            # where nothing below the classifier trains, both have the same features
+            theirs = own.detach()
+            if trunk:
+                theirs = teacher.roi_heads.head(teacher.roi_heads.pool(taught, rows.boxes, sizes))
+            wanted = teacher.roi_heads.predictor.cls_score(theirs)
+        logits = heads.predictor.cls_score(theirs if shared else own)
+        scale = torch.tensor([[size[1], size[0]] * 2 for size in sizes], device=own.device).float()
+        levels = list(features.values()) if pyramid else []
+        valid = [valid_cells(level.shape[-2:], batch.tensors.shape[-2:], scale) for level in levels]
+        maps = list(taught.values()) if pyramid else []
+        return Compared(losses, levels, maps, valid, scale, logits[None], wanted[None])
+
+    def rehearsed(self, images: Sequence[Tensor]) -> Outputs:
+        """Outputs with the full number of proposals at random places, and with logits and deltas as spread as a trained
+        head's; the same in every call."""
+        batch = self.batch(images)
+        features = self.backbone(batch.tensors)
+        raw, found, _ = self.rpn(batch, features)
+        drawn = [
+            random_boxes(self.num_proposals, size).to(own) for own, size in zip(found, batch.image_sizes, strict=True)
+        ]
+        logits, deltas = self.roi_heads.predict(features, drawn, batch.image_sizes)
+        generator = torch.Generator().manual_seed(0)
+        noise = LOGIT_SPREAD * torch.randn(logits.shape, generator=generator)
+        logits = noise.to(logits) + self.loss.prior_bias().to(logits)
+        deltas = (DELTA_SPREAD * torch.randn(deltas.shape, generator=generator)).to(deltas)
+        return Outputs(batch.image_sizes, features, raw, drawn, logits, deltas)
+
+    def candidates(self, outputs: Outputs, limits: Limits) -> int:
+        assert outputs.logits is not None
+        return int((self.loss.scores(outputs.logits) > limits.score_threshold).sum())
 
 
-class _Float32Anchors(AnchorGenerator):
-    """Anchors in float32 whatever the features' type: half precision moves large anchors by pixels."""
-
-    def set_cell_anchors(self, dtype: torch.dtype, device: torch.device) -> None:
-        super().set_cell_anchors(torch.float32, device)
-
-
-class _Float32RPNHead(RPNHead):
-    """Objectness and deltas leave the head in float32, so that boxes are decoded in it."""
-
-    def forward(self, x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        objectness, deltas = super().forward(x)
-        return [value.float() for value in objectness], [value.float() for value in deltas]
+def random_boxes(number: int, size: tuple[int, int]) -> Tensor:
+    """[number, 4] boxes of a twentieth to a half of the picture's sides (H, W), the same in every call."""
+    generator = torch.Generator().manual_seed(0)
+    limit = torch.tensor([size[1], size[0]], dtype=torch.float32)
+    sides = limit * (0.05 + 0.45 * torch.rand((number, 2), generator=generator))
+    corner = (limit - sides) * torch.rand((number, 2), generator=generator)
+    return torch.cat([corner, corner + sides], dim=1)
 
 
 def build_faster_rcnn(
-    backbone: BackboneWithFPN,
+    backbone: Backbone,
     loss: ClassificationLoss,
     config: FasterRCNNConfig,
-    evaluation: Evaluation,
+    limits: Limits,
     stats: ClassStats,
     *,
     channels_last: bool = False,
 ) -> FasterRCNN:
     """Assemble the detector; the classifier's width and bias come from `loss`."""
     channels = backbone.out_channels
-    anchors = _Float32Anchors(
+    anchors = Float32Anchors(
         sizes=tuple((size,) for size in config.anchor_sizes),
         aspect_ratios=(tuple(config.anchor_ratios),) * len(config.anchor_sizes),
     )
-    rpn_kind: Callable[..., RegionProposalNetwork] = RegionProposalNetwork
+    rpn_kind: Callable[..., RPN] = RPN
     if config.rpn_nms_resampling != "none":
         thresholds = (*THRESHOLDS[:2], config.rpn_nms)
         rpn_kind = partial(ResamplingRPN, stats, scheme=config.rpn_nms_resampling, thresholds=thresholds)
     rpn = rpn_kind(
         anchors,
-        _Float32RPNHead(channels, anchors.num_anchors_per_location()[0]),
+        Float32RPNHead(channels, anchors.num_anchors_per_location()[0]),
         fg_iou_thresh=config.rpn_fg_iou,
         bg_iou_thresh=config.rpn_bg_iou,
         batch_size_per_image=config.rpn_batch,
@@ -146,21 +265,26 @@ def build_faster_rcnn(
         post_nms_top_n=dict(zip(("training", "testing"), config.rpn_post_nms, strict=True)),
         nms_thresh=config.rpn_nms,
     )
-    levels = [str(level) for level in range(len(config.fpn_layers))]
-    strides = [2 ** (layer + 1) for layer in config.fpn_layers]
+    strides = backbone.strides
     roi_heads = box_heads(
         config,
         loss,
         stats,
-        PyramidRoIAlign(levels, strides, config.roi_size, config.roi_sampling),
+        PyramidRoIAlign(list(strides), list(strides.values()), config.roi_size, config.roi_sampling),
         channels,
         fg_iou=config.roi_fg_iou,
         batch=config.roi_batch,
         fg_fraction=config.roi_fg_fraction,
         box_loss=config.box_loss,
         box_loss_weight=config.box_loss_weight,
-        score_threshold=evaluation.score_threshold,
-        nms=evaluation.nms,
-        max_dets=evaluation.max_dets,
+        limits=limits,
     )
-    return FasterRCNN(backbone, rpn, roi_heads, rpn_loss_weight=config.rpn_loss_weight, channels_last=channels_last)
+    return FasterRCNN(
+        backbone,
+        rpn,
+        roi_heads,
+        limits=limits,
+        rpn_loss_weight=config.rpn_loss_weight,
+        own_boxes=config.box_regression == "class_specific",
+        channels_last=channels_last,
+    )

@@ -8,12 +8,19 @@ import torch
 from torch import Tensor
 from torchvision.models.detection.image_list import ImageList
 
-MEAN = (0.485, 0.456, 0.406)
+MEAN = (0.485, 0.456, 0.406)  # of ImageNet's pictures, RGB in 0..1
 STD = (0.229, 0.224, 0.225)
 
 
-def batch_images(images: Sequence[Tensor], *, divisor: int = 32, channels_last: bool = False) -> ImageList:
-    """Pictures [3, H, W], uint8 or float in 0..1, to an `ImageList` normalised by ImageNet's mean and deviation.
+def batch_images(
+    images: Sequence[Tensor],
+    *,
+    divisor: int = 32,
+    channels_last: bool = False,
+    mean: Sequence[float] = MEAN,
+    std: Sequence[float] = STD,
+) -> ImageList:
+    """Pictures [3, H, W], uint8 or float in 0..1, to an `ImageList` normalised by `mean` and deviation `std`.
 
     The batch is zero-padded right and below to the largest height and width, rounded up to `divisor`; the list keeps
     the true sizes (H, W).
@@ -23,18 +30,17 @@ def batch_images(images: Sequence[Tensor], *, divisor: int = 32, channels_last: 
     width = -(-max(size[1] for size in sizes) // divisor) * divisor
     device = images[0].device
     layout = torch.channels_last if channels_last else torch.contiguous_format
+    own_mean, own_std = (torch.tensor(values, device=device)[:, None, None] for values in (mean, std))
     if all(size == (height, width) for size in sizes):
-        batch = _normalise(torch.stack(list(images)), device).contiguous(memory_format=layout)
+        batch = _normalise(torch.stack(list(images)), own_mean, own_std).contiguous(memory_format=layout)
     else:
         batch = torch.zeros((len(images), 3, height, width), device=device).contiguous(memory_format=layout)
         for row, image in zip(batch, images, strict=True):
-            row[:, : image.shape[-2], : image.shape[-1]] = _normalise(image, device)
+            row[:, : image.shape[-2], : image.shape[-1]] = _normalise(image, own_mean, own_std)
     return ImageList(batch, sizes)
 
 
-def _normalise(images: Tensor, device: torch.device) -> Tensor:
+def _normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """Pixels as torchvision's detectors see them, bit for bit: division by 255, then the mean, then the deviation."""
-    mean = torch.tensor(MEAN, device=device)[:, None, None]
-    std = torch.tensor(STD, device=device)[:, None, None]
     images = images / 255 if images.dtype == torch.uint8 else images.float()
     return (images - mean).div_(std)

@@ -10,71 +10,83 @@ would do; `background` gives some of the rest a share, for few pictures or a ran
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.detection._utils import BoxCoder, Matcher
 from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.faster_rcnn import TwoMLPHead
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.rpn import RPNHead, concat_box_prediction_layers
 from torchvision.ops import box_iou, clip_boxes_to_image, generalized_box_iou_loss, nms
 
-from tailfin.models.faster_rcnn import _Float32Anchors, _Float32RPNHead
-from tailfin.models.heads.roi_heads import Targets
-from tailfin.models.images import batch_images
+from tailfin.models.backbones import Backbone
+from tailfin.models.detector import Detections, Detector, Limits, Targets
 from tailfin.models.roi_align import PyramidRoIAlign
+from tailfin.models.rpn import Float32Anchors, Float32RPNHead
 from tailfin.schema.detectors import Localizer as LocalizerConfig
 
 MIN_SIDE = 1.0  # pixels of the picture given; thinner boxes are dropped
 BACKGROUND_IOU = 0.1  # an anchor below it belongs to no object
 
 
-class Localizer(nn.Module):
-    """Boxes around objects of any class, as a function of pictures.
+class Outputs(NamedTuple):
+    """What the localizer makes of a batch; B pictures, A anchors each."""
 
-    Training: `model(images, targets)` returns named losses; of the targets only `boxes` float32 [M, 4] are read.
-    Evaluation: `model(images)` returns one dict per picture, best first: boxes [D, 4], scores [D] in 0..1 and labels
-    int64 [D], all 0. Pictures are [3, H, W], uint8 or float in 0..1.
+    image_sizes: list[tuple[int, int]]
+    features: dict[str, Tensor]
+    logits: Tensor  # [B, A] centerness
+    decoded: Tensor  # [B, A, 4] boxes
+    anchors: list[Tensor]  # per picture [A, 4]
+    boxes: list[Tensor]  # per picture the best [n, 4]
+    centerness: list[Tensor]  # and theirs, in 0..1 [n]
+
+
+class Localizer(Detector):
+    """Boxes around objects of any class; see `Detector` for how it is called.
+
+    Of the targets only `boxes` are read. Labels of detections are all 0, scores lie in 0..1.
     """
+
+    backbone: Backbone
 
     def __init__(
         self,
-        backbone: BackboneWithFPN,
+        backbone: Backbone,
         rpn: CenternessRPN,
         roi_heads: IoUHead,
         *,
+        limits: Limits = Limits(0.0, 1500, 0.7),
         channels_last: bool = False,
     ) -> None:
-        super().__init__()
-        self.backbone = backbone
+        body = backbone.body
+        super().__init__(backbone, limits, channels_last=channels_last, mean=body.mean, std=body.std)
         self.rpn = rpn
         self.roi_heads = roi_heads
-        self.channels_last = channels_last
 
-    def forward(
-        self, images: Sequence[Tensor], targets: Targets | None = None
-    ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
-        batch = batch_images(images, channels_last=self.channels_last)
+    def outputs(self, images: Sequence[Tensor], targets: Targets | None = None) -> Outputs:
+        batch = self.batch(images)
         features = self.backbone(batch.tensors)
-        if not self.training:
-            boxes, centerness, _ = self.rpn(batch, features)
-            return self.roi_heads.detect(features, boxes, centerness, batch.image_sizes)
-        if targets is None:
-            raise ValueError("training needs targets")
-        truth = [target["boxes"] for target in targets]
-        boxes, _, losses = self.rpn(batch, features, truth)
-        return {**losses, **self.roi_heads.losses(features, boxes, truth, batch.image_sizes)}
+        logits, decoded, anchors = self.rpn(batch, features)
+        boxes, centerness = self.rpn.best(logits, decoded, batch.image_sizes)
+        return Outputs(batch.image_sizes, features, logits, decoded, anchors, boxes, centerness)
 
-    @property
-    def limits(self) -> nn.Module:
-        """Where `score_threshold` and `max_dets` are."""
-        return self.roi_heads
+    def losses(self, outputs: Outputs, targets: Targets) -> dict[str, Tensor]:
+        truth = [target["boxes"] for target in targets]
+        first = self.rpn.losses(outputs.logits, outputs.decoded, outputs.anchors, truth)
+        return {**first, **self.roi_heads.losses(outputs.features, outputs.boxes, truth, outputs.image_sizes)}
+
+    def detections(self, outputs: Outputs, limits: Limits) -> Detections:
+        return self.roi_heads.detect(outputs.features, outputs.boxes, outputs.centerness, outputs.image_sizes, limits)
+
+    def proposals(self, images: Sequence[Tensor], top: int, nms_iou: float) -> Detections:
+        """Its detections are proposals."""
+        found = self.detections(self.outputs(images), Limits(0.0, top, nms_iou))
+        return [{"boxes": own["boxes"].float(), "scores": own["scores"].float()} for own in found]
 
     def parts(self) -> dict[str, nn.Module]:
-        """Parts that a stage may train."""
         return {
             "box": self.roi_heads.box,
             "rpn": self.rpn,
@@ -83,12 +95,15 @@ class Localizer(nn.Module):
             "backbone": self.backbone.body,
         }
 
+    def class_specific(self) -> tuple[str, ...]:
+        return ()
+
 
 class CenternessRPN(nn.Module):
     """One anchor per cell, its centerness for the object it belongs to, and a box.
 
-    `rpn(batch, features, truth)` returns per picture the best boxes [n, 4] with their centerness [n] (no gradients),
-    and in training the losses.
+    `rpn(batch, features)` returns the centerness logits [B, A] and boxes [B, A, 4] of all anchors, and these per
+    picture [A, 4].
     """
 
     def __init__(
@@ -112,25 +127,27 @@ class CenternessRPN(nn.Module):
         self.batch, self.proposals = batch, proposals
         self.centerness_weight, self.box_weight = centerness_weight, box_weight
 
-    def forward(
-        self, images: ImageList, features: dict[str, Tensor], truth: list[Tensor] | None = None
-    ) -> tuple[list[Tensor], list[Tensor], dict[str, Tensor]]:
+    def forward(self, images: ImageList, features: dict[str, Tensor]) -> tuple[Tensor, Tensor, list[Tensor]]:
         levels = list(features.values())
         logits, deltas = self.head(levels)
         anchors = self.anchors(images, levels)
         logits, deltas = concat_box_prediction_layers(logits, deltas)  # [B * A, 1], [B * A, 4]
         decoded = self.coder.decode_single(deltas, torch.cat(anchors)).view(len(anchors), -1, 4)
-        logits = logits.view(len(anchors), -1)
+        return logits.view(len(anchors), -1), decoded, anchors
+
+    @torch.no_grad()
+    def best(
+        self, logits: Tensor, decoded: Tensor, image_sizes: list[tuple[int, int]]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Per picture the boxes [n, 4] of highest centerness, without suppression, and their centerness in 0..1 [n]."""
         boxes, scores = [], []
-        with torch.no_grad():
-            best, rows = logits.topk(min(self.proposals, logits.shape[1]), dim=1)
-            for own, row, value, size in zip(decoded, rows, best, images.image_sizes, strict=True):
-                found = clip_boxes_to_image(own[row], size)
-                solid = ((found[:, 2:] - found[:, :2]) >= MIN_SIDE).all(dim=1)
-                boxes.append(found[solid])
-                scores.append(value[solid].sigmoid())
-        losses = {} if truth is None else self.losses(logits, decoded, anchors, truth)
-        return boxes, scores, losses
+        best, rows = logits.topk(min(self.proposals, logits.shape[1]), dim=1)
+        for own, row, value, size in zip(decoded, rows, best, image_sizes, strict=True):
+            found = clip_boxes_to_image(own[row], size)
+            solid = ((found[:, 2:] - found[:, :2]) >= MIN_SIDE).all(dim=1)
+            boxes.append(found[solid])
+            scores.append(value[solid].sigmoid())
+        return boxes, scores
 
     def losses(self, logits: Tensor, boxes: Tensor, anchors: list[Tensor], truth: list[Tensor]) -> dict[str, Tensor]:
         """L1 on the centerness and the generalised-IoU loss on the box, over sampled anchors near an object.
@@ -172,8 +189,6 @@ class IoUHead(nn.Module):
         batch: int,
         iou_weight: float,
         box_weight: float,
-        nms_iou: float,
-        max_dets: int,
         background: float = 0.0,
     ) -> None:
         super().__init__()
@@ -189,7 +204,6 @@ class IoUHead(nn.Module):
         self.background = background
         self.batch = batch
         self.iou_weight, self.box_weight = iou_weight, box_weight
-        self.nms, self.max_dets, self.score_threshold = nms_iou, max_dets, 0.0
 
     def predict(
         self, features: dict[str, Tensor], boxes: list[Tensor], image_sizes: list[tuple[int, int]]
@@ -229,6 +243,7 @@ class IoUHead(nn.Module):
         boxes: list[Tensor],
         centerness: list[Tensor],
         image_sizes: list[tuple[int, int]],
+        limits: Limits,
     ) -> list[dict[str, Tensor]]:
         """Refined boxes, scored by sqrt(centerness x IoU), after NMS."""
         scores, deltas = self.predict(features, boxes, image_sizes)
@@ -238,10 +253,10 @@ class IoUHead(nn.Module):
         for own, score, centre, size in zip(found, scores.split(counts), centerness, image_sizes, strict=True):
             own = clip_boxes_to_image(own, size)
             value = (score * centre).sqrt()
-            solid = ((own[:, 2:] - own[:, :2]) >= MIN_SIDE).all(dim=1) & (value > self.score_threshold)
+            solid = ((own[:, 2:] - own[:, :2]) >= MIN_SIDE).all(dim=1) & (value > limits.score_threshold)
             own, value = own[solid], value[solid]
-            keep = nms(own, value, self.nms)
-            keep = keep[: self.max_dets] if self.max_dets >= 0 else keep
+            keep = nms(own, value, limits.nms)
+            keep = keep[: limits.max_dets] if limits.max_dets >= 0 else keep
             results.append({"boxes": own[keep], "scores": value[keep], "labels": torch.zeros_like(keep)})
         return results
 
@@ -292,14 +307,14 @@ def paired_iou(first: Tensor, second: Tensor) -> Tensor:
     return shared / (areas - shared).clamp(min=1e-6)
 
 
-def build_localizer(backbone: BackboneWithFPN, config: LocalizerConfig, *, channels_last: bool = False) -> Localizer:
+def build_localizer(backbone: Backbone, config: LocalizerConfig, *, channels_last: bool = False) -> Localizer:
     """Assemble the detector on a pyramid."""
     channels = backbone.out_channels
-    anchors = _Float32Anchors(
+    anchors = Float32Anchors(
         sizes=tuple((size,) for size in config.anchor_sizes), aspect_ratios=((1.0,),) * len(config.anchor_sizes)
     )
     rpn = CenternessRPN(
-        _Float32RPNHead(channels, 1),
+        Float32RPNHead(channels, 1),
         anchors,
         fg_iou=config.rpn_fg_iou,
         batch=config.rpn_batch,
@@ -308,18 +323,16 @@ def build_localizer(backbone: BackboneWithFPN, config: LocalizerConfig, *, chann
         box_weight=config.rpn_box_weight,
         background=config.background,
     )
-    levels = [str(level) for level in range(len(config.fpn_layers))]
-    strides = [2 ** (layer + 1) for layer in config.fpn_layers]
+    strides = backbone.strides
     roi_heads = IoUHead(
-        PyramidRoIAlign(levels, strides, config.roi_size, config.roi_sampling),
+        PyramidRoIAlign(list(strides), list(strides.values()), config.roi_size, config.roi_sampling),
         TwoMLPHead(channels * config.roi_size**2, config.head_channels),
         config.head_channels,
         fg_iou=config.roi_fg_iou,
         batch=config.roi_batch,
         iou_weight=config.iou_weight,
         box_weight=config.box_weight,
-        nms_iou=config.nms,
-        max_dets=config.max_proposals,
         background=config.background,
     )
-    return Localizer(backbone, rpn, roi_heads, channels_last=channels_last)
+    limits = Limits(0.0, config.max_proposals, config.nms)
+    return Localizer(backbone, rpn, roi_heads, limits=limits, channels_last=channels_last)

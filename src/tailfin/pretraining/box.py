@@ -85,8 +85,8 @@ class AssignedBoxContrast(LocalContrast):
     def _found(self, seen: Iteration) -> tuple[Tensor, Tensor]:
         """Keys [M, dim] of the momentum network's foreground rows in view 2, and the proposal of each."""
         view, features, heads = seen.view(1), seen.keys(1), seen.detector.roi_heads
-        rpn = seen.average["rpn"].eval()  # proposals alone, no losses
-        proposals, _ = rpn(view.batch, features.pyramid)
+        rpn = seen.average["rpn"].eval()  # as many proposals as in evaluation
+        _, proposals, _ = rpn(view.batch, features.pyramid)
         rows = heads.sample(proposals, as_objects(view))
         inside = [own >= 0 for own in rows.gt_index.split([len(boxes) for boxes in rows.boxes])]
         boxes = [own[keep] for own, keep in zip(rows.boxes, inside, strict=True)]

@@ -22,9 +22,9 @@ class ClassAwareDetection(Term):
         self.weight = weight
 
     def forward(self, seen: Iteration) -> dict[str, Tensor]:
-        found = seen.detector.from_features(seen.view(0).batch, seen.features(0).pyramid, seen.targets)
-        assert isinstance(found, dict)  # of losses: the detector is in training mode
-        return {name: self.weight * value for name, value in found.items()}
+        outputs = seen.detector.from_features(seen.features(0).pyramid, seen.view(0).batch, seen.targets)
+        losses = seen.detector.losses(outputs, seen.targets)
+        return {name: self.weight * value for name, value in losses.items()}
 
 
 class ClassAgnosticDetection(Term):
@@ -47,16 +47,14 @@ class ClassAgnosticDetection(Term):
     def forward(self, seen: Iteration) -> dict[str, Tensor]:
         detector, view, levels = seen.detector, seen.view(0), seen.features(0).pyramid
         objects, heads = as_objects(view), detector.roi_heads
-        proposals, found = detector.rpn(view.batch, levels, objects)
+        raw, proposals, _ = detector.rpn(view.batch, levels, objects)
+        losses = detector.rpn_losses(raw, objects)
         rows = heads.sample(proposals, objects)
         shared = heads.head(heads.pool(levels, rows.boxes, view.batch.image_sizes))
         box = heads.box_regression_loss(self.box_layer(shared).float(), rows.boxes, rows.labels, rows.matched)
         foreground = torch.where(rows.gt_index >= 0)[0]
         seen.assigned = shared[foreground], rows.gt_index[foreground]
-        losses = {"loss_box_reg": box}
-        for name, value in found.items():
-            losses[name.replace("loss_objectness", "loss_rpn_objectness")] = detector.rpn_loss_weight * value
-        return {name: self.weight * value for name, value in losses.items()}
+        return {name: self.weight * value for name, value in {"loss_box_reg": box, **losses}.items()}
 
 
 def as_objects(view: View) -> list[dict[str, Tensor]]:

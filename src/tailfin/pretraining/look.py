@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from torchvision.models.detection.image_list import ImageList
 
 from tailfin.data.views import PretrainingDataset
-from tailfin.models.images import MEAN, STD
+from tailfin.models.detector import Detector
 from tailfin.pretraining.shell import PreTrainer
 
 PICTURES = 6  # in the file
@@ -38,9 +39,10 @@ def look(shell: PreTrainer, dataset: PretrainingDataset) -> dict[str, Array]:
     targets = [{key: value.to(device) for key, value in target.items()} for _, target in samples]
     seen = shell.look_at(images, targets)
     first, second = seen.view(0), seen.view(1)
+    pixels = functools.partial(_pixels, shell.detector)
     found: dict[str, Array] = {
-        "view1": _pixels(first.batch),
-        "view2": _pixels(second.batch),
+        "view1": pixels(first.batch),
+        "view2": pixels(second.batch),
         "size1": np.array(first.batch.image_sizes),
         "size2": np.array(second.batch.image_sizes),
         "boxes1": _padded(first.boxes),
@@ -49,15 +51,15 @@ def look(shell: PreTrainer, dataset: PretrainingDataset) -> dict[str, Array]:
     }
     for name, value in shell.shown(seen).items():
         pictures = value.ndim == 4
-        found[name] = _pixels(ImageList(value, first.batch.image_sizes)) if pictures else value.cpu().numpy()
+        found[name] = pixels(ImageList(value, first.batch.image_sizes)) if pictures else value.cpu().numpy()
     shell.train(training)
     return found
 
 
-def _pixels(batch: ImageList) -> Array:
+def _pixels(detector: Detector, batch: ImageList) -> Array:
     """A batch as uint8 pictures again."""
     tensors = batch.tensors.float().cpu()
-    deviation, mean = torch.tensor(STD)[:, None, None], torch.tensor(MEAN)[:, None, None]
+    deviation, mean = (torch.tensor(own)[:, None, None] for own in (detector.std, detector.mean))
     pictures = ((tensors * deviation + mean).clamp(0, 1) * 255).round().to(torch.uint8)
     for picture, (height, width) in zip(pictures, batch.image_sizes, strict=True):
         picture[:, height:] = 0

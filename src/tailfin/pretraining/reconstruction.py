@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from tailfin.pretraining.backbone import body_layers
 from tailfin.pretraining.term import Iteration, Term
 from tailfin.schema.pretraining import Reconstruction
 
@@ -88,8 +87,8 @@ class DualReconstruction(Term):
         masked = mask_pictures(made, rectangles, fill=config.mask_fill)
         body = seen.detector.backbone.body
         with running_statistics_kept(body):
-            again = body_layers(body, masked)
-        names = [f"layer{layer}" for layer in config.layers if f"layer{layer}" in again]
+            again = body.layers(masked)
+        names = [body.layer_names[layer - 1] for layer in config.layers if layer <= len(body.layer_names)]
         return semantic_loss(
             [layers[name][taken] for name in names],
             [again[name] for name in names],

@@ -24,9 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from tailfin.errors import UserError
+from tailfin.models.backbones import Body
+from tailfin.models.detector import Targets
 from tailfin.models.faster_rcnn import FasterRCNN
-from tailfin.models.heads.roi_heads import Targets
-from tailfin.pretraining.backbone import deepest
 from tailfin.pretraining.box import AssignedBoxContrast, LocalContrast
 from tailfin.pretraining.contrast import ContrastHeads
 from tailfin.pretraining.dense import DenseContrast
@@ -75,7 +75,7 @@ class PreTrainer(nn.Module):
         self.needs_pyramid = "fpn" in reached
         others = (1, 2) if config.third_view else (1,)
         self.pairs = [(0, other) for other in others] + [(other, 0) for other in others if config.symmetric]
-        detector.freeze_all_but([name for name in parts if name in reached])
+        detector.freeze_but([name for name in parts if name in reached])
         self.average = MomentumNetwork(followed)  # after what it follows: `train` asks in this order
         self.train(self.training)
 
@@ -160,3 +160,9 @@ def build_terms(detector: FasterRCNN, config: Pretraining, heads: ContrastHeads)
 def _shared_channels(detector: FasterRCNN) -> int:
     """Width of the box head's shared vector."""
     return detector.roi_heads.predictor.cls_score.in_features
+
+
+def deepest(body: Body) -> tuple[int, int]:
+    """(channels, stride) of the last layer."""
+    name = body.layer_names[-1]
+    return body.channels[name], body.strides[name]

@@ -9,16 +9,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torchvision.models.detection.image_list import ImageList
 
+from tailfin.models.backbones import Body
+from tailfin.models.detector import Targets
 from tailfin.models.faster_rcnn import FasterRCNN
-from tailfin.models.heads.roi_heads import Targets
-from tailfin.models.images import batch_images
-from tailfin.pretraining.backbone import body_layers, pyramid
 from tailfin.pretraining.contrast import ContrastHead
 from tailfin.pretraining.momentum import MomentumNetwork
 
@@ -80,26 +79,27 @@ class Iteration:
             name = ("", "view", "third")[number]
             pictures = [target[name] for target in self.targets] if name else self._images
             boxes = [target[f"{name}_proposals" if name else "proposals"] for target in self.targets]
-            self._views[number] = View(batch_images(pictures, channels_last=self.detector.channels_last), boxes)
+            self._views[number] = View(self.detector.batch(pictures), boxes)
         return self._views[number]
 
     def features(self, number: int) -> Features:
         """The trained network's features of a view; all terms share them."""
         if number not in self._features:
             backbone = self.detector.backbone
-            layers = body_layers(backbone.body, self.view(number).batch.tensors)
-            found = pyramid(backbone.fpn, backbone.body, layers) if self._pyramid else {}
-            self._features[number] = Features(layers, found)
+            layers = backbone.layers(self.view(number).batch.tensors)
+            self._features[number] = Features(layers, backbone.pyramid(layers) if self._pyramid else {})
         return self._features[number]
 
     @torch.no_grad()
     def keys(self, number: int) -> Features:
         """The momentum network's features of a view; a backbone without an average is frozen, its own average."""
         if number not in self._keys:
-            average = self.average
-            body = average.get("backbone", self.detector.backbone.body)
-            layers = body_layers(body, self.view(number).batch.tensors)
-            self._keys[number] = Features(layers, pyramid(average["fpn"], body, layers) if "fpn" in average else {})
+            average, found = self.average, {}
+            body = cast(Body, average.get("backbone", self.detector.backbone.body))
+            layers = body.layers(self.view(number).batch.tensors)
+            if "fpn" in average:
+                found = average["fpn"]({name: layers[layer] for layer, name in body.taken.items()})
+            self._keys[number] = Features(layers, found)
         return self._keys[number]
 
 

@@ -9,22 +9,17 @@ most, and to the background below an IoU of 0.3 with any:
                third
     linear     one suppression in which each box suppresses with the threshold of its own class
 
-Testing uses the RPN's own threshold. `ResamplingRPN` is torchvision's RPN with this in its place::
-
-    rpn = ResamplingRPN(stats, anchors, head, scheme="discrete", ...)   # ...: as for RegionProposalNetwork
+Testing uses the RPN's own threshold. `tailfin.models.rpn.ResamplingRPN` is the RPN with this in its place.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.models.detection.image_list import ImageList
-from torchvision.models.detection.rpn import RegionProposalNetwork
-from torchvision.ops import batched_nms, box_iou, clip_boxes_to_image, remove_small_boxes
+from torchvision.ops import batched_nms, box_iou
 
 from tailfin.stats import ClassStats
 
@@ -123,75 +118,6 @@ def nms_with_thresholds(boxes: Tensor, scores: Tensor, levels: Tensor, threshold
             alive = new
         kept[rows] = alive.bool()
     return order[kept]
-
-
-class ResamplingRPN(RegionProposalNetwork):
-    """torchvision's RPN whose training proposals are resampled by the frequency of the objects they lie on.
-
-    Targets need `labels` (0..C-1) beside `boxes`. Weights, losses and test-time proposals are those of the plain RPN.
-    """
-
-    groups: Tensor
-    class_thresholds: Tensor
-
-    def __init__(
-        self,
-        stats: ClassStats,
-        *arguments: Any,
-        scheme: str = "discrete",
-        thresholds: Sequence[float] = THRESHOLDS,
-        **options: Any,
-    ) -> None:
-        """`arguments` and `options` are those of torchvision's `RegionProposalNetwork`."""
-        super().__init__(*arguments, **options)
-        if scheme not in ("discrete", "linear"):
-            raise ValueError(f'scheme must be "discrete" or "linear" (given: "{scheme}")')
-        if len(thresholds) != 3 or not all(0 < value <= 1 for value in thresholds):
-            raise ValueError(f"thresholds must be three IoUs, rare, common, frequent (given: {tuple(thresholds)})")
-        self.scheme, self.thresholds = scheme, tuple(thresholds)
-        self._targets: list[dict[str, Tensor]] | None = None
-        self.register_buffer("groups", class_groups(stats), persistent=False)
-        self.register_buffer("class_thresholds", linear_thresholds(stats, thresholds), persistent=False)
-
-    def forward(
-        self, images: ImageList, features: dict[str, Tensor], targets: list[dict[str, Tensor]] | None = None
-    ) -> tuple[list[Tensor], dict[str, Tensor]]:
-        self._targets = targets  # filter_proposals, which the parent calls, is not given them
-        try:
-            return super().forward(images, features, targets)
-        finally:
-            self._targets = None
-
-    def filter_proposals(
-        self,
-        proposals: Tensor,
-        objectness: Tensor,
-        image_shapes: list[tuple[int, int]],
-        num_anchors_per_level: list[int],
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        if not self.training or self._targets is None:
-            return super().filter_proposals(proposals, objectness, image_shapes, num_anchors_per_level)
-        objectness = objectness.detach().reshape(len(proposals), -1)
-        best = self._get_top_n_idx(objectness, num_anchors_per_level)
-        level_of = torch.repeat_interleave(torch.tensor(num_anchors_per_level, device=best.device))[best]
-        boxes_per_image, scores_per_image = [], []
-        for own, logits, rows, levels, shape, target in zip(
-            proposals, objectness, best, level_of, image_shapes, self._targets, strict=True
-        ):
-            boxes, scores = clip_boxes_to_image(own[rows], shape), logits[rows].sigmoid()
-            usable = remove_small_boxes(boxes, self.min_size)
-            usable = usable[scores[usable] >= self.score_thresh]
-            boxes, scores, levels = boxes[usable], scores[usable], levels[usable]
-            labels = target["labels"].to(boxes.device)
-            truth = target["boxes"].to(boxes)
-            if self.scheme == "discrete":
-                kept = discrete_resampling(boxes, scores, levels, truth, self.groups[labels], self.thresholds)
-            else:
-                kept = linear_resampling(boxes, scores, levels, truth, labels, self.class_thresholds)
-            kept = kept[: self.post_nms_top_n()]
-            boxes_per_image.append(boxes[kept])
-            scores_per_image.append(scores[kept])
-        return boxes_per_image, scores_per_image
 
 
 def _touches(boxes: Tensor, gt_boxes: Tensor, iou: float) -> Tensor:

@@ -84,7 +84,7 @@ def test_detections_are_those_of_the_last_pass():
     with torch.no_grad():
         found, empty = heads(features, proposals, sizes)
         logits, deltas = heads.passes(features, proposals, sizes)[-1]
-        expected = heads.detect(logits, deltas, proposals, sizes)
+        expected = heads.detect(heads.loss.scores(logits), deltas, proposals, sizes, heads.limits)
     assert empty == {}
     assert len(found[0]["boxes"]) > 0
     for name, value in expected[0].items():

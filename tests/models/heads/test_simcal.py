@@ -10,6 +10,7 @@ from torchvision.models.detection.faster_rcnn import TwoMLPHead
 from torchvision.ops import MultiScaleRoIAlign
 
 from tailfin import losses
+from tailfin.models.detector import Limits
 from tailfin.models.heads.roi_heads import BoxPredictor, RoIHeads
 from tailfin.models.heads.simcal import (
     SimCal,
@@ -27,7 +28,9 @@ def roi_heads(loss=None):
     torch.manual_seed(0)
     loss = loss or losses.build("softmax", STATS)
     pool = MultiScaleRoIAlign(["0"], 3, 2)
-    return RoIHeads(pool, TwoMLPHead(4 * 9, 8), BoxPredictor(8, loss, False), loss, batch=40, max_dets=20)
+    return RoIHeads(
+        pool, TwoMLPHead(4 * 9, 8), BoxPredictor(8, loss, False), loss, batch=40, limits=Limits(1e-4, 20, 0.5)
+    )
 
 
 def inputs():

@@ -79,7 +79,12 @@ class IterativeRoIHeads(RoIHeads):
         return {**super().parts(), "head": nn.ModuleList([self.head, self.refinement])}
 
     def losses(
-        self, features: dict[str, Tensor], rows: Rows, image_sizes: list[tuple[int, int]], targets: Targets
+        self,
+        features: dict[str, Tensor],
+        rows: Rows,
+        image_sizes: list[tuple[int, int]],
+        targets: Targets,
+        shared: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Losses of all passes on the sampled rows."""
         if self.extra_rows is not None:

@@ -8,7 +8,7 @@ come from the loss; nothing here knows which method it is.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -19,8 +19,7 @@ from torchvision.ops import MultiScaleRoIAlign, box_area, box_iou
 
 from tailfin.losses.base import ClassificationLoss
 from tailfin.models.detections import select_detections
-
-Targets = Sequence[dict[str, Tensor]]
+from tailfin.models.detector import Limits, Targets
 
 
 class BoxPredictor(nn.Module):
@@ -103,7 +102,7 @@ class RoIHeads(nn.Module):
         head: pooled features to the shared vector [N, D].
         predictor: shared vector [N, D] (and, in training, labels [N] or none) to (class logits, box deltas).
         loss: the classification loss; it is a submodule, so its buffers travel with the checkpoint.
-        score_threshold, nms, max_dets: what `select_detections` keeps.
+        limits: what `forward` reports in evaluation.
     """
 
     predictor: Any  # features and, in training, labels to logits and deltas; its `cls_score` is what extra rows pass
@@ -121,9 +120,7 @@ class RoIHeads(nn.Module):
         fg_fraction: float = 0.25,
         box_loss: str = "l1",
         box_loss_weight: float = 1.0,
-        score_threshold: float = 1e-4,
-        nms: float = 0.5,
-        max_dets: int = 300,
+        limits: Limits = Limits(1e-4, 300, 0.5),
     ) -> None:
         super().__init__()
         self.pool = pool
@@ -135,11 +132,8 @@ class RoIHeads(nn.Module):
         self.box_coder = BoxCoder((10.0, 10.0, 5.0, 5.0))
         self.box_loss = box_loss
         self.box_loss_weight = box_loss_weight
-        self.score_threshold = score_threshold
-        self.nms = nms
-        self.max_dets = max_dets
+        self.limits = limits
         self.extra_rows: FeatureModule | None = None
-        self.rescore: nn.Module | None = None  # scores [N, C] to those that are reported
 
     def parts(self) -> dict[str, nn.Module]:
         """What a stage may train or freeze here, by the names of a recipe's `second.trains`."""
@@ -159,7 +153,7 @@ class RoIHeads(nn.Module):
             rows = self.sample(proposals, targets)
             return [], self.losses(features, rows, image_sizes, targets)
         logits, deltas = self.predict(features, proposals, image_sizes)
-        return self.detect(logits, deltas, proposals, image_sizes), {}
+        return self.detect(self.loss.scores(logits), deltas, proposals, image_sizes, self.limits), {}
 
     def predict(
         self, features: dict[str, Tensor], proposals: list[Tensor], image_sizes: list[tuple[int, int]]
@@ -171,10 +165,17 @@ class RoIHeads(nn.Module):
     # ---- training --------------------------------------------------------------------------------------------------
 
     def losses(
-        self, features: dict[str, Tensor], rows: Rows, image_sizes: list[tuple[int, int]], targets: Targets
+        self,
+        features: dict[str, Tensor],
+        rows: Rows,
+        image_sizes: list[tuple[int, int]],
+        targets: Targets,
+        shared: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """Losses of the sampled rows and of what the feature module adds."""
-        shared = self.head(self.pool(features, rows.boxes, image_sizes))
+        """Losses of the sampled rows and of what the feature module adds; `shared` [N, D] are the rows' features,
+        where the caller has them already."""
+        if shared is None:
+            shared = self.head(self.pool(features, rows.boxes, image_sizes))
         logits, deltas = (value.float() for value in self.predictor(shared, rows.labels))
         boxes, labels, matched = torch.cat(rows.boxes), rows.labels, rows.matched
         more, further = None, {}
@@ -282,27 +283,19 @@ class RoIHeads(nn.Module):
     # ---- evaluation ------------------------------------------------------------------------------------------------
 
     def detect(
-        self, logits: Tensor, deltas: Tensor, proposals: list[Tensor], image_sizes: list[tuple[int, int]]
+        self,
+        scores: Tensor,
+        deltas: Tensor,
+        proposals: list[Tensor],
+        image_sizes: list[tuple[int, int]],
+        limits: Limits,
     ) -> list[dict[str, Tensor]]:
-        """Per image: boxes [D, 4] (xyxy, pixels of the image given), scores [D] descending, labels [D]."""
+        """Scores [N, C] and deltas of all proposals to detections per image: boxes [D, 4] (xyxy, pixels of the image
+        given), scores [D] descending, labels [D]."""
         counts = [len(own) for own in proposals]
-        scores = self.loss.scores(logits)
-        if self.rescore is not None:
-            scores = self.rescore(scores)
-        results = []
-        for own, own_scores, own_deltas, size in zip(
-            proposals, scores.split(counts), deltas.split(counts), image_sizes, strict=True
-        ):
-            results.append(
-                select_detections(
-                    own,
-                    own_scores,
-                    own_deltas.view(len(own), -1, 4),
-                    self.box_coder,
-                    size,
-                    score_threshold=self.score_threshold,
-                    nms_iou=self.nms,
-                    max_dets=self.max_dets,
-                )
+        return [
+            select_detections(own, own_scores, own_deltas.view(len(own), -1, 4), self.box_coder, size, limits)
+            for own, own_scores, own_deltas, size in zip(
+                proposals, scores.split(counts), deltas.split(counts), image_sizes, strict=True
             )
-        return results
+        ]

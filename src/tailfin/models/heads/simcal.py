@@ -109,7 +109,12 @@ class CalibrationRoIHeads(RoIHeads):
         return {"classifier": calibrated, "box": dual.predictor.bbox_pred, "head": dual.head}
 
     def losses(
-        self, features: dict[str, Tensor], rows: Rows, image_sizes: list[tuple[int, int]], targets: Targets
+        self,
+        features: dict[str, Tensor],
+        rows: Rows,
+        image_sizes: list[tuple[int, int]],
+        targets: Targets,
+        shared: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """The calibrated head's loss on the rows of the episode."""
         counts = [len(own) for own in rows.boxes]
@@ -138,7 +143,7 @@ def with_calibrated_head(
     predictor = roi_heads.predictor
     if not isinstance(predictor, BoxPredictor) or not isinstance(roi_heads.loss, Softmax):
         raise ValueError("SimCal calibrates a plain box predictor that was trained with the loss softmax")
-    calibrated = CalibrationRoIHeads(
+    return CalibrationRoIHeads(
         roi_heads.pool,
         nn.Identity(),
         DualPredictor(roi_heads.head, predictor, fresh=fresh),
@@ -146,12 +151,8 @@ def with_calibrated_head(
         fg_iou=roi_heads.matcher.high_threshold,
         batch=roi_heads.sampler.batch_size_per_image,
         fg_fraction=roi_heads.sampler.positive_fraction,
-        score_threshold=roi_heads.score_threshold,
-        nms=roi_heads.nms,
-        max_dets=roi_heads.max_dets,
+        limits=roi_heads.limits,
     )
-    calibrated.rescore = roi_heads.rescore
-    return calibrated
 
 
 def draw_episodes(
