@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-import pytest
+from pathlib import Path
 
-from tailfin.config import check_recipe
+import pytest
+import safetensors.torch
+import torch
+import yaml
+
+from tailfin.checkpoint import load_model_file, read_safetensors, save_model
+from tailfin.config import check_recipe, load_recipe, recipe_from_file
 from tailfin.errors import UserError
 from tailfin.schema.presets import PRESETS, change_preset, terms
 from tailfin.schema.pretraining import Pretraining
+from tailfin.stats import ClassStats
 
 
 def test_a_preset_fills_what_is_not_given():
@@ -100,3 +107,71 @@ def test_refused_recipes(values, message):
     with pytest.raises(UserError) as caught:
         check_recipe({"detector": {"norm": "bn", "frozen_layers": 0}, **values}, "test")
     assert message in str(caught.value)
+
+
+# ---- overrides and stored recipes ------------------------------------------------------------------------------------
+
+
+def test_an_override_of_the_preset_drops_what_was_the_files_with_one_line(capsys):
+    own = load_recipe("fod/drcl_r18", ["pretraining.preset=moco_v2"]).pretraining
+    assert {term: weight for term, weight in own.weights.model_dump().items() if weight} == {"hcl": 1.0}
+    assert (own.image.queue, own.image.dim, own.sampler.threshold, own.sampler.name) == (2048, 128, 0.03, "plain")
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and "preset moco_v2 in the place of drcl, without " in lines[0]
+    for key in ("proposals", "box", "reconstruction", "weights"):
+        assert f"pretraining.{key}" in lines[0]
+    assert load_recipe("fod/drcl_r18", {"pretraining.preset": "moco_v2"}).pretraining == own
+
+
+@pytest.mark.parametrize("overrides", [[], ["pretraining.preset=drcl"], ["pretraining.momentum=0.9"]])
+def test_nothing_is_dropped_and_said_without_another_preset(overrides, capsys):
+    own = load_recipe("fod/drcl_r18", overrides).pretraining
+    assert own.weights.sr == 0.1 and own.reconstruction.share == 0.5
+    assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_foreign_key_that_is_an_override_too_is_refused(order):
+    overrides = ["pretraining.preset=moco_v2", "pretraining.weights.sr=0.1"][::order]
+    with pytest.raises(UserError, match=r"weights\.sr belongs to sr, which preset moco_v2 does not have"):
+        load_recipe("fod/drcl_r18", overrides)
+
+
+def test_a_misspelt_preset_is_named_and_nothing_else_said(capsys):
+    with pytest.raises(UserError, match='pretraining.preset: "moco" is not a choice'):
+        load_recipe("fod/drcl_r18", ["pretraining.preset=moco"])
+    assert not capsys.readouterr().err
+
+
+@pytest.fixture
+def stored_before(tmp_path) -> Path:
+    """`recipe.yaml` as it was stored when a preset kept the options and the SR of a 2DRCL recipe."""
+    recipe = load_recipe("fod/drcl_r18", ["pretraining.preset=moco_v2"])
+    values = recipe.model_dump(mode="json")
+    values["pretraining"]["reconstruction"]["share"] = 0.5
+    values["pretraining"]["proposals"]["source"] = "gt_jitter"
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def test_stored_recipes_of_before_load(stored_before, capsys):
+    expected = load_recipe("fod/drcl_r18", ["pretraining.preset=moco_v2"])
+    capsys.readouterr()
+    assert recipe_from_file(stored_before) == expected
+    assert not capsys.readouterr().err, "what did nothing is gone without a word"
+    values = yaml.safe_load(stored_before.read_text())
+    values["pretraining"]["weights"]["sr"] = 0.1
+    stored_before.write_text(yaml.safe_dump(values))
+    assert recipe_from_file(stored_before) == expected
+    assert "it was pre-trained with sr too, which preset moco_v2 does not have" in capsys.readouterr().err
+
+
+def test_model_files_of_before_load(stored_before, tmp_path):
+    path = tmp_path / "model.safetensors"
+    recipe = load_recipe("fod/drcl_r18", ["pretraining.preset=moco_v2"])
+    stats = ClassStats(image_count=[3, 2], instance_count=[3, 2], num_images=4)
+    save_model(path, torch.nn.Linear(2, 2), recipe, stats)
+    tensors, metadata = read_safetensors(path)
+    safetensors.torch.save_file(tensors, path, metadata={**metadata, "recipe": stored_before.read_text()})
+    assert load_model_file(path).recipe == recipe

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
-from small_shell import DETECTION, samples, shell, total
+from small_shell import DETECTION, detector, samples, section, shell, total
 from torch import Tensor, nn
 
 from tailfin.errors import UserError
+from tailfin.models.backbones import Body, pyramid_backbone, small_body
 from tailfin.models.images import batch_images
 from tailfin.pretraining.image import pooled
+from tailfin.pretraining.shell import PreTrainer
 from tailfin.pretraining.term import Features, View
 from tailfin.schema.presets import PRESETS, TERMS, terms
 
@@ -268,6 +271,41 @@ def test_layers_and_pyramid_are_the_backbones_own():
     assert list(layers) == body.layer_names == ["layer1", "layer2", "layer3", "layer4"]
     for name, value in own.detector.backbone(pictures).items():
         assert torch.equal(own.detector.backbone.pyramid(layers)[name], value)
+
+
+def test_any_body_is_pre_trained_by_what_it_states():
+    """Another width, depth and naming than a ResNet's, and pictures of another mean and deviation."""
+    small = small_body((6, 8, 10, 12, 14), (1, 1, 1, 1), norm="bn")
+    names = {name: name.replace("layer", "block") for name in small}
+    stated = ({names[name]: value for name, value in own.items()} for own in (small.channels, small.strides))
+    body = Body({names[name]: part for name, part in small.items()}, *stated, mean=(0.5,) * 3, std=(0.25,) * 3)
+    model = detector()
+    model.backbone = pyramid_backbone(body, layers=(2, 3, 4), channels=8, pool=False)
+    model.mean, model.std = body.mean, body.std
+    for preset in ("drcl", "densecl"):
+        own = PreTrainer(model, section(preset=preset)).train()
+        assert own.heads.projectors["image"].hidden.in_features == 14
+        images, targets = samples(width=50)
+        seen = own.look_at(images, targets)
+        torch.testing.assert_close(seen.view(0).batch.tensors[0, :, :, :50], (images[0] / 255 - 0.5) / 0.25)
+        losses = own(images, targets)
+        total(losses).backward()
+        assert all(torch.isfinite(value) for value in losses.values())
+    generator = PreTrainer(model, section()).terms["reconstruction"].generator
+    assert generator.layers[0].in_channels == 14
+
+
+def test_a_copy_of_the_shell_follows_its_own_detector():
+    """An average of the weights over training copies the shell."""
+    own = shell(momentum=0.5)
+    other = copy.deepcopy(own)
+    images, targets = samples()
+    with torch.no_grad():
+        other.heads.projectors["image"].out.bias.add_(1.0)
+    other(images, targets)
+    moved = other.average["image_projector"].out.bias - own.average["image_projector"].out.bias
+    torch.testing.assert_close(moved, torch.full_like(moved, 0.5))
+    assert int(other.heads["image"].queue.place) == 2 and int(own.heads["image"].queue.place) == 0
 
 
 def test_bf16_autocast():
