@@ -39,7 +39,7 @@ from tailfin.models.images import batch_images
 from tailfin.schema.recipe import Recipe
 from tailfin.stats import ClassStats
 
-SMALL, LARGE = "fod/deformable_detr_tiny", "lvis_v1/deformable_detr_r50_focal"
+SMALL, LARGE = "fod/deformable_detr_tiny", "lvis_v1/deformable_detr_r50"
 CLIP = 0.1
 
 

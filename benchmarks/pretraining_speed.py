@@ -40,7 +40,7 @@ from tailfin.models.faster_rcnn import FasterRCNN
 from tailfin.pretraining.shell import PreTrainer
 from tailfin.stats import ClassStats
 
-SMALL, LARGE = "fod/drcl_r18", "lvis_v1/faster_rcnn_r50_drcl"
+SMALL, LARGE = "fod/drcl_r18", "lvis_v1/faster_rcnn_r50:drcl"
 OFF = {part: f"pretraining.weights.{part}=0" for part in ("hcl", "lcl", "ar", "sr")}
 ROWS: dict[str, list[str] | None] = {  # row -> overrides; none is the detector alone
     "supervised": None,

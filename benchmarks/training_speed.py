@@ -53,7 +53,7 @@ from tailfin.models.images import batch_images
 from tailfin.schema.recipe import Recipe
 from tailfin.stats import ClassStats
 
-SMALL, LARGE = "fod/faster_rcnn_r18_softmax", "lvis_v1/faster_rcnn_r50_softmax"
+SMALL, LARGE = "fod/faster_rcnn_r18_softmax", "lvis_v1/faster_rcnn_r50"
 NAMES = ("tailfin", "torchvision")
 RATE, CLIP = 1e-3, 10.0
 LOGIT_SPREAD, DELTA_SPREAD = 3.0, 0.2  # standard deviations of logits (over the classes) and box deltas in inference

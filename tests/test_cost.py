@@ -115,7 +115,7 @@ def test_settled_norms_keep_numbers_sane():
 
 @pytest.mark.parametrize(
     "given, classes",
-    [("lvis_v1/faster_rcnn_r50_softmax", 1203), ("bacl/XI/bacl/lvis_v0.5/r50", 1230), ("fod/bacl_r18", 31)],
+    [("lvis_v1/faster_rcnn_r50", 1203), ("bacl/XI/bacl/lvis_v0.5/r50", 1230), ("fod/bacl_r18", 31)],
 )
 def test_classes_of_a_data_set(given, classes):
     assert costs._stats(tailfin.config.load_recipe(given), given, None).num_classes == classes

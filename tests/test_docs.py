@@ -55,9 +55,13 @@ def test_the_architecture_names_every_module():
 def test_the_table_of_recipes_has_them_all():
     text = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
     table = text[text.index("## Names") : text.index("## Overrides")]
-    rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
-    named = [name for row in rows for pattern in re.findall("`([^`]+)`", row) for name in expanded(pattern)]
-    assert sorted(named) == sorted(recipes.names())
+    rows = [line.split("|")[1:3] for line in table.splitlines() if line.startswith("| `")]
+    named = [
+        (file, tuple(re.findall("`([^`]+)`", variants)))
+        for pattern, variants in rows
+        for file in expanded(re.findall("`([^`]+)`", pattern)[0])
+    ]
+    assert sorted(named) == [(file, recipes.variants(file)) for file in recipes.files()]
 
 
 def expanded(pattern: str) -> list[str]:

@@ -9,10 +9,21 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["ClassStats", "Detector", "UserError", "evaluate", "load", "losses", "models", "samplers", "train"]
+__all__ = [
+    "ClassStats",
+    "Detector",
+    "UserError",
+    "calibration",
+    "evaluate",
+    "load",
+    "losses",
+    "models",
+    "samplers",
+    "train",
+]
 
 if TYPE_CHECKING:
-    from tailfin import losses, models, samplers
+    from tailfin import calibration, losses, models, samplers
     from tailfin.api import Detector, evaluate, load, train
     from tailfin.errors import UserError
     from tailfin.stats import ClassStats

@@ -1,152 +1,223 @@
-"""Training-free score calibration of a trained detector (NorCal): a model file in, a model file out.
+"""Training-free calibration: the scores of a trained detector set right by class size, and by FRACAL's class geometry.
 
-Only the recipe in the file changes (`evaluation.norcal`), the weights are the same; the class counts are those of its
-training, which the file carries. The strength gamma is given, or the one with the best AP on training pictures, as in
-the paper.
+    norcal           s_c = (p_c / n_c^gamma) / (p_background + sum over k of p_k / n_k^gamma)   (Pan et al., NeurIPS'21)
+    logit_adjusted   z_c - log(prior_c^tau + 1e-12)                                (Menon et al., ICLR'21, eq. 9)
+    fracal           logits shifted by the rarity of a class, scores divided by its fractal dimension^lambda
+                                                                                   (FRACAL, Alexandridis et al., 2025)
+
+Each is a plain function on tensors; none changes weights::
+
+    stats = ClassStats.from_json("train.json")
+    scores = norcal(logits.softmax(1), stats, gamma=0.6)
+    scores = fracal(logits, stats, fractal_dimension("train.json"))
+
+n_c are the images that show class c, in training; a count of 0 acts as 1. `tailfin calibrate` looks for NorCal's gamma
+(`calibration_search.py`).
 """
 
 from __future__ import annotations
 
-import tempfile
-from contextlib import ExitStack, closing
+import math
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
 
-from tailfin import evaluation
-from tailfin.api import load
-from tailfin.checkpoint import file_hash, load_model_file, save_model
-from tailfin.data.dataset import Source, evaluation_loader
-from tailfin.data.document import load_document, positions, subset
-from tailfin.data.index import image_folder, open_index
-from tailfin.errors import UserError
-from tailfin.evaluation.results import ResultWriter
-from tailfin.files import existing_file, write_json
-from tailfin.inference import category_ids_for, counts_by_id, picture_scale
-from tailfin.models.detector import Detector
-from tailfin.models.heads import NorCal
-from tailfin.progress import Progress
-from tailfin.samplers.class_aware import class_aware_order
-from tailfin.schema.data import Data
-from tailfin.schema.recipe import Evaluation
+from tailfin.errors import nearest
 from tailfin.stats import ClassStats
 
-GAMMAS = tuple(step / 10 for step in range(11))
+if TYPE_CHECKING:
+    from tailfin.data.index import AnnotationIndex
+
+GRID = 64  # finest grid of the fractal dimension: GRID x GRID cells
+FEWEST = 4  # objects of a class below which its dimension is 1
+TINY_PRIOR = 1e-12
+KINDS = ("softmax", "sigmoid")
 
 
-def calibrate(
-    model: str | Path,
-    out: str | Path,
-    *,
-    gamma: float | None = None,
-    train: str | Path | None = None,
-    train_images: str | Path | None = None,
-    max_images: int = 1000,
-    overwrite: bool = False,
-    device: str | None = None,
-) -> tuple[float, dict[float, float]]:
-    """Write the calibrated model to `out`; returns gamma and the AP of every gamma that was tried (none where given).
+# ---- FRACAL ----------------------------------------------------------------------------------------------------------
+
+
+def fractal_dimension(source: str | Path | AnnotationIndex) -> NDArray[np.float64]:
+    """How evenly the objects of each class fill the picture: box-counting dimension of their centres, float64 [C].
+
+    Centres are taken relative to their pictures and pooled. For G = 1..64 count the cells of a G x G grid that hold a
+    centre; the dimension is the least-squares slope of log(cells) over log(G), with the G whose G^2 is no more than the
+    class's objects. It lies near 2 for objects everywhere, near 1 for a line; smaller slopes, and classes with fewer
+    than 4 objects, count 1. All annotations count, as in the counts of `ClassStats`; cells are half open, so a centre
+    on the right or lower border is in none.
 
     Args:
-        model: model file or run folder of a Faster R-CNN whose scores are a softmax.
-        gamma: strength; without it `train` is needed.
-        train, train_images: training annotations and the folder of their pictures.
-        max_images: so many of them are looked at, drawn class by class where there are more.
+        source: path of a COCO or LVIS annotation file, or an open index. A broken file raises `UserError`.
     """
-    path, target = Path(model), Path(out)
-    path = existing_file(path / "model.safetensors" if path.is_dir() else path, "model")
-    if target.suffix != ".safetensors" or target.is_dir():
-        raise UserError(f"--out {target} must be a file that ends in .safetensors")
-    if target.exists() and not overwrite:
-        raise UserError(f"--out {target} exists already; add --overwrite to replace it")
-    if gamma is None and train is None:
-        raise UserError("give the strength (--gamma 0.6), or training annotations (--train FILE) to find the best one")
-    if gamma is not None and not 0 <= gamma < float("inf"):
-        raise UserError(f"--gamma must not be negative (given: {gamma})")
-    detector = load(path, device)
-    plain = detector.model
-    if plain.loss is None:
-        raise UserError(f"model {path}: {detector.recipe.detector.name} has no softmax scores to calibrate")
-    NorCal(detector.stats, plain.loss, 0.0)  # refuses other scores before any work is done
-    tried: dict[float, float] = {}
-    if gamma is None:
-        assert train is not None
-        limits = detector.recipe.evaluation
-        candidates = {value: NorCal(detector.stats, plain.loss, value).to(detector.device) for value in GAMMAS}
-        with tempfile.TemporaryDirectory() as folder:
-            annotations = _some_images(train, max_images, detector.recipe.seed, Path(folder))
-            source = Source(open_index(annotations), image_folder(train, train_images))
-            _detect(plain, source, detector.recipe.data, detector.names, candidates, Path(folder), limits.batch)
-            tried = {
-                value: _precision(annotations, Path(folder) / str(value), limits, detector.stats) for value in GAMMAS
-            }
-        gamma = max(tried, key=lambda value: (tried[value], -value))
-    file = load_model_file(path)
-    changed = file.recipe.evaluation.model_copy(update={"norcal": gamma})
-    recipe = file.recipe.model_copy(update={"evaluation": changed})
-    target.parent.mkdir(parents=True, exist_ok=True)
-    save_model(target, plain, recipe, file.stats, parents=[file_hash(path)])
-    return gamma, tried
+    if isinstance(source, (str, Path)):
+        from tailfin.data.index import open_index
+
+        source = open_index(source, needs_names=False)
+    index = source
+    boxes = np.asarray(index.boxes)
+    centres = boxes[:, :2] + boxes[:, 2:] / 2
+    centres = centres / np.stack([index.widths, index.heights], axis=1)[index.image_of]
+    return box_counting(centres, np.asarray(index.labels, dtype=np.int64), len(index.categories))
 
 
-@torch.inference_mode()
-def _detect(
-    model: Detector,
-    source: Source,
-    config: Data,
-    names: list[str],
-    candidates: dict[float, NorCal],
-    folder: Path,
-    batch: int,
-) -> None:
-    """Detections under every candidate, from one pass of the network, as shards in `folder/<gamma>`."""
-    ids = category_ids_for(names, source.index)
-    model.eval()
-    device = next(model.parameters()).device
-    with ExitStack() as stack:
-        loader = stack.enter_context(closing(evaluation_loader(source, config, batch=batch, rank=0, processes=1)))
-        writers = {value: stack.enter_context(ResultWriter(folder / str(value))) for value in candidates}
-        progress = stack.enter_context(Progress("calibration", len(source.index)))
-        done = 0
-        for images, rows in loader:
-            seen = model.outputs([image.to(device) for image in images])
-            for value, rescore in candidates.items():
-                model.rescore = rescore
-                found = model.detections(seen, model.limits)
-                for image, row, output in zip(images, rows, found, strict=True):
-                    boxes = output["boxes"].cpu().numpy() * picture_scale(image.shape[-2:], source.index, row)
-                    labels, scores = output["labels"].cpu().numpy(), output["scores"].cpu().numpy()
-                    writers[value].add(int(source.index.image_ids[row]), boxes, scores, ids[labels])
-            done += len(rows)
-            progress.update(done)
+def box_counting(centres: NDArray[np.float64], labels: NDArray[np.int64], classes: int) -> NDArray[np.float64]:
+    """`fractal_dimension` of centres [N, 2] in 0..1 and their classes [N], float64 [classes]."""
+    objects = np.bincount(labels, minlength=classes)
+    inside = ((centres >= 0) & (centres < 1)).all(axis=1)
+    centres, labels = centres[inside], labels[inside]
+    cells = np.empty((classes, GRID))
+    for grid in range(1, GRID + 1):
+        column, row = np.floor(centres * grid).astype(np.int64).clip(max=grid - 1).T
+        held = np.zeros((classes, grid * grid), dtype=bool)
+        held[labels, row * grid + column] = True
+        cells[:, grid - 1] = held.sum(axis=1)
+    x, y = np.log(np.arange(1, GRID + 1)), np.log(cells.clip(min=1))
+    # sums over the first G grids, then those of each class's largest one
+    last = np.clip(np.sqrt(objects).astype(np.int64), 1, GRID) - 1
+    count = last + 1.0
+    sum_x, sum_xx = np.cumsum(x)[last], np.cumsum(x * x)[last]
+    rows = np.arange(classes)
+    sum_y, sum_xy = np.cumsum(y, axis=1)[rows, last], np.cumsum(x * y, axis=1)[rows, last]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        slope = (count * sum_xy - sum_x * sum_y) / (count * sum_xx - sum_x**2)
+    return np.where(objects >= FEWEST, np.maximum(slope, 1.0), 1.0)
 
 
-def _precision(annotations: Path, shards: Path, limits: Evaluation, stats: ClassStats) -> float:
-    metrics = evaluation.evaluate(
-        annotations,
-        shards,
-        limits.protocol,
-        "bbox",
-        max_dets=limits.max_dets if limits.protocol == "lvis" else None,
-        group_bounds=limits.group_bounds,
-        train_counts=counts_by_id(stats, open_index(annotations)),
-    )
-    return float(metrics["bbox"]["AP"])
+def fracal(
+    logits: Tensor,
+    stats: ClassStats,
+    dimension: ArrayLike | Tensor,
+    kind: Literal["softmax", "sigmoid"] = "softmax",
+    lambda_: float = 2.0,
+) -> Tensor:
+    """FRACAL's scores: rare classes up, classes that fill the picture evenly down.
+
+    w_c = -log10(share of images with class c) - log10(C), released with the decimal logarithm beside natural logits.
+    softmax: softmax(z + w) over classes and background (w = 0), divided by D_c^lambda (background by 1), renormalised.
+    sigmoid: s(z) s(z + w + v), v_c = -log10(D_c^lambda / sum of D^lambda) - log10(C).
+
+    Args:
+        logits: softmax [N, C + 1], background last; sigmoid [N, C].
+        stats: counts of the training set; shares are of all its images.
+        dimension: [C], D_c of `fractal_dimension`.
+        kind: what the logits are trained for.
+        lambda_: strength of the dimension; 0 leaves the shift by frequency alone.
+
+    Returns:
+        [N, C] scores in 0..1, float32 or float64.
+    """
+    if kind not in KINDS:
+        raise ValueError(f'there is no kind "{kind}"{nearest(kind, KINDS)}')
+    if not 0 <= lambda_ < math.inf:
+        raise ValueError(f"lambda_ must not be negative (given: {lambda_})")
+    classes = stats.num_classes
+    _check(logits, classes + (kind == "softmax"), "logits")
+    logits = _float(logits)
+    sizes = torch.as_tensor(dimension, dtype=torch.float64, device="cpu")
+    if sizes.shape != (classes,) or not bool(((sizes > 0) & sizes.isfinite()).all()):
+        raise ValueError(f"dimension must be {classes} positive numbers, one per class")
+    sizes = sizes.pow(lambda_)
+    shift = -(_counts(stats) / max(stats.num_images, 1)).log10() - math.log10(classes)
+    if kind == "sigmoid":
+        second = shift - (sizes / sizes.sum()).log10() - math.log10(classes)
+        return logits.sigmoid() * (logits + second.to(logits)).sigmoid()
+    none = shift.new_zeros(1)
+    # softmax, division and renormalisation in one: exact where a quotient would underflow
+    total = torch.cat([shift - sizes.log(), none])
+    return (logits + total.to(logits)).softmax(dim=1)[:, :-1]
 
 
-def _some_images(train: str | Path, most: int, seed: int, folder: Path) -> Path:
-    """The file itself, or a smaller one with at most so many of its annotated pictures, each class's in turn."""
-    document = load_document(existing_file(train, "train annotations"))
-    image_of, class_of = positions(document)
-    if len(np.unique(image_of)) == 0:
-        raise UserError(f"{train} has no annotation to calibrate on")
-    if len(document["images"]) <= most:
-        return Path(train)
-    order = class_aware_order(image_of, class_of, 4 * most, np.random.default_rng([seed, 6]))
-    _, first = np.unique(order, return_index=True)
-    chosen = np.zeros(len(document["images"]), dtype=bool)
-    chosen[order[np.sort(first)[:most]]] = True
-    path = folder / "images.json"
-    write_json(path, subset(document, chosen, chosen[image_of]))
-    return path
+# ---- NorCal ----------------------------------------------------------------------------------------------------------
+
+
+def norcal(scores: Tensor, stats: ClassStats, gamma: float) -> Tensor:
+    """NorCal's scores: [N, C + 1] softmax probabilities, background last, to [N, C], float32 or float64.
+
+    Only foreground is divided; the normalisation over classes *and* background keeps a background box background when
+    its scores move. On logits the same is softmax over (z_c - gamma log n_c, z_background).
+
+    Args:
+        scores: [N, C + 1] probabilities of any float dtype.
+        stats: counts of the training set.
+        gamma: strength; 0 leaves the scores as they are. The paper picks it on training images, per model.
+    """
+    _check(scores, stats.num_classes + 1, "scores")
+    return norcal_foreground(scores[:, :-1], stats.image_count, gamma, scores[:, -1])
+
+
+def norcal_foreground(
+    scores: Tensor, class_count: ArrayLike | Tensor, gamma: float = 0.6, background: Tensor | None = None
+) -> Tensor:
+    """`norcal` for scores without a background column.
+
+    Args:
+        scores: [N, C] foreground probabilities in 0..1, any float dtype.
+        class_count: [C] training images (or instances) of the classes; a count of 0 acts as 1.
+        gamma: strength.
+        background: [N] background probabilities; by default what the foreground scores leave of 1. Give it for scores
+            that do not sum to 1 with the background, such as p_j (1 - p_background) of an objectness column.
+
+    Returns:
+        [N, C] scores in 0..1, float32 or float64.
+    """
+    if not 0 <= gamma < math.inf:
+        raise ValueError(f"gamma must not be negative (given: {gamma})")
+    counts = torch.as_tensor(class_count, dtype=torch.float64, device="cpu").clamp(min=1)
+    if scores.ndim != 2 or counts.shape != scores.shape[1:]:
+        raise ValueError(f"class_count must be one number per column of scores {list(scores.shape)}")
+    scores = _float(scores)
+    if background is None:
+        background = (1 - scores.sum(dim=1)).clamp(min=0)
+    elif background.shape != scores.shape[:1]:
+        raise ValueError(f"background must be [{len(scores)}], this is {list(background.shape)}")
+    divided = scores * counts.pow(-gamma).to(scores)
+    total = divided.sum(dim=1) + background.to(scores)
+    return divided / total.clamp(min=torch.finfo(scores.dtype).tiny)[:, None]
+
+
+# ---- logit adjustment ------------------------------------------------------------------------------------------------
+
+
+def logit_adjusted(logits: Tensor, stats: ClassStats, tau: float = 1.0) -> Tensor:
+    """Post-hoc logit adjustment: z_c - log(prior_c^tau + 1e-12), priors as shares of the classes' image counts.
+
+    The paper is about classification; of detection's columns the background is left as it is. To use the same term in
+    training, add it instead (`losses.build("logit_adjusted", stats)`).
+
+    Args:
+        logits: [N, C], or [N, C + 1] with the background last.
+        stats: counts of the training set.
+        tau: strength; 0 leaves the logits as they are.
+
+    Returns:
+        Adjusted logits of the same shape, float32 or float64.
+    """
+    if not 0 <= tau < math.inf:
+        raise ValueError(f"tau must not be negative (given: {tau})")
+    classes = stats.num_classes
+    if logits.ndim != 2 or logits.shape[1] not in (classes, classes + 1):
+        raise ValueError(f"logits must be [N, {classes}] or [N, {classes + 1}], these are {list(logits.shape)}")
+    logits = _float(logits)
+    counts = _counts(stats)
+    term = ((counts / counts.sum()).pow(tau) + TINY_PRIOR).log()
+    term = torch.cat([term, term.new_zeros(logits.shape[1] - classes)])
+    return logits - term.to(logits)
+
+
+def _check(values: Tensor, width: int, name: str) -> None:
+    if values.ndim != 2 or values.shape[1] != width:
+        raise ValueError(f"{name} must be [N, {width}], these are {list(values.shape)}")
+
+
+def _counts(stats: ClassStats) -> Tensor:
+    """Image counts, float64 [C], at least 1."""
+    return torch.as_tensor(stats.image_count, dtype=torch.float64).clamp(min=1)
+
+
+def _float(values: Tensor) -> Tensor:
+    """Half precision to float32."""
+    return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values

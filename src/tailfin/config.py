@@ -1,9 +1,10 @@
-"""The recipe: one YAML file that says everything about a training run, checked against the schema below.
+"""The recipe: one YAML file that says everything about a training run, checked against the schema.
 
-A recipe stands alone (no inheritance). It states what differs from the defaults here; `tailfin recipes show NAME` and
-`RUN/recipe.yaml` print all of it. An unknown key is an error that names its path and the nearest key that exists.
-Overrides are `a.b=c` and pass the same check::
+A recipe states what differs from the schema's defaults; `tailfin recipes show NAME` and `RUN/recipe.yaml` print all of
+it. A file may have variants, `FILE:VARIANT` (`recipe_values.py`); nothing is inherited between files. An unknown key is
+an error that names its path and the nearest key that exists. Overrides are `a.b=c` and pass the same check::
 
+    recipe = load_recipe("fod/losses:seesaw", ["schedule.epochs=4"])
     recipe = load_recipe("fod/faster_rcnn_r18_softmax", ["schedule.epochs=4", "loss=focal", "loss.focal_gamma=1.5"])
 
 A section that is chosen by name (`loss`, `sampler`, `detector.classifier`) may be given as the bare name; a new name
@@ -21,63 +22,44 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from tailfin import recipes
 from tailfin.errors import UserError
 from tailfin.files import existing_file
-from tailfin.schema.base import as_number
+from tailfin.recipe_values import assign, parse_recipe, parse_yaml, read_text, split_override
 from tailfin.schema.presets import PRESETS, change_preset, own_terms
 from tailfin.schema.problems import explain
 from tailfin.schema.recipe import Recipe
 
-
-class _Loader(yaml.SafeLoader):
-    """YAML that refuses a key given twice (plain YAML keeps the last one silently)."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=deep)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f'key "{key}" is given twice', key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep=deep)
-
-
-def parse_yaml(text: str, source: str) -> Any:
-    """YAML text to plain values; a syntax error is a `UserError` with file, line and column."""
-    try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
-    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
-        raise UserError(f"{source} is not valid YAML: {' '.join(str(error).split())}") from None
+__all__ = [
+    "check_recipe",
+    "dump_recipe",
+    "load_recipe",
+    "parse_yaml",
+    "recipe_from_file",
+    "split_override",
+    "stored_recipe",
+]
 
 
 def load_recipe(name: str | Path, overrides: Iterable[str] | Mapping[str, Any] = ()) -> Recipe:
-    """A recipe by package name, YAML path or published row id, with overrides (`["a.b=c"]` or `{"a.b": c}`) on top."""
-    from tailfin import recipes  # imports this module
+    """A recipe with overrides (`["a.b=c"]` or `{"a.b": c}`) on top.
 
-    text, source, row_overrides = recipes.find(str(name))
-    values = parse_yaml(text, source)
-    if not isinstance(values, dict):
-        raise UserError(f"{source} is not a recipe: a mapping of keys is needed, this is {_kind(values)}")
-    values.setdefault("name", str(name) if row_overrides else recipes.name_of(name))
+    `name` is that of a recipe of the package, the path of a YAML file, one of these with `:VARIANT`, or the id of a
+    published row.
+    """
+    found = recipes.find(str(name))
+    values = found.values()
     given = overrides.items() if isinstance(overrides, Mapping) else [split_override(text) for text in overrides]
-    for key, value in (split_override(text) for text in row_overrides):
-        _assign(values, key, value)
-    _change_preset(values, dict(given).get("pretraining.preset"), source)
+    _change_preset(values, dict(given).get("pretraining.preset"), found.label)
     for key, value in given:
-        _assign(values, key, value)
-    return check_recipe(values, source)
+        assign(values, key, value)
+    return check_recipe(values, found.label)
 
 
 def recipe_from_file(path: str | Path) -> Recipe:
     """The recipe that a run has stored, `RUN/recipe.yaml`."""
     path = existing_file(path, "recipe")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"recipe {path} is not UTF-8 text ({error})") from None
-    values = parse_yaml(text, str(path))
-    if not isinstance(values, dict):
-        raise UserError(f"{path} is not a recipe: a mapping of keys is needed, this is {_kind(values)}")
+    values, _ = parse_recipe(read_text(path), str(path))
     return stored_recipe(values, str(path))
 
 
@@ -101,15 +83,6 @@ def check_recipe(values: Mapping[str, Any], source: str) -> Recipe:
         raise UserError(explain(error, source, Recipe)) from None
 
 
-def split_override(text: str) -> tuple[str, Any]:
-    """`"a.b=1e-4"` to `("a.b", 1e-4)`; values are YAML, and 1e-4, which YAML takes for text, is a number here."""
-    key, separator, value = text.partition("=")
-    if not separator or not key.strip():
-        raise UserError(f'"{text}" is not an override: write key=value, for example schedule.epochs=4')
-    parsed = parse_yaml(value, f'the override "{text}"') if value.strip() else ""
-    return key.strip(), as_number(parsed)
-
-
 def dump_recipe(recipe: Recipe) -> str:
     """The fully resolved recipe as YAML text that loads to the same recipe."""
     values = recipe.model_dump(mode="json")
@@ -131,30 +104,3 @@ def _say(text: str) -> None:
     """A line for the user, from one process."""
     if int(os.environ.get("RANK", "0")) == 0:
         print(text, file=sys.stderr)
-
-
-def _assign(values: dict[str, Any], key: str, value: Any) -> None:
-    *path, last = key.split(".")
-    for depth, part in enumerate(path):
-        inner = values.get(part)
-        if isinstance(inner, str) and part in ("loss", "sampler", "classifier"):
-            inner = {"name": inner}
-        if inner is None:
-            inner = {}
-        if not isinstance(inner, dict):
-            raise UserError(f'override {key}: "{".".join(path[: depth + 1])}" is a value, not a section')
-        values[part] = dict(inner)
-        values = values[part]
-    values[last] = value
-
-
-def _kind(value: Any) -> str:
-    kinds = {
-        type(None): "empty",
-        list: "a list",
-        str: "text",
-        int: "a number",
-        float: "a number",
-        bool: "a truth value",
-    }
-    return kinds.get(type(value), f"a {type(value).__name__}")

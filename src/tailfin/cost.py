@@ -1,6 +1,6 @@
 """What detectors cost: multiply-adds, parameters and pictures per second, several side by side (`tailfin cost`).
 
-    counted = cost(["lvis_v1/faster_rcnn_r50_softmax", "lvis_v1/faster_rcnn_r50_bacl"], size=(800, 1333))
+    counted = cost(["lvis_v1/faster_rcnn_r50", "lvis_v1/faster_rcnn_r50_bacl"], size=(800, 1333))
 
 Multiply-adds are counted on one picture, the box head on as many proposals as the recipe keeps at test time. They are
 what detection papers print as FLOPs; a multiply-add is two floating-point operations. Elementwise work, RoIAlign and

@@ -90,7 +90,7 @@ class ClassStats:
         """Counts of a COCO or LVIS training file; `group_bounds` as in `from_index`."""
         from tailfin.data.index import open_index
 
-        return cls.from_index(open_index(path), group_bounds)
+        return cls.from_index(open_index(path, needs_names=False), group_bounds)
 
     @classmethod
     def from_index(cls, index: AnnotationIndex, group_bounds: Sequence[int] | None = None) -> ClassStats:

@@ -54,6 +54,19 @@ def test_dry_run_lists_every_stage(tailfin, tiny_recipe, tiny_set, tmp_path, mon
     assert files(tmp_path) == {"dry-run.jpg"}
 
 
+def test_dry_run_of_a_variant(tailfin, tiny_recipe, tiny_set, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "400")
+    variant = "variants: {short: {overrides: {schedule.epochs: 2, loss: seesaw, sampler: plain}}}\n"
+    Path("own.yaml").write_text(tiny_recipe.read_text() + variant)
+    outcome = tailfin("train", "own.yaml:short", "--train", tiny_set[0], "--val", tiny_set[1], "--dry-run")
+    assert outcome.code == 0, outcome.err
+    assert "plan of own:short" in outcome.out
+    assert "2 epochs, 14 iterations of 4" in outcome.out and "loss seesaw, sampler plain" in outcome.out
+    outcome = tailfin("train", "own.yaml:shrt", "--train", tiny_set[0], "--dry-run")
+    assert outcome.code == 2 and outcome.err == 'error: own.yaml has no variant "shrt" (did you mean "short"?)\n'
+
+
 LOCALIZER = """\
 weights: none
 backbone: resnet18

@@ -17,6 +17,8 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "ldam with deferred weights": ("ldam", {"drw_beta": 0.9999}),
     "class_balanced on sigmoid": ("class_balanced", {"base": "sigmoid"}),
     "logit_adjusted post hoc": ("logit_adjusted", {"variant": "post_hoc"}),
+    "fedloss on focal": ("fedloss", {"base": "focal"}),
+    "fedloss of two classes": ("fedloss", {"num_classes": 2}),
     "efl without alpha": ("efl", {"focal_alpha": -1.0}),
     "rog on seesaw": ("rog", {"base": "seesaw"}),
     **{f"pcb on {base}": ("pcb", {"base": base, "start_epoch": 0}) for base in ("softmax", "seesaw", "eqlv2")},

@@ -102,7 +102,8 @@ def test_a_classifier_learns_with_every_loss_in_half_precision(features: Feature
     assert torch.tensor(values).isfinite().all()
     assert all(parameter.isfinite().all() for parameter in classifier.parameters())
     after = average_precision(features, loss, classifier)
-    assert after > before + 0.05, f"{name}: AP {before:.3f} -> {after:.3f}"
+    # untrained: below 0.003; trained: 0.06 to 0.39, by loss and by the processor's instructions
+    assert after > 5 * before + 0.02, f"{name}: AP {before:.3f} -> {after:.3f}"
 
 
 @torch.no_grad()

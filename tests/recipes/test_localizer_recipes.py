@@ -23,12 +23,9 @@ def test_recipe(name):
     assert recipe.detector.name == "localizer" and recipe.backbone == f"resnet{name[-2:]}"
     assert recipe.data.train.annotations and not recipe.data.val.annotations
     assert recipe.about.title and recipe.about.hardware and f"tailfin train {name}" in recipe.about.command
-    text = recipes.find(name)[0]
-    header = text[: text.index("\nabout:")]
-    for fact in ("Paper", "Expected", "Training", "Command", "Data", "Hours"):
-        assert f"# {fact}" in header
-    assert "tailfin data proposals RUN --annotations" in header
-    assert all(len(line) <= 120 for line in text.splitlines())
+    assert "tailfin data proposals RUN --annotations" in recipe.about.notes
+    text = recipes.find(name).text
+    assert text.startswith("about:\n") and all(len(line) <= 120 for line in text.splitlines())
     with pytest.raises(UserError, match="knows no classes to be measured by"):
         load_recipe(name, ["data.val.annotations=val.json"])
 

@@ -174,7 +174,7 @@ def test_the_ablations_of_bacl_are_switches_of_one_recipe():
     }
     for row_id, overrides in expected.items():
         assert RUNS[f"bacl/{row_id}"] == Runnable(recipe, overrides)
-    assert RUNS["bacl/X/bacl/lvis_v0.5/r50/end_to_end"] == Runnable(f"{recipe}_end_to_end", ())
+    assert RUNS["bacl/X/bacl/lvis_v0.5/r50/end_to_end"] == Runnable("lvis_v0.5/faster_rcnn_r50:bacl_end_to_end", ())
     assert RUNS["bacl/XII/bacl/lvis_v1/r101/faster_rcnn"].overrides == ("backbone=resnet101",)
 
 
@@ -183,9 +183,9 @@ def test_the_baselines_of_all_tables_are_runnable():
         for dataset in ("lvis_v0.5", "lvis_v1"):
             for backbone in ("r50", "r101"):
                 assert f"bacl/XIII/{loss}/{dataset}/{backbone}" in RUNNABLE
-    assert RUNS["bacl/XIII/softmax/lvis_v1/r50"] == Runnable("lvis_v1/faster_rcnn_r50_softmax", ())
+    assert RUNS["bacl/XIII/softmax/lvis_v1/r50"] == Runnable("lvis_v1/faster_rcnn_r50", ())
     assert RUNS["bacl/XIII/rfs/lvis_v0.5/r101"] == Runnable(
-        "lvis_v0.5/faster_rcnn_r50_softmax", ("backbone=resnet101", "sampler=rfs")
+        "lvis_v0.5/faster_rcnn_r50", ("backbone=resnet101", "sampler=rfs")
     )
     assert RUNS["bacl/I/stage1/lvis_v0.5/r50/small_weight_decay"].overrides == (
         "schedule.epochs=12",

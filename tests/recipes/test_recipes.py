@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from typer.testing import CliRunner
 
 from tailfin import ClassStats, losses, recipes
-from tailfin.cli.recipes import app
+from tailfin.cli.recipes import _recipe_facts, app
 from tailfin.config import load_recipe, parse_yaml
 from tailfin.errors import UserError
 from tailfin.models import build_detector
@@ -26,7 +27,7 @@ DETRS = [name for name in recipes.names() if name.endswith("/deformable_detr_tin
 APART = STEPWISE + LOCALIZERS + DETRS
 SMALL = [name for name in recipes.names() if name.split("/")[0] in ("demo", "fod", "road12") and name not in APART]
 
-# last word of a recipe's name -> losses of its stages
+# method of a recipe (its variant, or the last word of its name) -> losses of its stages
 LOSSES = {
     **{name: (name,) for name in losses.names()},
     **{sampler: ("softmax",) for sampler in ("rfs", "irfs")},
@@ -35,7 +36,7 @@ LOSSES = {
     "fasa": ("softmax",),
     **{head: ("softmax",) for head in ("tde", "forest", "forest_rcnn")},
     **{head: ("softmax", "softmax") for head in ("disalign", "simcal")},
-    "pcb_iterative": ("pcb",),
+    "decoupled": ("softmax", "softmax"),
     "rio": ("softmax",),
     "loce": ("softmax", "ebl"),
     "bags": ("softmax", "bags"),
@@ -58,20 +59,25 @@ def refusal(call, *arguments) -> str:
 
 def test_names():
     names = recipes.names()
-    assert names == sorted(set(names))
-    for expected in ("demo/faster_rcnn_r18_softmax", "fod/faster_rcnn_r18_rfs", "lvis_v1/faster_rcnn_r50_softmax"):
+    assert len(names) == len(set(names))
+    assert list(recipes.files()) == sorted(name for name in names if ":" not in name)
+    for expected in ("demo/faster_rcnn_r18_softmax", "fod/faster_rcnn_r18_rfs", "lvis_v1/faster_rcnn_r50:seesaw"):
         assert expected in names
     assert all(named(name) for name in names if name not in APART)
 
 
 def named(name: str) -> tuple[str, str, str]:
-    """(detector, depth, method) of a recipe's name; the short names of the small sets leave out what is plain."""
-    _, own = name.split("/")
-    if full := re.fullmatch(r"(faster_rcnn|deformable_detr)_r(\d+)_([a-z0-9_]+)", own):
-        return full[1], full[2], full[3]
-    short = re.fullmatch(r"([a-z0-9_]+?)(?:_r(\d+))?", own)
-    assert short and name in SMALL, name
-    return "faster_rcnn", short[2] or "18", short[1].removeprefix("drcl_")  # 2DRCL, then the method
+    """(detector, depth, method) of a recipe's address; a file without a method in its name is the plain baseline."""
+    file, _, variant = name.partition(":")
+    own = file.split("/")[1]
+    full = re.fullmatch(r"(faster_rcnn|deformable_detr)_r(\d+)_?([a-z0-9_]*)", own)
+    detector, depth, method = full.groups() if full else ("faster_rcnn", "18", own.removesuffix("_r18"))
+    if own in ("losses", "classifiers", "features"):
+        method = ""
+    plain = "softmax" if detector == "faster_rcnn" else "focal"
+    if variant == "balms" and method == "decoupled":
+        return detector, depth, "balms_decoupled"
+    return detector, depth, variant or method or plain
 
 
 def stage_losses(recipe: Recipe) -> tuple[str, ...]:
@@ -83,12 +89,14 @@ def test_recipe(name):
     recipe = load_recipe(name)
     assert recipe.name == name
     assert load_recipe(f"{name}.yaml") == recipe
+    file, colon, variant = name.partition(":")
+    assert load_recipe(f"{file}.yaml{colon}{variant}") == recipe
     detector, depth, method = named(name)
     assert recipe.detector.name == detector
     assert recipe.backbone == f"resnet{depth}"
     assert stage_losses(recipe) == LOSSES[method]
     assert (recipe.method == "bacl") == (method == "bacl")
-    repeats = method in ("rfs", "rio", "balms_decoupled") or name.endswith("faster_rcnn_r50_ecm")
+    repeats = method in ("rfs", "rio", "balms_decoupled") or (method == "ecm" and name.startswith("lvis"))
     repeats = repeats or (method == "drcl" and not name.startswith("coco"))
     assert (recipe.pretraining is not None) == ("drcl" in name)
     assert (recipe.sampler.name == "rfs") == repeats
@@ -100,18 +108,13 @@ def test_recipe(name):
     assert recipe.about.title and recipe.about.hardware
     assert f"tailfin train {name}" in recipe.about.command
 
-    text, source, overrides = recipes.find(name)
-    assert (source, overrides) == (f"recipe {name}", [])
-    header = text[: text.index("\nabout:")]
-    for fact in ("Paper", "Expected", "Training", "Command", "Data", "Hours"):
-        assert f"# {fact}" in header, f"the header does not say: {fact}"
-    if "not measured" in header[header.index("# Expected") :].splitlines()[0] or "nothing printed" in header:
-        assert not recipe.about.published
-    for line in text.splitlines():
+    found = recipes.find(name)
+    assert (found.label, found.overrides, found.name) == (f"recipe {name}", (), name)
+    assert found.text.startswith("about:\n"), "what a header would say is said by about"
+    for line in found.text.splitlines():
         assert len(line) <= 120
-    for key, value in recipe.about.published.items():  # header and `about` say the same
-        assert re.search(rf"\b{key} {value}\b", header)
-    assert "name" not in parse_yaml(text, source), "a copy would keep the name of the original"
+    values = parse_yaml(found.text, found.label)
+    assert "name" not in values, "a copy would keep the name of the original"
 
 
 def test_every_loss_has_a_recipe():
@@ -130,7 +133,8 @@ def test_small_recipes_differ_in_their_method_alone():
             recipe, method = load_recipe(name), named(name)[2]
             same = {"seed", "weights", "backbone", "evaluation", "logging"}
             assert recipe.model_dump(include=same) == plain.model_dump(include=same), name
-            free = {"classifier"} if method in (*COSINE, "rio", "tde", "forest", "pcb_iterative") else set()
+            heads = method in (*COSINE, "rio") or name.startswith("fod/classifiers:")
+            free = {"classifier"} if heads else set()
             free |= {"rpn_nms_resampling"} if method == "forest" else set()
             smaller = recipe.pretraining is not None and family == "fod"  # 12 epochs at 128 px: its arms are its own
             free |= {"anchor_sizes"} if smaller else set()
@@ -182,13 +186,13 @@ def test_find_prefers_recipe_then_file_then_row(tmp_path, monkeypatch):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         Path(path).write_text("seed: 77\ndetector: {norm: bn, frozen_layers: 0}\n")
     assert load_recipe(name).seed == load_recipe(f"{name}.yaml").seed == 0
-    assert recipes.find(row_id)[1:] == (row_id, [])
+    assert (recipes.find(row_id).label, recipes.find(row_id).overrides) == (row_id, ())
     assert load_recipe(row_id).seed == 77
     assert load_recipe("mine.yml").name == "mine"
     assert load_recipe(Path("plain")).name == "plain"
     Path(row_id).unlink()
     assert load_recipe(row_id).name == row_id
-    assert recipes.name_of(row_id) == row_id
+    assert recipes.find(row_id).name == row_id
 
 
 def test_unknown_names_get_the_nearest(tmp_path):
@@ -210,20 +214,23 @@ def test_recipes_state_the_numbers_of_their_row():
         if isinstance(run, Runnable) and not run.overrides and row_id.startswith(("bacl/XIII/", "2drcl/3a/ecm/")):
             assert load_recipe(run.recipe).about.published == ROWS[row_id].numbers
     end_to_end = ROWS["bacl/X/bacl/lvis_v0.5/r50/end_to_end"]
-    assert load_recipe("lvis_v0.5/faster_rcnn_r50_bacl_end_to_end").about.published == end_to_end.numbers
+    assert load_recipe("lvis_v0.5/faster_rcnn_r50:bacl_end_to_end").about.published == end_to_end.numbers
 
 
-def test_variants_in_the_headers_are_as_printed():
-    """A header that quotes another row (R101) quotes its numbers."""
-    for name in recipes.names():
-        if name in APART:
+def test_a_recipe_shows_the_row_of_the_deeper_backbone():
+    """Every method with a printed ResNet-101 row names it, with its numbers and the override."""
+    for row_id, run in RUNS.items():
+        if not row_id.startswith("bacl/XIII/") or not row_id.endswith("/r101") or not isinstance(run, Runnable):
             continue
-        data, own = name.split("/")
-        row = ROWS.get(f"bacl/XIII/{named(name)[2]}/{data}/r101")
-        if not data.startswith("lvis") or row is None or row.values == "dash" or own.endswith("end_to_end"):
-            continue
-        line = next(line for line in recipes.find(name)[0].splitlines() if "backbone=resnet101: " in line)
-        assert ", ".join(f"{key} {value}" for key, value in row.numbers.items()) in line
+        assert run.overrides[0] == "backbone=resnet101"
+        numbers = ", ".join(f"{key} {value}" for key, value in ROWS[row_id].numbers.items())
+        shown = next(fact for fact in facts_of(run.recipe) if fact.startswith(f"row {row_id}: "))
+        assert numbers in shown and "backbone=resnet101" in shown
+
+
+@cache
+def facts_of(name: str) -> list[str]:
+    return _recipe_facts(load_recipe(name))
 
 
 def test_the_data_names_no_path_of_a_machine():
@@ -247,9 +254,27 @@ def listed(*arguments: str) -> list[str]:
 
 
 def test_list_shows_everything():
-    assert set(listed()) == {*recipes.names(), *ROWS}
+    assert set(listed("--rows")) == {*recipes.names(), *ROWS}
     assert set(listed("--no-rows")) == set(recipes.names())
     assert set(listed("--runnable")) == {*recipes.names(), *RUNNABLE}
+
+
+def test_plain_list_is_short():
+    lines = run("list").output.splitlines()
+    assert all(len(line) <= 100 for line in lines)
+    assert lines[0] == "START FROM" and lines[11] == ""
+    starts = [line.split()[0] for line in lines[1:11]]
+    assert starts == list(recipes.START) and len(starts) == 10 and set(starts) <= set(recipes.names())
+    named, file = [], ""
+    for line in lines[13:-2]:
+        words = line.split()
+        if not words[0].startswith(":"):
+            file = words[0]
+            named.append(file)
+        else:
+            named += [f"{file}{word}" for word in words]
+    assert tuple(named) == recipes.names()
+    assert lines[-1].startswith(f"{len(named)} recipes in {len(recipes.files())} files, 311 published rows; ")
 
 
 def test_list_filters():
@@ -258,7 +283,7 @@ def test_list_filters():
     assert set(listed("--paper", "stepwise")) == own | run_by
     assert listed("XIII/", "LVIS_V1", "rfs") == ["bacl/XIII/rfs/lvis_v1/r50", "bacl/XIII/rfs/lvis_v1/r101"]
     used = {run.recipe for row_id, run in RUNS.items() if row_id.startswith("bacl/") and isinstance(run, Runnable)}
-    assert listed("--paper", "bacl", "--runnable", "--no-rows") == sorted(used)
+    assert listed("--paper", "bacl", "--runnable", "--no-rows") == [name for name in recipes.names() if name in used]
     nothing = run("list", "no such word")
     assert nothing.exit_code == 0 and nothing.output.startswith("0 shown;")
     result = run("list", "--paper", "balc")
@@ -273,7 +298,7 @@ def test_list_line():
 
 def test_show_prints_a_recipe_that_runs_as_it_is(tmp_path):
     ablation = "bacl/III/bacl/lvis_v0.5/r50/mg"
-    for name in ("fod/faster_rcnn_r18_rfs", "fod/bacl_r18", "bacl/XIII/rfs/lvis_v1/r101", ablation):
+    for name in ("fod/faster_rcnn_r18_rfs", "fod/bacl_r18", "fod/losses:ldam", "bacl/XIII/rfs/lvis_v1/r101", ablation):
         result = run("show", name)
         assert result.exit_code == 0, result.output
         path = tmp_path / "shown.yaml"
@@ -285,8 +310,8 @@ def test_show_tells_what_a_row_is():
     shown = run("show", "2drcl/3a/rfs/lvis_v1/r50").output
     for fact in ("table 3a", "AP 24.2, APr 14.2, APc 22.3, APf 30.6", "same numbers as", "doubt: Digit for digit"):
         assert fact in shown
-    assert "recipe: lvis_v1/faster_rcnn_r50_softmax; overrides: sampler=rfs" in shown
-    assert "row bacl/XIII/rfs/lvis_v1/r50: AP 24.2" in run("show", "lvis_v1/faster_rcnn_r50_softmax").output
+    assert "recipe: lvis_v1/faster_rcnn_r50; overrides: sampler=rfs" in shown
+    assert "row bacl/XIII/rfs/lvis_v1/r50: AP 24.2" in run("show", "lvis_v1/faster_rcnn_r50").output
 
 
 def test_show_of_a_blocked_row_gives_its_facts_and_reason():
@@ -296,15 +321,30 @@ def test_show_of_a_blocked_row_gives_its_facts_and_reason():
     assert all(line.startswith("#") for line in result.output.splitlines())
 
 
-def test_copy_keeps_the_comments(tmp_path, monkeypatch):
+def test_copy_keeps_comments_and_variants(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    name = "fod/faster_rcnn_r18_focal"
+    name = "fod/losses"
     assert run("copy", name).exit_code == 0
-    assert Path("faster_rcnn_r18_focal.yaml").read_text() == recipes.find(name)[0]
+    assert Path("losses.yaml").read_text() == recipes.find(name).text
     assert run("copy", f"{name}.yaml", "mine.yaml").exit_code == 0
-    mine, original = load_recipe("mine.yaml"), load_recipe(name)
-    assert mine.name == "mine"
-    assert mine.model_copy(update={"name": name}) == original
+    for variant in ("", ":eql"):
+        mine, original = load_recipe(f"mine.yaml{variant}"), load_recipe(name + variant)
+        assert mine.name == f"mine{variant}"
+        about = original.about.model_copy(update={"command": mine.about.command})
+        assert mine.model_copy(update={"name": name + variant, "about": about}) == original.model_copy(
+            update={"about": about}
+        )
+
+
+@pytest.mark.parametrize("name", [name for name in recipes.names() if ":" in name])
+def test_copy_of_a_variant_stands_alone(name, tmp_path):
+    result = run("copy", name, str(tmp_path))
+    assert result.exit_code == 0, result.output
+    path = tmp_path / f"{name.split('/')[1].replace(':', '-')}.yaml"
+    text = path.read_text()
+    assert text.startswith(f"# {name}, a variant of ") and "variants:" not in text
+    assert load_recipe(path).name == path.stem
+    assert load_recipe(path).model_copy(update={"name": name}) == load_recipe(name)
 
 
 def test_copy_of_a_row_is_resolved(tmp_path):
@@ -320,13 +360,13 @@ def test_copy_refuses(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "mine.yaml"
     path.write_text("old")
-    result = run("copy", "fod/faster_rcnn_r18_focal", "mine.yaml")
+    result = run("copy", "fod/losses:focal", "mine.yaml")
     assert isinstance(result.exception, UserError) and "mine.yaml exists already" in str(result.exception)
     assert path.read_text() == "old"
-    assert run("copy", "fod/faster_rcnn_r18_focal", "mine.yaml", "--overwrite").exit_code == 0
+    assert run("copy", "fod/losses:focal", "mine.yaml", "--overwrite").exit_code == 0
     assert path.read_text() != "old"
     blocked = "bacl/XII/bacl/lvis_v1/r50/cascade_faster_rcnn"
-    for name, told in (("fod/faster_rcnn_r18_fokal", "did you mean"), (blocked, "not yet")):
+    for name, told in (("fod/losses:fokal", "did you mean"), (blocked, "not yet")):
         result = run("copy", name, "new.yaml")
         assert isinstance(result.exception, UserError) and told in str(result.exception)
         assert not Path("new.yaml").exists()

@@ -18,7 +18,7 @@ from tailfin.samplers.repeat_factor import training_labels
 from tailfin.schema.training import Sampler
 from tailfin.stats import ClassStats
 
-SAMPLERS = ["plain", "rfs", "irfs", "dynamic", "class_aware"]
+SAMPLERS = ["plain", "rfs", "irfs", "dynamic", "class_aware", "eirfs"]
 quick = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
@@ -243,3 +243,19 @@ def test_small_sets(tmp_path_factory, images, seed, options):
     assert len(keys) == plan.iterations >= 1
     assert all(len(batch) == options["batch"] for batch in keys)
     assert {row for batch in keys for _, row, _ in batch} <= set(plan.rows.tolist())
+
+
+@pytest.mark.parametrize("name", ["eirfs", "eirfs_paper"])
+def test_eirfs_draws_with_replacement_by_the_factors(index, name):
+    plan = make_plan(index, name, threshold=0.05)
+    expected = image_factors(category_factors(plan.stats, name, 0.05), *training_labels(index), len(index))[plan.rows]
+    expected /= expected.sum()
+    epochs = 400
+    seen = np.zeros(len(index))
+    for epoch in range(epochs):
+        order = plan.order(epoch)
+        assert len(order) == len(plan.rows)
+        seen += np.bincount(order, minlength=len(index))
+    share = seen[plan.rows] / seen.sum()
+    assert (np.abs(share - expected) < 5 * np.sqrt(expected / seen.sum())).all()
+    assert expected.max() > 1.2 * expected.min()

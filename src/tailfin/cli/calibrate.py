@@ -28,7 +28,7 @@ def calibrate(
     from rich.console import Console
     from rich.table import Table
 
-    from tailfin.calibration import calibrate as calibrate_model
+    from tailfin.calibration_search import calibrate as calibrate_model
 
     chosen, tried = calibrate_model(
         model,

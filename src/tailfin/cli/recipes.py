@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+import yaml
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -21,6 +23,7 @@ app = typer.Typer(help="List, show and copy recipes and published rows.", no_arg
 
 Columns = tuple[str, str, str, str]
 GROUPS = ("AP", "APr", "APc", "APf")
+WIDTH = 100  # of the plain list
 PLAIN_WIDTH = 500  # of a table that is not on a terminal: one line per entry
 
 
@@ -29,11 +32,16 @@ def list_recipes(
     words: Annotated[list[str] | None, typer.Argument(help="Show only what contains all of these words.")] = None,
     paper: Annotated[str | None, typer.Option(help="Only this paper: 2drcl, stepwise or bacl.")] = None,
     runnable: Annotated[bool, typer.Option("--runnable", help="Only what can be run.")] = False,
-    rows: Annotated[bool, typer.Option("--rows/--no-rows", help="The papers' result rows too.")] = True,
+    rows: Annotated[
+        bool | None, typer.Option("--rows/--no-rows", help="The papers' result rows too. Default: only in a search.")
+    ] = None,
 ) -> None:
-    """List the recipes and the papers' result rows with their published numbers in percent."""
+    """List the recipes; with words or options, a table of what matches with the published numbers in percent."""
     if paper is not None and paper not in recipes.papers():
         raise UserError(f'there is no paper "{paper}"{nearest(paper, recipes.papers())}')
+    if not words and paper is None and not runnable and rows is None:
+        typer.echo("\n".join(_plain_list()))
+        return
     wanted = [word.lower() for word in words or []]
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("name", no_wrap=True)
@@ -46,7 +54,7 @@ def list_recipes(
     runs = [(row, recipes.resolve(row)) for row in recipes.rows() if paper in (None, row.paper)]
     used = {name: _papers_of(name, runs) for name in recipes.names()}
     entries = [_recipe_entry(name, keys) for name, keys in used.items() if paper is None or keys]
-    if rows:
+    if rows is not False:
         entries += [_row_entry(row, run) for row, run in runs if not (runnable and isinstance(run, Blocked))]
     shown = [entry for entry in entries if all(word in " ".join(entry).lower() for word in wanted)]
     for entry in shown:
@@ -61,7 +69,9 @@ def list_recipes(
 
 
 @app.command()
-def show(name: Annotated[str, typer.Argument(help="A recipe, a YAML file or the id of a published row.")]) -> None:
+def show(
+    name: Annotated[str, typer.Argument(help="A recipe or YAML file, with :VARIANT, or a row's id.")],
+) -> None:
     """Print a recipe in full, every default resolved, with the published numbers above it as comments."""
     row = _row_named(name)
     if row is not None:
@@ -78,16 +88,21 @@ def show(name: Annotated[str, typer.Argument(help="A recipe, a YAML file or the 
 
 @app.command()
 def copy(
-    name: Annotated[str, typer.Argument(help="A recipe, a YAML file or the id of a published row.")],
+    name: Annotated[str, typer.Argument(help="A recipe or YAML file, with :VARIANT, or a row's id.")],
     destination: Annotated[Path | None, typer.Argument(metavar="[DEST]", help="A file or a folder.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
 ) -> None:
-    """Copy a recipe, with its comments, to edit; of a published row the recipe with its overrides applied."""
+    """Copy a recipe to edit: a file with its comments, a variant or a published row with its overrides applied."""
     row = _row_named(name)
-    text, _, _ = recipes.find(name)  # a row that cannot be run, and an unknown name, end here
+    found = recipes.find(name)  # a row that cannot be run, and an unknown name, end here
     if row is not None:
         text = f"{_comment(_row_facts(row, recipes.resolve(row)))}\n{dump_recipe(load_recipe(name))}"
-    file_name = f"{(row.id.replace('/', '-') if row else Path(recipes.name_of(name)).name)}.yaml"
+    elif found.variant:
+        load_recipe(name)
+        text = f"# {found.name}, a variant of {found.name.rpartition(':')[0]}\n{_plain_yaml(found.values())}"
+    else:
+        text = found.text
+    file_name = f"{(row.id.replace('/', '-') if row else Path(found.name).name.replace(':', '-'))}.yaml"
     target = destination or Path(file_name)
     if target.is_dir():
         target /= file_name
@@ -105,9 +120,37 @@ def copy(
 
 def _row_named(name: str) -> Row | None:
     """The published row that `name` means, in the order in which `recipes.find` looks: recipes and files come first."""
-    if name in recipes.names() or Path(name).is_file():
+    if recipes.find_file(name) is not None:
         return None
     return next((row for row in recipes.rows() if row.id == name), None)
+
+
+def _plain_list() -> list[str]:
+    """The recipes to start from, then every file with the names of its variants below it."""
+    lines = ["START FROM"]
+    lines += [f"  {name:<30}{purpose}" for name, purpose in recipes.START.items()]
+    lines += ["", "ALL RECIPES, with their variants (FILE:VARIANT)"]
+    for file in recipes.files():
+        found = recipes.find_file(file)
+        title = found.values()["about"]["title"] if found is not None else ""
+        lines += [f"  {file:<36}{textwrap.shorten(title, WIDTH - 38, placeholder=' ...')}"]
+        names = " ".join(f":{variant}" for variant in recipes.variants(file))
+        lines += textwrap.wrap(names, WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    count = f"{len(recipes.names())} recipes in {len(recipes.files())} files, {len(recipes.rows())} published rows"
+    return [*lines, "", f"{count}; search them: tailfin recipes list WORD"]
+
+
+def _plain_yaml(values: dict[str, Any]) -> str:
+    """What a recipe states, without the defaults and without a name: the copy's is that of its file."""
+    kept = {key: value for key, value in values.items() if key != "name"}
+    return yaml.dump(kept, Dumper=_ListsInLine, sort_keys=False, allow_unicode=True, width=120)
+
+
+class _ListsInLine(yaml.SafeDumper):
+    """`sizes: [160]` in the place of a line per number."""
+
+    def represent_sequence(self, tag: str, sequence: Any, flow_style: bool | None = None) -> yaml.SequenceNode:
+        return super().represent_sequence(tag, sequence, flow_style=True)
 
 
 def _papers_of(name: str, runs: list[tuple[Row, Runnable | Blocked]]) -> list[str]:
@@ -122,7 +165,7 @@ def _recipe_entry(name: str, papers: list[str]) -> tuple[str, ...]:
         method += f", {recipe.sampler.name}"
     about = recipe.about
     paper, table = ", ".join(papers) or about.paper, about.table.removeprefix("table ")
-    return (name, paper, table, method, *_numbers(about.published), "recipe")
+    return (name, paper, table, method, *_numbers(about.published), "variant" if ":" in name else "recipe")
 
 
 def _row_entry(row: Row, run: Runnable | Blocked) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from tailfin.errors import UserError
 
 def train(
     recipe: Annotated[
-        str | None, typer.Argument(help="Name (see `tailfin recipes list`), YAML path, or a published row's id.")
+        str | None, typer.Argument(help="Name (see `tailfin recipes list`) or YAML path, with :VARIANT, or a row's id.")
     ] = None,
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes, e.g. schedule.epochs=4 loss=focal.")

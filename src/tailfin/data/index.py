@@ -153,22 +153,23 @@ class AnnotationIndex:
         return self.names == (other.names if isinstance(other, AnnotationIndex) else tuple(other))
 
 
-def open_index(path: str | Path, *, cache: bool = True) -> AnnotationIndex:
+def open_index(path: str | Path, *, cache: bool = True, needs_names: bool = True) -> AnnotationIndex:
     """Open a COCO or LVIS annotation file; `cache=False` neither reads nor writes stored columns.
 
-    A file that cannot be used (see `tailfin data check`) is a `UserError` that names the id and the problem.
+    `needs_names=False`, for counts and geometry, makes up the names of images that have none. A file that cannot be
+    used (see `tailfin data check`) is a `UserError` that names the id and the problem.
     """
     path = existing_file(path, "annotation file")
     stamp = _cache.stamp(path) if cache else ""
     bundle = _cache.load(path, stamp, "index") if cache else None
     if bundle is None:
-        raw, fingerprint, findings = parse(path)
+        raw, fingerprint, findings = parse(path, needs_names)
         if raw is None or findings:
             message = f"{path}: {next(findings[0].messages())}"
             others = sum(map(len, findings)) - 1
             raise UserError(f"{message} ({others} more; `tailfin data check --all` lists them)" if others else message)
         index = from_columns(path, raw, fingerprint)
-        if not cache or _cache.stamp(path) != stamp:  # changed while it was read
+        if not cache or raw.unnamed or _cache.stamp(path) != stamp:  # changed while it was read
             return index
         bundle = _cache.store(path, stamp, "index", index._bundle.columns, index._bundle.metadata)
     return _from_bundle(path, bundle)
@@ -230,9 +231,10 @@ class RawColumns:
     areas: np.ndarray  # float64 [A], NaN where the file has none
     crowd: np.ndarray  # bool [A]
     crowd_given: np.ndarray  # bool [A], the annotation has iscrowd
+    unnamed: bool = False  # some file names are made up
 
 
-def parse(path: Path) -> tuple[RawColumns | None, str, list[problems.Finding]]:
+def parse(path: Path, needs_names: bool = True) -> tuple[RawColumns | None, str, list[problems.Finding]]:
     """One pass over the file: columns (None where types are wrong), hash of its bytes, and all problems found."""
     data = path.read_bytes()
     fingerprint = _cache.digest(data)
@@ -240,7 +242,7 @@ def parse(path: Path) -> tuple[RawColumns | None, str, list[problems.Finding]]:
     if not data.strip():
         raise UserError(f"annotation file {path} is empty")
     try:
-        raw = _raw(msgspec.json.decode(data, type=_File))
+        raw = _raw(msgspec.json.decode(data, type=_File), needs_names)
     except (msgspec.MsgspecError, OverflowError, RecursionError) as error:
         return None, fingerprint, _explain(path, data, error)
     if not len(raw.image_ids) or not len(raw.category_ids):
@@ -273,9 +275,12 @@ class _File(msgspec.Struct, gc=False):
     annotations: list[_Annotation]
 
 
-def _raw(file: _File) -> RawColumns:
+def _raw(file: _File, needs_names: bool) -> RawColumns:
     images, annotations = file.images, file.annotations
     categories = sorted(file.categories, key=attrgetter("id"))
+    unnamed = [] if needs_names else [image for image in images if image.file_name is None and image.coco_url is None]
+    for image in unnamed:
+        image.file_name = f"unnamed-{image.id}"
     names = [image.file_name if image.file_name is not None else _from_url(image) for image in images]
     negatives = [image.neg_category_ids for image in images]
     crowd = list(map(attrgetter("iscrowd"), annotations))
@@ -301,6 +306,7 @@ def _raw(file: _File) -> RawColumns:
         areas=np.array(list(map(attrgetter("area"), annotations)), np.float64),  # None becomes NaN
         crowd=np.fromiter(map(bool, crowd), bool, len(crowd)),
         crowd_given=np.fromiter((value is not None for value in crowd), bool, len(crowd)),
+        unnamed=bool(unnamed),
     )
 
 

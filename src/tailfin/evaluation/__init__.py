@@ -1,5 +1,6 @@
 """Evaluation: detections on disk, protocol numbers from them, and tables of the numbers."""
 
+from tailfin.evaluation.error_types import error_types
 from tailfin.evaluation.groups import TrainCounts
 from tailfin.evaluation.protocols import IOU_TYPES, PROTOCOLS, evaluate
 from tailfin.evaluation.results import ResultWriter, merge_shards, segm_results_path
@@ -11,6 +12,7 @@ __all__ = [
     "ResultWriter",
     "TrainCounts",
     "comparison_table",
+    "error_types",
     "evaluate",
     "merge_shards",
     "metrics_table",

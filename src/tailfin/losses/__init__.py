@@ -26,6 +26,7 @@ from tailfin.losses.eqfl import EQFL
 from tailfin.losses.eql import EQL
 from tailfin.losses.eqlv2 import EQLv2
 from tailfin.losses.fcbl import FCBL
+from tailfin.losses.fedloss import FedLoss
 from tailfin.losses.focal import Focal
 from tailfin.losses.gap import GAP
 from tailfin.losses.ldam import LDAM
@@ -62,6 +63,7 @@ LOSSES: dict[str, type[ClassificationLoss]] = {
     "ldam": LDAM,
     "class_balanced": ClassBalanced,
     "logit_adjusted": LogitAdjusted,
+    "fedloss": FedLoss,
 }
 
 __all__ = ["LOSSES", "ClassificationLoss", "build", "check_options", "names"]

@@ -35,8 +35,20 @@ IMAGENET_WEIGHTS = {
     "resnet50": "ResNet50_Weights.IMAGENET1K_V1",
     "resnet101": "ResNet101_Weights.IMAGENET1K_V1",
 }
+
+
+class FrozenNorm(FrozenBatchNorm2d):
+    """torchvision's batch norm with fixed statistics, in the type of its input: under autocast torchvision's gives
+    float32, and every activation behind it would be kept in that."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = self.weight * (self.running_var + self.eps).rsqrt()  # in float32
+        shift = self.bias - self.running_mean * scale
+        return x * scale.to(x.dtype)[:, None, None] + shift.to(x.dtype)[:, None, None]
+
+
 NORMS: dict[str, Callable[..., nn.Module]] = {
-    "frozen_bn": FrozenBatchNorm2d,
+    "frozen_bn": FrozenNorm,
     "bn": nn.BatchNorm2d,
     "gn": functools.partial(nn.GroupNorm, 32),
 }
@@ -194,14 +206,16 @@ def pyramid_backbone(body: Body, *, layers: Sequence[int], channels: int, pool: 
 def load_body(body: nn.Module, state: dict[str, Tensor], source: str) -> None:
     """Load classification weights into the body; the classifier (`fc.*`) is left out, all else must fit."""
     state = {key: value for key, value in state.items() if not key.startswith("fc.")}
-    result = body.load_state_dict(state, strict=False)
-    missing = [key for key in result.missing_keys if not key.startswith("fc.") and "num_batches_tracked" not in key]
-    unexpected = [key for key in result.unexpected_keys if "num_batches_tracked" not in key]
-    if missing or unexpected:
-        raise UserError(
-            f"{source}: the weights do not fit the backbone: {len(missing)} are missing ({', '.join(missing[:3])}), "
-            f"{len(unexpected)} are unknown ({', '.join(unexpected[:3])})"
-        )
+    own = body.state_dict()
+    wrong = {
+        "are missing": [key for key in own if key not in state and "num_batches_tracked" not in key],
+        "are unknown": [key for key in state if key not in own and "num_batches_tracked" not in key],
+        "have another shape": [key for key, value in state.items() if key in own and own[key].shape != value.shape],
+    }
+    if any(wrong.values()):
+        told = (f"{len(keys)} {what} ({', '.join(keys[:3])})" for what, keys in wrong.items() if keys)
+        raise UserError(f"{source}: the weights do not fit the backbone: {', '.join(told)}")
+    body.load_state_dict(state, strict=False)
 
 
 def imagenet_state(name: str) -> dict[str, Tensor]:

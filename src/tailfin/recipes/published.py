@@ -1,14 +1,14 @@
-"""The published rows: every result row of the three papers, and how each is run as a recipe plus overrides.
+"""How each published row (`rows.py`) is run, as a recipe plus overrides.
 
-`published.json` beside this file holds the rows as printed. A row is run by rules over its fields, not by a line of its
-own: its recipe is `<dataset>/<detector>_r50_<method>`, its backbone, sampler, schedule and switches become overrides.
+A row is run by rules over its fields, not by a line of its own: its recipe is `<dataset>/<detector>_r50` or the variant
+of it that its method names (`METHODS`); its backbone, sampler, schedule and switches become overrides.
 
     resolve("bacl/XIII/rfs/lvis_v1/r101")
-    # Runnable(recipe="lvis_v1/faster_rcnn_r50_softmax", overrides=("backbone=resnet101", "sampler=rfs"))
+    # Runnable(recipe="lvis_v1/faster_rcnn_r50", overrides=("backbone=resnet101", "sampler=rfs"))
     resolve("bacl/XIII/simcal/lvis_v1/r50")
     # Blocked(when="never", reason="the paper prints a dash")
 
-A new method's rows become runnable when its recipe file is added, and its switches when `SWITCHES` or `SWITCH_KEYS` has
+A new method's rows become runnable when its recipe is added, and its switches when `SWITCHES` or `SWITCH_KEYS` has
 them.
 """
 
@@ -17,65 +17,13 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any, Literal
 
-import msgspec
-
-from tailfin.errors import UserError, nearest
-
-
-class Row(msgspec.Struct, frozen=True, kw_only=True):
-    """One printed result. `metrics` are percent (cost figures in their own units); None is a dash or a lost cell."""
-
-    id: str  # paper/table/method[+2drcl]/dataset/backbone[/switch]
-    paper: str
-    table: str
-    row: int  # order in the table
-    method: str  # as printed
-    method_key: str
-    is_proposed: bool  # any part of the paper's own method is on
-    role: Literal["baseline", "comparison", "ablation", "full"]
-    dataset: str
-    detector: str | None  # None: the paper does not say
-    backbone: str
-    sampler: str | None
-    schedule: str | None
-    pretraining: str | None
-    settings: dict[str, Any]  # the row's switches; all else stands at the paper's defaults
-    metrics: dict[str, float | None]
-    metric_kind: Literal["box", "mask", "both"]
-    values: Literal["printed", "partial", "dash", "figure"]
-    inferred: list[str]  # fields that the table does not print
-    same_numbers_as: list[str]
-    doubt: str | None
-
-    @property
-    def caption(self) -> str:
-        return papers()[self.paper].tables[self.table].caption
-
-    @property
-    def numbers(self) -> dict[str, float]:
-        """The printed numbers under the names of `metrics.json` (box AP is "AP"; mask numbers end in "_m")."""
-        return {("AP" if key == "AP_b" else key): value for key, value in self.metrics.items() if value is not None}
-
-
-class Table(msgspec.Struct, frozen=True):
-    """A table of a paper: what it shows and how many rows it has."""
-
-    caption: str
-    rows: int
-
-
-class Paper(msgspec.Struct, frozen=True):
-    """A paper with its default settings, and what is doubtful about its numbers as a whole."""
-
-    title: str
-    venue: str
-    year: int
-    defaults: dict[str, Any]
-    doubts: list[str]
-    tables: dict[str, Table]
+from tailfin.recipe_values import split_override
+from tailfin.recipes import catalog
+from tailfin.recipes.rows import Row, papers, published_row
+from tailfin.schema.detectors import DETECTORS as BUILT
+from tailfin.schema.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -99,16 +47,13 @@ class Blocked:
 
 @dataclass(frozen=True)
 class Method:
-    """Which recipe runs a method: the last word of the recipe's name, its loss, stages, and any part besides these."""
+    """Which recipe runs a method: the end of its address after `<dataset>/<detector>_r50`, its loss, stages, and any
+    part besides these."""
 
-    recipe: str
+    recipe: str  # "": the base of that file; ":seesaw": a variant of it; "_bacl": another file
     loss: str = ""
     part: str = ""
     stages: int = 1
-
-
-def _loss(name: str, stages: int = 1) -> Method:
-    return Method(name, name, stages=stages)
 
 
 # ---- the rules -------------------------------------------------------------------------------------------------------
@@ -116,28 +61,23 @@ def _loss(name: str, stages: int = 1) -> Method:
 # method_key -> recipe. Rows whose method is a sampler or a pre-training are trained with plain softmax: the papers' RFS
 # rows do not state their loss, and softmax is the detectors' own.
 METHODS: dict[str, Method] = {
-    **{key: _loss(key) for key in ("softmax", "sigmoid", "objectness", "focal")},
-    **{key: _loss(key) for key in ("eql", "eqlv2", "efl", "droploss", "seesaw", "ecm", "pcb", "rog")},
-    **{key: Method("softmax", "softmax") for key in ("supervised", "rfs", "irfs", "2drcl", "aligndet", "soco")},
-    **{key: Method("softmax", "softmax") for key in ("moco_v2", "simclr", "byol", "densecl", "slotcon")},
-    "deformable_detr": Method("focal", "focal"),
-    "acsl": _loss("acsl", stages=2),
-    "bags": _loss("bags", stages=2),
-    "bacl": Method("bacl", "fcbl", stages=2),
-    "loce": Method("loce", "ebl", stages=2),
-    "balms": Method("balms", "balanced_sigmoid"),  # its form for detection
-    "stepwise": Method("stepwise", "focal", stages=3),
-    "rio": Method("rio", "softmax"),
-    "fasa": Method("fasa", "softmax"),
-    "forest_rcnn": Method("forest_rcnn", "softmax"),
-    "tde": Method("tde", "softmax"),
-    "simcal": Method("simcal", "softmax", stages=2),
-    "disalign": Method("disalign", "softmax", stages=2),
+    **{key: Method("", "softmax") for key in ("softmax", "supervised", "rfs", "irfs", "2drcl", "aligndet", "soco")},
+    **{key: Method("", "softmax") for key in ("moco_v2", "simclr", "byol", "densecl", "slotcon")},
+    **{key: Method(f":{key}", key) for key in ("sigmoid", "objectness", "focal", "eql", "eqlv2", "efl", "droploss")},
+    **{key: Method(f":{key}", key) for key in ("seesaw", "ecm", "pcb", "rog")},
+    **{key: Method(f":{key}", "softmax") for key in ("rio", "fasa", "forest_rcnn", "tde")},
+    "balms": Method(":balms", "balanced_sigmoid"),  # its form for detection
+    **{key: Method(f"_decoupled:{key}", key, stages=2) for key in ("acsl", "bags")},
+    **{key: Method(f"_decoupled:{key}", "softmax", stages=2) for key in ("simcal", "disalign")},
+    "loce": Method("_decoupled:loce", "ebl", stages=2),
+    "bacl": Method("_bacl", "fcbl", stages=2),
+    "deformable_detr": Method("", "focal"),
+    "stepwise": Method(":stepwise", "focal", stages=3),
     # phases over disjoint sets of classes, each with distillation from the last, replay of balanced instances and
     # a generator of classifier weights: a method of its own, not a feature module
-    "lst": Method("lst", part="LST's class-incremental phases with replay and generated classifier weights"),
+    "lst": Method(":lst", part="LST's class-incremental phases with replay and generated classifier weights"),
 }
-END_TO_END = {"bacl": Method("bacl_end_to_end", "fcbl")}  # method_key -> a two-stage method's one-stage form (BACL X)
+END_TO_END = {"bacl": Method(":bacl_end_to_end", "fcbl")}  # method_key -> a two-stage method's one-stage form (BACL X)
 NO_CODE = {"ahrl": "AHRL", "self_emd": "Self-EMD"}  # announced or described, but no public code exists
 
 DETECTORS = {
@@ -265,7 +205,7 @@ def resolve(row: Row | str) -> Runnable | Blocked:
         return Blocked("never", "the paper prints a dash")
     if row.method_key in NO_CODE:
         return Blocked("never", f"method without code ({NO_CODE[row.method_key]})")
-    recipe = f"{row.dataset}/{row.detector}_r50_{_method(row).recipe}" if row.detector else ""
+    recipe = f"{row.dataset}/{row.detector}_r50{_method(row).recipe}" if row.detector else ""
     overrides, unknown = _overrides(row)
     missing = _missing_parts(row, recipe) or unknown  # a schedule or switch matters only once the recipe exists
     if missing:
@@ -291,42 +231,7 @@ def about_overrides(row: Row, recipe: str) -> list[str]:
     return [f"about.{key}={json.dumps(value, ensure_ascii=False)}" for key, value in facts.items()]
 
 
-def rows() -> tuple[Row, ...]:
-    """All published rows, in the order of papers and tables."""
-    return _data()[1]
-
-
-def papers() -> dict[str, Paper]:
-    """The three papers by key: 2drcl, stepwise, bacl."""
-    return _data()[0]
-
-
-def published_row(row_id: str) -> Row:
-    """The row with this id; an unknown id is a `UserError` that names the nearest."""
-    row = _by_id().get(row_id)
-    if row is None:
-        raise UserError(f'there is no published row "{row_id}"{nearest(row_id, _by_id())}')
-    return row
-
-
 # ---- details ---------------------------------------------------------------------------------------------------------
-
-
-class _File(msgspec.Struct, frozen=True):
-    version: int
-    papers: dict[str, Paper]
-    rows: tuple[Row, ...]
-
-
-@cache
-def _data() -> tuple[dict[str, Paper], tuple[Row, ...]]:
-    data = msgspec.json.decode((Path(__file__).parent / "published.json").read_bytes(), type=_File)
-    return data.papers, data.rows
-
-
-@cache
-def _by_id() -> dict[str, Row]:
-    return {row.id: row for row in rows()}
 
 
 def _method(row: Row) -> Method:
@@ -364,15 +269,12 @@ def _overrides(row: Row) -> tuple[list[str], list[str]]:
 
 def _missing_parts(row: Row, recipe: str) -> list[str]:
     """What the row needs that tailfin does not have: its pre-training, and whatever keeps its recipe from existing."""
-    from tailfin import losses
-    from tailfin.recipes import names
-    from tailfin.schema.detectors import DETECTORS as BUILT
+    from tailfin import losses  # imports torch
 
-    available = names()
     missing = []
     if row.pretraining not in PRETRAINING:
         missing.append(f"{PRETRAINING_NAMES[str(row.pretraining)]} pre-training")
-    if recipe in available:
+    if catalog.exists(recipe):
         return missing
     method = _method(row)
     if method.loss and method.loss not in losses.names():
@@ -383,15 +285,13 @@ def _missing_parts(row: Row, recipe: str) -> list[str]:
         missing.append("a detector, which the paper does not state")
     elif row.detector not in BUILT:
         missing.append(DETECTORS[row.detector])
-    if not any(name.startswith(f"{row.dataset}/") for name in available):
+    if not any(name.startswith(f"{row.dataset}/") for name in catalog.files()):
         missing.append(f"recipes for {DATASETS[row.dataset]}")
     return missing or [f"the recipe {recipe}"]
 
 
 def _effective(recipe: str, overrides: list[str]) -> tuple[str, ...]:
     """The overrides that change something: a recipe states some of them itself."""
-    from tailfin.config import split_override
-
     effective = []
     for override in overrides:
         key, value = split_override(override)
@@ -419,6 +319,6 @@ def _stated(recipe: str, key: str) -> Any:
 
 @cache
 def _resolved(recipe: str) -> dict[str, Any]:
-    from tailfin.config import load_recipe
-
-    return load_recipe(recipe).model_dump(mode="json")
+    found = catalog.find_file(recipe)
+    assert found is not None  # of the package
+    return Recipe.model_validate(found.values()).model_dump(mode="json")

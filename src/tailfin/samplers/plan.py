@@ -17,7 +17,13 @@ from numpy.typing import NDArray
 from tailfin.data.index import AnnotationIndex
 from tailfin.errors import UserError
 from tailfin.samplers.class_aware import class_aware_order
-from tailfin.samplers.repeat_factor import category_factors, image_factors, round_factors, training_labels
+from tailfin.samplers.repeat_factor import (
+    WITH_REPLACEMENT,
+    category_factors,
+    image_factors,
+    round_factors,
+    training_labels,
+)
 from tailfin.schema.training import Sampler
 from tailfin.stats import ClassStats
 
@@ -33,7 +39,7 @@ class BatchPlan:
         index: the training file's index.
         rows: image rows that take part (for example those with annotations).
         stats: class counts that the repeat factors come from.
-        sampler: policy, threshold and rounding.
+        sampler: policy and its options.
         batch: images per optimiser step, over all processes.
         epochs: length of the run; the last epoch may be a fraction.
         group_by_aspect: keep upright and wide pictures in different batches.
@@ -93,10 +99,15 @@ class BatchPlan:
         if self.sampler.name == "plain":
             return rng.permutation(self.rows)
         progress = min(1.0, (epoch + self.sampler.first_epoch) / self.epochs)
-        factors = category_factors(self.stats, self.sampler.name, self.sampler.threshold, progress)
+        sampler = self.sampler
+        factors = category_factors(
+            self.stats, sampler.name, sampler.threshold, progress, exponent=sampler.exponent, alpha=sampler.alpha
+        )
         per_image = image_factors(factors, *self._labels, len(self.index))[self.rows]
+        if sampler.name in WITH_REPLACEMENT:
+            return rng.choice(self.rows, len(self.rows), p=per_image / per_image.sum())
         uniform = rng.random(len(self.rows))
-        repeats = round_factors(per_image, self.sampler.rounding, uniform)
+        repeats = round_factors(per_image, sampler.rounding, uniform)
         return rng.permutation(np.repeat(self.rows, repeats))
 
     def epoch(self, epoch: int) -> NDArray[np.int64]:

@@ -4,17 +4,24 @@
     irfs     f_c = sqrt(share of images x share of instances)         (Yaman et al., instance-aware RFS)
     dynamic  f_c = f_im f_in / (a f_im + (1 - a) f_in), a = progress   (2DRCL, NeurIPS'24, eq. 4)
 
-    r_c = max(1, sqrt(threshold / f_c)),   r_image = max over its classes (1 where it has none)
+    r_c = max(1, (threshold / f_c)^exponent),   r_image = max over its classes (1 where it has none)
 
-A worked number: with 100,000 training images and threshold 1e-3, a class seen in 25 images has f = 2.5e-4, so r = 2,
-and every image that shows it comes twice an epoch; classes in 100 images or more (f >= threshold) are not repeated.
-Shares are of all images, also those without annotation.
+    eirfs, eirfs_paper   r_c = exp(alpha (threshold / sqrt(f_im f_in))^exponent)   (E-IRFS)
+
+The exponent is 1/2, a square root, but where a method says otherwise. A worked number: with 100,000 training images
+and threshold 1e-3, a class seen in 25 images has f = 2.5e-4, so r = 2, and every image that shows it comes twice an
+epoch; classes in 100 images or more (f >= threshold) are not repeated. Shares are of all images, also those without
+annotation.
+
+E-IRFS's released code differs from its paper, and `eirfs` follows the code: f_im is the class's part of the *sum* of
+all classes' image counts (at least 1 each), and every instance count is one more than it is. `eirfs_paper` is the
+formula with the shares above. Images are drawn with replacement, with chances as their factors; its threshold is 1e-4.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,17 +30,30 @@ from tailfin.data.index import AnnotationIndex, open_index
 from tailfin.errors import UserError, nearest
 from tailfin.stats import ClassStats
 
-POLICIES = ("rfs", "irfs", "dynamic")
-Policy = Literal["rfs", "irfs", "dynamic"]
+Policy = Literal["rfs", "irfs", "dynamic", "eirfs", "eirfs_paper"]
+POLICIES = get_args(Policy)
+WITH_REPLACEMENT = ("eirfs", "eirfs_paper")  # images are drawn with chances as their factors
+Rounding = Literal["stochastic", "ceil", "floor", "round"]
 
 
 def category_factors(
-    stats: ClassStats, policy: str = "rfs", threshold: float = 1e-3, progress: float = 0.0
+    stats: ClassStats,
+    policy: str = "rfs",
+    threshold: float = 1e-3,
+    progress: float = 0.0,
+    *,
+    exponent: float = 0.5,
+    alpha: float = 2.0,
 ) -> NDArray[np.float64]:
-    """Repeat factor of each class, float64 [C] (>= 1); a class without training image has 1.
+    """Repeat factor of each class, float64 [C] (>= 1); a class without training image has 1 (not with "eirfs").
 
-    `progress` in 0..1 is the share of training done, used by "dynamic" alone: 0 gives RFS's image share, 1 the share of
-    instances.
+    Args:
+        policy: see the top of this file.
+        threshold: t, a share of the images (or of what the policy counts).
+        progress: share of training done in 0..1, used by "dynamic" alone: 0 gives RFS's image share, 1 the share of
+            instances.
+        exponent: of threshold / f; 0.5 is a square root.
+        alpha: strength of "eirfs" and "eirfs_paper", used by them alone.
     """
     if policy not in POLICIES:
         raise UserError(f'there is no sampling policy "{policy}"{nearest(policy, POLICIES)}')
@@ -41,18 +61,40 @@ def category_factors(
         raise UserError(f"the sampling threshold must be positive (given: {threshold})")
     if not 0 <= progress <= 1:
         raise UserError(f"progress must lie in 0..1 (given: {progress})")
-    images = np.asarray(stats.image_count, dtype=np.float64) / max(float(stats.num_images), 1.0)
+    for name, value in (("exponent", exponent), ("alpha", alpha)):
+        if not 0 <= value < float("inf"):
+            raise UserError(f"{name} must not be negative (given: {value})")
+    image_count = np.asarray(stats.image_count, dtype=np.float64)
     instances = np.asarray(stats.instance_count, dtype=np.float64)
+    if policy == "eirfs":
+        seen = np.maximum(image_count, 1.0)
+        share = np.sqrt(seen / seen.sum() * (instances + 1) / (instances + 1).sum())
+        return _exponential(threshold / share, exponent, alpha)
+    images = image_count / max(float(stats.num_images), 1.0)
     instances = instances / max(instances.sum(), 1.0)
     with np.errstate(divide="ignore", invalid="ignore"):
         if policy == "rfs":
             share = images
-        elif policy == "irfs":
-            share = np.sqrt(images * instances)
-        else:
+        elif policy == "dynamic":
             share = images * instances / (progress * images + (1 - progress) * instances)
-        factors = np.maximum(1.0, np.sqrt(threshold / share))
-    return np.where(np.isfinite(share) & (share > 0), factors, 1.0)
+        else:  # irfs, eirfs_paper
+            share = np.sqrt(images * instances)
+        known = np.isfinite(share) & (share > 0)
+        ratio = np.where(known, threshold / share, 0.0)
+    if policy == "eirfs_paper":
+        return np.where(known, _exponential(ratio, exponent, alpha), 1.0)
+    return np.where(known, np.maximum(1.0, ratio**exponent), 1.0)
+
+
+def _exponential(ratio: NDArray[np.float64], exponent: float, alpha: float) -> NDArray[np.float64]:
+    with np.errstate(over="ignore"):
+        factors = np.exp(alpha * ratio**exponent)
+    if not np.isfinite(factors).all():
+        raise UserError(
+            f"E-IRFS's factors grow beyond all numbers (alpha {alpha:g}, threshold {ratio.max():g} times the share "
+            "of the rarest class): lower the threshold or alpha"
+        )
+    return factors
 
 
 def repeat_factors(
@@ -60,10 +102,17 @@ def repeat_factors(
     policy: str = "rfs",
     threshold: float = 1e-3,
     progress: float = 0.0,
+    *,
+    exponent: float = 0.5,
+    alpha: float = 2.0,
 ) -> NDArray[np.float64]:
-    """Repeat factor of each image of an annotation file (path or open index), float64 [num_images], in file order."""
-    index = source if isinstance(source, AnnotationIndex) else open_index(source)
-    factors = category_factors(ClassStats.from_index(index), policy, threshold, progress)
+    """Repeat factor of each image of an annotation file (path or open index), float64 [num_images], in file order.
+
+    The options are those of `category_factors`.
+    """
+    index = source if isinstance(source, AnnotationIndex) else open_index(source, needs_names=False)
+    stats = ClassStats.from_index(index)
+    factors = category_factors(stats, policy, threshold, progress, exponent=exponent, alpha=alpha)
     return image_factors(factors, *training_labels(index), len(index))
 
 
@@ -85,9 +134,15 @@ def image_factors(
 def round_factors(
     factors: NDArray[np.float64], rounding: str, uniform: NDArray[np.float64] | None = None
 ) -> NDArray[np.int64]:
-    """How often each image comes: "ceil", or "stochastic": floor, plus one where `uniform` < the fraction."""
-    if rounding == "ceil":
-        return np.ceil(factors).astype(np.int64)
+    """How often each image comes, int64: "ceil", "floor", "round" (a half goes to the even number), or "stochastic".
+
+    "stochastic" is the floor, plus one where `uniform` in 0..1, one number per image, is below the fraction.
+    """
+    if rounding not in get_args(Rounding):
+        raise ValueError(f'there is no rounding "{rounding}"{nearest(rounding, get_args(Rounding))}')
+    if rounding != "stochastic":
+        whole = {"ceil": np.ceil, "floor": np.floor, "round": np.rint}[rounding](factors)
+        return np.asarray(whole, dtype=np.int64)
     if uniform is None:
         raise ValueError("stochastic rounding needs its uniform numbers")
     floor = np.floor(factors)

@@ -31,9 +31,11 @@ class Loss(Named):
 class Sampler(Section):
     """Which image, how often. `threshold` is RFS's t, a fraction of the training images."""
 
-    name: Literal["plain", "rfs", "irfs", "class_aware", "dynamic"] = "plain"
+    name: Literal["plain", "rfs", "irfs", "class_aware", "dynamic", "eirfs", "eirfs_paper"] = "plain"
     threshold: Positive = 1e-3
-    rounding: Literal["stochastic", "ceil"] = "stochastic"
+    exponent: NotNegative = 0.5  # of threshold / share: a square root
+    rounding: Literal["stochastic", "ceil", "floor", "round"] = "stochastic"
+    alpha: NotNegative = 2.0  # of eirfs and eirfs_paper: strength
     first_epoch: Literal[0, 1] = 0  # of dynamic: number of the first epoch; 0 starts as rfs, 1 ends at the instances
 
 

@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 
 import tailfin
 from tailfin import ClassStats, api, losses
-from tailfin.calibration import calibrate
+from tailfin.calibration import norcal_foreground
+from tailfin.calibration_search import calibrate
 from tailfin.checkpoint import load_model_file
 from tailfin.cli.main import app
 from tailfin.config import load_recipe
@@ -27,7 +28,6 @@ from tailfin.models.heads.forest import GrownForest, class_company, class_name_p
 from tailfin.models.heads.roi_heads import BoxPredictor
 from tailfin.models.heads.tde import TDEHead
 from tailfin.models.rpn import ResamplingRPN
-from tailfin.modules.norcal import norcal
 from tailfin.samplers.episodes import EpisodeDataset, EpisodePlan
 from tailfin.schema.training import Sampler
 
@@ -364,7 +364,7 @@ def test_norcal_in_a_recipe(tiny_recipe):
     model, _ = build_detector(load_recipe(tiny_recipe, ["evaluation.norcal=0.7"]), stats, start=False)
     model.load_state_dict(plain.state_dict())  # it has no state of its own
     scores = torch.randn((5, 4)).softmax(1)[:, :3]
-    torch.testing.assert_close(model.rescore(scores), norcal(scores, [400, 20, 0], 0.7))
+    torch.testing.assert_close(model.rescore(scores), norcal_foreground(scores, [400, 20, 0], 0.7))
     pictures = [torch.rand(3, 64, 64)]
     before, after = plain.eval()(pictures)[0], model.eval()(pictures)[0]
     assert (after["labels"] == 2).float().mean() > (before["labels"] == 2).float().mean()  # the rarest

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torchvision.models.detection.faster_rcnn import TwoMLPHead
 from torchvision.ops import MultiScaleRoIAlign
 
+from tailfin.calibration import norcal_foreground
 from tailfin.errors import UserError, nearest
 from tailfin.losses.base import ClassificationLoss
 from tailfin.losses.softmax import Softmax
@@ -34,7 +35,6 @@ from tailfin.models.heads.disalign import DisAlign, GeneralizedReweight
 from tailfin.models.heads.forest import ForestPredictor, GrownForest, SharedLayer
 from tailfin.models.heads.roi_heads import BoxPredictor, RoIHeads
 from tailfin.models.heads.tde import TDEHead
-from tailfin.modules.norcal import norcal
 from tailfin.schema.detectors import CALIBRATORS, Classifier, FasterRCNN
 from tailfin.schema.recipe import Recipe
 from tailfin.stats import ClassStats
@@ -137,7 +137,7 @@ def check_extra_rows(model: Detector, classifier: Classifier) -> None:
 
 
 class NorCal(nn.Module):
-    """`norcal` with the training counts of a model: scores [N, C] to calibrated ones, both float.
+    """`norcal_foreground` with the training counts of a model: scores [N, C] to calibrated ones, both float.
 
     Raises `UserError` for a loss whose scores are not probabilities that leave the background's.
     """
@@ -156,7 +156,7 @@ class NorCal(nn.Module):
         self.register_buffer("counts", torch.as_tensor(stats.image_count, dtype=torch.float64), persistent=False)
 
     def forward(self, scores: Tensor) -> Tensor:
-        return norcal(scores, self.counts, self.gamma)
+        return norcal_foreground(scores, self.counts, self.gamma)
 
 
 # ---- options ---------------------------------------------------------------------------------------------------------

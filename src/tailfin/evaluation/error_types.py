@@ -1,0 +1,204 @@
+"""What a detector's best predictions of each class get wrong: 2DRCL's five types (NeurIPS'24, 4.3 and A.1).
+
+    correct          right class, IoU > 0.5              location   right class, 0.1 < IoU <= 0.5
+    classification   wrong class, IoU > 0.5              other      wrong class, 0.1 < IoU <= 0.5
+    background       no object overlaps by more than 0.1
+
+The paper leaves the number of predictions per class, ties, precedence and duplicates open; the defaults here follow
+Hoiem et al. (ECCV'12), from whom such diagrams come, and LVIS's federated rule::
+
+    found = error_types("val.json", "results.bbox.json")
+    dict(zip(found["types"], found["macro"]["r"]))       # shares of the five types, mean over rare classes
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from numbers import Integral
+from typing import Any, Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tailfin.errors import UserError, nearest
+from tailfin.evaluation.detections import Detections, load_detections, with_geometry
+from tailfin.evaluation.groups import TrainCounts, as_train_counts, frequencies
+from tailfin.evaluation.truth import GroundTruth, load_truth
+from tailfin.stats import GROUPS
+
+TYPES = ("correct", "location", "background", "classification", "other")
+CORRECT, LOCATION, BACKGROUND, CLASSIFICATION, OTHER = range(5)
+NOT_BEST, UNJUDGED = -1, -2
+HIT, TOUCH = 0.5, 0.1  # a larger IoU is a hit; one above the second is about an object
+PAIRS = 2**21  # pairs of prediction and object that are compared at a time
+
+Precedence = Literal["same_class", "best_iou"]
+Duplicates = Literal["literal", "location"]
+Unjudged = Literal["drop", "all"]
+
+
+def error_types(
+    annotations: str | os.PathLike[str] | Mapping[str, Any],
+    results: Any,
+    top: int | Literal["per_class"] = "per_class",
+    precedence: Precedence = "same_class",
+    duplicates: Duplicates = "literal",
+    unjudged: Unjudged = "drop",
+    *,
+    group_bounds: Sequence[int] | None = None,
+    train_counts: TrainCounts | Mapping[int, int] | str | os.PathLike[str] | None = None,
+) -> dict[str, Any]:
+    """Types of the best predictions of each class, by boxes.
+
+    Objects marked iscrowd or ignore are no evidence and do not count for N, but make their class judged in the image.
+
+    Args:
+        annotations, results, group_bounds, train_counts: as of `evaluate`. Without the last two the groups are the
+            categories' own `frequency`.
+        top: predictions per class, the best scores over all images (ties: image id, then input order): the class's
+            number of objects N, or one number for all classes.
+        precedence: "same_class": overlap with an object of the predicted class above 0.1 decides; "best_iou": the
+            object of largest IoU decides whether the class is right, on a tie one of the predicted class.
+        duplicates: "literal" takes a second hit on an object for correct; "location" in the order of scores turns a hit
+            whose best object (largest IoU, then lowest id) is taken into a location error.
+        unjudged: "drop" leaves out predictions of classes that the image neither shows nor lists as absent, before the
+            best are taken; "all" keeps them.
+
+    Returns:
+        "types": the five names; "category_ids" int64 [C], ascending; "counts" int64 [C, 5]; "num_gt" int64 [C], N;
+        "type_per_detection" int64 [D] in input order, -1 below the class's best, -2 unjudged; "macro" and "micro":
+        float64 [5] for "all", "r", "c" and "f", shares of the types as the mean over classes that have predictions
+        among the best (NaN where no class has) and of the pooled counts (0 where there are none).
+
+    Raises:
+        UserError: unreadable input, an unknown option.
+    """
+    for name, value, choices in (
+        ("precedence", precedence, get_args(Precedence)),
+        ("duplicates", duplicates, get_args(Duplicates)),
+        ("unjudged", unjudged, get_args(Unjudged)),
+    ):
+        if value not in choices:
+            raise UserError(f'{name} "{value}" does not exist{nearest(value, choices)}')
+    if top != "per_class" and (not isinstance(top, Integral) or isinstance(top, bool) or top < 1):
+        raise UserError(f'top must be a positive whole number or "per_class" (given: {top!r})')
+    truth = load_truth(annotations)
+    detections, _ = with_geometry(load_detections(results, truth, "bbox"), truth, "bbox")
+    frequency = frequencies(truth.categories, group_bounds, as_train_counts(train_counts))
+    classes = len(truth.category_ids)
+
+    evidence = ~(truth.crowd | truth.ignore)
+    num_gt = np.bincount(truth.category_rows[evidence], minlength=classes)
+    types = np.full(len(detections), NOT_BEST, dtype=np.int64)
+    if unjudged == "drop":
+        types[~_judged(truth, detections)] = UNJUDGED
+    best = _best(detections, np.flatnonzero(types != UNJUDGED), num_gt if top == "per_class" else int(top), classes)
+    own, other, target = _overlaps(truth, evidence, detections, best)
+    types[best] = _types(own, other, precedence)
+    if duplicates == "location":
+        hits = np.flatnonzero(types[best] == CORRECT)
+        _, first = np.unique(target[hits], return_index=True)  # `best` is in the order of scores within each class
+        again = np.ones(len(hits), dtype=bool)
+        again[first] = False
+        types[best[hits[again]]] = LOCATION
+
+    flat = np.bincount(detections.category_rows[best] * 5 + types[best], minlength=classes * 5)
+    counts = flat.reshape(classes, 5)
+    members = {"all": np.ones(classes, dtype=bool)}
+    members |= {group: np.array([letter == group for letter in frequency], dtype=bool) for group in GROUPS}
+    return {
+        "types": list(TYPES),
+        "category_ids": truth.category_ids,
+        "counts": counts,
+        "num_gt": num_gt,
+        "type_per_detection": types,
+        "macro": {group: _macro(counts[rows]) for group, rows in members.items()},
+        "micro": {group: _micro(counts[rows]) for group, rows in members.items()},
+    }
+
+
+def _judged(truth: GroundTruth, detections: Detections) -> NDArray[np.bool_]:
+    """bool [D]: the image shows the class (crowds too), lists it as absent, or is exhaustively annotated."""
+    classes = len(truth.category_ids)
+    known = np.union1d(truth.image_rows * classes + truth.category_rows, truth.negative_pairs)
+    pairs = detections.image_rows * classes + detections.category_rows
+    return truth.exhaustive[detections.image_rows] | np.isin(pairs, known)
+
+
+def _best(
+    detections: Detections, rows: NDArray[np.int64], limit: int | NDArray[np.int64], classes: int
+) -> NDArray[np.int64]:
+    """The `limit` best of `rows` in each class, class by class, best first."""
+    labels = detections.category_rows[rows]
+    order = np.lexsort((detections.image_rows[rows], -detections.scores[rows], labels))  # stable: input order last
+    rows, labels = rows[order], labels[order]
+    starts = np.searchsorted(labels, np.arange(classes))
+    rank = np.arange(len(rows)) - starts[labels]
+    return rows[rank < np.broadcast_to(limit, classes)[labels]]
+
+
+def _overlaps(
+    truth: GroundTruth, evidence: NDArray[np.bool_], detections: Detections, rows: NDArray[np.int64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.int64]]:
+    """Of each of `rows`: largest IoU with its own class and with another one, and its object (own class, -1: none)."""
+    objects = np.flatnonzero(evidence)
+    objects = objects[np.lexsort((truth.annotation_ids[objects], truth.image_rows[objects]))]
+    starts = np.searchsorted(truth.image_rows[objects], np.arange(len(truth.image_ids) + 1))
+    first = starts[detections.image_rows[rows]]
+    sizes = starts[detections.image_rows[rows] + 1] - first
+    own, other = np.zeros(len(rows)), np.zeros(len(rows))
+    target = np.full(len(rows), -1, dtype=np.int64)
+    assert detections.boxes is not None
+    ends = np.cumsum(sizes)
+    start = 0
+    while start < len(rows):  # a few parts, so that memory stays bounded
+        done = ends[start - 1] if start else 0
+        stop = max(start + 1, int(np.searchsorted(ends, done + PAIRS, side="right")))
+        part = np.arange(start, stop)[sizes[start:stop] > 0]
+        start = stop
+        if not len(part):
+            continue
+        count = sizes[part]
+        groups = np.cumsum(count) - count  # where the pairs of each prediction start
+        place = np.arange(count.sum()) + np.repeat(first[part] - groups, count)
+        mine, their = np.repeat(rows[part], count), objects[place]
+        overlap = _iou(detections.boxes[mine], truth.boxes[their])
+        same = detections.category_rows[mine] == truth.category_rows[their]
+        with_own = np.where(same, overlap, 0.0)
+        own[part] = np.maximum.reduceat(with_own, groups)
+        other[part] = np.maximum.reduceat(np.where(same, 0.0, overlap), groups)
+        reached = np.flatnonzero(same & (overlap > 0) & (overlap == np.repeat(own[part], count)))
+        owner, lowest = np.unique(np.repeat(part, count)[reached], return_index=True)
+        target[owner] = their[reached[lowest]]
+    return own, other, target
+
+
+def _iou(boxes: NDArray[np.float64], others: NDArray[np.float64]) -> NDArray[np.float64]:
+    """[K, 4] and [K, 4] xywh to [K]; boxes without area overlap by 0."""
+    low = np.maximum(boxes[:, :2], others[:, :2])
+    high = np.minimum(boxes[:, :2] + boxes[:, 2:], others[:, :2] + others[:, 2:])
+    shared = (high - low).clip(min=0).prod(axis=1)
+    union = boxes[:, 2:].prod(axis=1) + others[:, 2:].prod(axis=1) - shared
+    return np.divide(shared, union, out=np.zeros_like(shared), where=union > 0)
+
+
+def _types(own: NDArray[np.float64], other: NDArray[np.float64], precedence: Precedence) -> NDArray[np.int64]:
+    if precedence == "best_iou":
+        own, other = np.where(own >= other, own, 0.0), np.where(own >= other, 0.0, other)
+    return np.select(
+        [own > HIT, own > TOUCH, other > HIT, other > TOUCH],
+        [CORRECT, LOCATION, CLASSIFICATION, OTHER],
+        BACKGROUND,
+    )
+
+
+def _macro(counts: NDArray[np.int64]) -> NDArray[np.float64]:
+    counts = counts[counts.sum(axis=1) > 0]
+    if not len(counts):
+        return np.full(5, np.nan)
+    return np.asarray((counts / counts.sum(axis=1, keepdims=True)).mean(axis=0))
+
+
+def _micro(counts: NDArray[np.int64]) -> NDArray[np.float64]:
+    return counts.sum(axis=0) / max(int(counts.sum()), 1)

@@ -1,0 +1,119 @@
+"""Federated loss (Zhou et al., CenterNet2, 2021): the negatives of a step come from a few classes.
+
+    kept = classes of the batch + classes drawn without replacement, class c with weight n_c^power, to `num_classes`
+    loss = the base loss over the columns of the kept classes alone
+
+LVIS leaves most classes of a picture unjudged, so a missing label says little; and a rare class, which is drawn
+seldom, gets few of the negatives that outnumber its objects. As released, and seen nowhere in the formula: among the
+`num_classes` the background counts as one where the batch has background rows (so 49 of 50 are real classes; with base
+focal, which is Detic's form for Deformable DETR, it does not), n are image counts, and there is a new draw in every
+call on every process. A class without training images is never drawn. On softmax the scheme changes nothing, as every
+row keeps its own class: bases are sigmoids::
+
+    loss = losses.build("fedloss", stats)                       # sigmoid BCE on 50 classes
+    value = loss(logits, labels, drawn=torch.tensor([3, 17]))   # a stored draw, for tests
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tailfin.errors import nearest
+from tailfin.losses.base import ClassificationLoss
+from tailfin.losses.focal import Focal
+from tailfin.losses.fused import DROP
+from tailfin.losses.sigmoid import Sigmoid
+from tailfin.stats import ClassStats
+
+BASES: dict[str, type[ClassificationLoss]] = {"sigmoid": Sigmoid, "focal": Focal}
+PRIOR = 0.01  # first score of a class in the released models
+
+
+class FedLoss(ClassificationLoss):
+    """Federated loss on C logits. No state.
+
+    Args:
+        base: "sigmoid", divided by the number of rows, or "focal" (alpha .25, gamma 2), divided by the foreground rows.
+        num_classes: classes kept per call; those of the batch are kept even where they are more.
+        power: exponent of a class's image count in the draw; 0 draws all classes alike.
+    """
+
+    weight: Tensor
+
+    def __init__(self, stats: ClassStats, *, base: str = "sigmoid", num_classes: int = 50, power: float = 0.5) -> None:
+        super().__init__(stats)
+        if base not in BASES:
+            raise ValueError(f'there is no base "{base}"{nearest(base, BASES)}')
+        if num_classes < 1 or num_classes != int(num_classes):
+            raise ValueError(f"num_classes must be a positive whole number (given: {num_classes})")
+        if not 0 <= power < math.inf:
+            raise ValueError(f"power must not be negative (given: {power})")
+        self.base = BASES[base](stats)
+        self.base_name = base
+        self.num_logits = self.base.num_logits
+        self.places = int(num_classes)
+        counts = torch.from_numpy(stats.image_count).double()
+        self.register_exact("weight", counts.pow(power) * (counts > 0), persistent=False)
+
+    def forward(self, logits: Tensor, labels: Tensor, **keywords: Any) -> Tensor:
+        if keywords.get("drawn") is not None:  # classes, not rows: out of reach of the filter by row
+            keywords["drawn"] = (keywords["drawn"],)
+        return super().forward(logits, labels, **keywords)
+
+    def loss(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        drawn: Tensor | tuple[Tensor] | None = None,
+        generator: torch.Generator | None = None,
+        normalizer: float | Tensor | None = None,
+    ) -> Tensor:
+        """`drawn` are negatives, int64 [K]; without them `generator`, by default torch's of the device, draws.
+
+        `normalizer` takes the place of the base's divisor (the number of objects, in Deformable DETR).
+        """
+        present = logits.new_zeros(self.num_classes + 1, dtype=torch.bool).index_fill_(0, labels, True)
+        if drawn is None:
+            chosen = self._draw(present, generator)
+        else:
+            chosen = self._given(drawn[0] if isinstance(drawn, tuple) else drawn)
+        kept = present[:-1] | chosen
+        # a column lowered so far has no loss and no gradient as a negative, and positives are all in kept columns
+        value = self.base.loss(torch.where(kept, logits, -DROP), labels)
+        if normalizer is None:
+            return value
+        divisor = len(labels) if self.base_name == "sigmoid" else (labels < self.num_classes).sum()
+        return value * (torch.as_tensor(divisor, device=value.device).clamp(min=1) / normalizer)
+
+    def _draw(self, present: Tensor, generator: torch.Generator | None) -> Tensor:
+        """bool [C]: the first places of an order in which each next class comes with a chance as its weight.
+
+        Weights over exponential draws, largest first: what `torch.multinomial` does, without having to know the number
+        of places on the host, and without classes of weight 0 where the others run out.
+        """
+        taken = present.sum() if self.base_name == "sigmoid" else present[:-1].sum()
+        weight = torch.where(present[:-1], 0, self.weight)
+        keys = weight / torch.empty_like(weight).exponential_(generator=generator)
+        best = keys.topk(min(self.places, self.num_classes))
+        rank = torch.arange(len(best.indices), device=keys.device)
+        wanted = (rank < self.places - taken) & (best.values > 0)
+        return torch.zeros_like(present[:-1]).scatter_(0, best.indices, wanted)
+
+    def _given(self, drawn: Tensor) -> Tensor:
+        """bool [C] of a stored draw."""
+        if drawn.ndim != 1 or drawn.is_floating_point():
+            raise ValueError(f"drawn must be classes, int64 [K], this is {drawn.dtype} {list(drawn.shape)}")
+        if drawn.device.type == "cpu" and not bool(((drawn >= 0) & (drawn < self.num_classes)).all()):
+            raise ValueError(f"drawn must be classes in 0..{self.num_classes - 1}")
+        chosen = torch.zeros(self.num_classes, dtype=torch.bool, device=drawn.device)
+        return chosen.index_fill_(0, drawn, True).to(self.weight.device)
+
+    def scores(self, logits: Tensor) -> Tensor:
+        return self.base.scores(logits)
+
+    def prior_bias(self) -> Tensor:
+        return torch.full((self.num_logits,), -math.log(1 / PRIOR - 1))

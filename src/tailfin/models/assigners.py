@@ -1,0 +1,186 @@
+"""Which anchor learns which object: ATSS (Zhang et al., CVPR'20) and the IoU rule of RetinaNet and the R-CNNs.
+
+Both give one number per anchor, the object's row in `gt_boxes`, -1 for background or -2 for ignored::
+
+    assigned = atss(anchors_per_level, gt_boxes)             # int64 [A], levels one after another
+    positive = (assigned >= 0).nonzero()[:, 0]
+    targets = centerness(anchors[positive], gt_boxes[assigned[positive]])
+
+They are mmdetection's rules, also where they surprise, see the functions. Boxes are xyxy in pixels, of any float dtype;
+half precision is computed in float32. No gradient flows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from tailfin.losses.base import at_least_float32
+
+BACKGROUND, IGNORED = -1, -2
+INSIDE = 0.01  # pixels by which an anchor's centre must lie within an object's box
+FAR = 1e8  # distance of an anchor in an ignored region
+SMALLEST_AREA = 1e-6  # square pixels that a union or an anchor counts at least
+
+
+@torch.no_grad()
+def atss(
+    anchors_per_level: Sequence[Tensor],
+    gt_boxes: Tensor,
+    topk: int = 9,
+    ignore_boxes: Tensor | None = None,
+    ignore_iof: float | None = None,
+) -> Tensor:
+    """Adaptive training sample selection.
+
+    Candidates of an object are the `topk` anchors of each level whose centres are nearest. Positive are those whose IoU
+    reaches mean + standard deviation (n - 1) of the candidates' and whose centre lies in the object's box; an anchor
+    that several objects claim goes to the largest IoU. An object may be left without anchor: there is no fallback.
+
+    Args:
+        anchors_per_level: [A_l, 4] per level; a level with fewer than `topk` anchors gives them all.
+        gt_boxes: [G, 4].
+        ignore_boxes: [I, 4] regions (crowds) that count only where `ignore_iof` is given.
+        ignore_iof: anchors of which a larger share than this lies in an ignored region become -2 and are the last to be
+            candidates. Without objects all anchors are background, as in mmdetection.
+
+    Returns:
+        int64 [A]: row of `gt_boxes`, -1 background, -2 ignored.
+    """
+    if topk < 1:
+        raise ValueError(f"topk must be positive (given: {topk})")
+    levels = [_boxes(level, "anchors") for level in anchors_per_level]
+    gt_boxes = _boxes(gt_boxes, "gt_boxes")
+    anchors = torch.cat(levels) if levels else gt_boxes[:0]
+    assigned = torch.full((len(anchors),), BACKGROUND, dtype=torch.int64, device=anchors.device)
+    if not len(anchors) or not len(gt_boxes):
+        return assigned
+    centres = (anchors[:, :2] + anchors[:, 2:]) / 2
+    distance = _distances(centres, (gt_boxes[:, :2] + gt_boxes[:, 2:]) / 2)
+    ignored = _in_ignored(anchors, ignore_boxes, ignore_iof)
+    if ignored is not None:
+        assigned = torch.where(ignored, IGNORED, assigned)
+        distance = torch.where(ignored[:, None], FAR, distance)
+    start, nearest = 0, []
+    for level in levels:  # a handful
+        own = distance[start : start + len(level)]
+        nearest.append(own.topk(min(topk, len(level)), dim=0, largest=False).indices + start)
+        start += len(level)
+    candidates = torch.cat(nearest)  # [K, G]
+    overlaps = iou(anchors, gt_boxes)  # [A, G]
+    values = overlaps.gather(0, candidates)
+    positive = values >= candidate_threshold(values)
+    place = centres[candidates]  # [K, G, 2]
+    positive &= torch.cat([place - gt_boxes[:, :2], gt_boxes[:, 2:] - place], dim=2).amin(dim=2) > INSIDE
+    claimed = torch.full_like(overlaps, -1.0).scatter_(0, candidates, torch.where(positive, values, -1.0))
+    best, owner = claimed.max(dim=1)
+    return torch.where(best >= 0, owner, assigned)
+
+
+def candidate_threshold(values: Tensor) -> Tensor:
+    """[K, G] IoUs of the candidates to [G] thresholds, mean + unbiased standard deviation; NaN (none) where K is 1."""
+    if len(values) < 2:
+        return torch.full_like(values[0], torch.nan)
+    return values.mean(dim=0) + values.std(dim=0)
+
+
+@torch.no_grad()
+def max_iou(
+    anchors: Tensor,
+    gt_boxes: Tensor,
+    pos_iou: float = 0.5,
+    neg_iou: float = 0.4,
+    min_pos_iou: float = 0.0,
+    low_quality: bool = True,
+    ignore_boxes: Tensor | None = None,
+    ignore_iof: float | None = None,
+) -> Tensor:
+    """Assignment by the largest IoU.
+
+    An anchor whose largest IoU is >= `pos_iou` belongs to that object, one below `neg_iou` is background, one between
+    is ignored. With `low_quality` every object whose best IoU is >= `min_pos_iou` then takes all anchors that reach
+    it, whatever they were, later objects last. With `min_pos_iou` 0 that holds for tiny IoUs too, and an object that
+    touches no anchor takes all those that do not touch it: mmdetection's rule.
+
+    Args:
+        anchors, gt_boxes: [A, 4], [G, 4].
+        ignore_boxes, ignore_iof: anchors of which a larger share than `ignore_iof` lies in a region of `ignore_boxes`
+            [I, 4] overlap no object and become -2. Without objects all anchors are background, as in mmdetection.
+
+    Returns:
+        int64 [A]: row of `gt_boxes`, -1 background, -2 ignored.
+    """
+    if not neg_iou <= pos_iou:
+        raise ValueError(f"neg_iou {neg_iou} must not be above pos_iou {pos_iou}")
+    anchors, gt_boxes = _boxes(anchors, "anchors"), _boxes(gt_boxes, "gt_boxes")
+    if not len(anchors) or not len(gt_boxes):
+        return torch.full((len(anchors),), BACKGROUND, dtype=torch.int64, device=anchors.device)
+    overlaps = iou(gt_boxes, anchors)  # [G, A]
+    ignored = _in_ignored(anchors, ignore_boxes, ignore_iof)
+    if ignored is not None:
+        overlaps = torch.where(ignored, -1.0, overlaps)
+    best, owner = overlaps.max(dim=0)
+    background = (best >= 0) & (best < neg_iou)
+    assigned = torch.where(background, BACKGROUND, torch.full_like(owner, IGNORED))
+    assigned = torch.where(best >= pos_iou, owner, assigned)
+    if low_quality:
+        own_best = overlaps.amax(dim=1, keepdim=True)
+        claims = (overlaps == own_best) & (own_best >= min_pos_iou)
+        last = len(gt_boxes) - 1 - claims.flip(0).to(torch.uint8).argmax(dim=0)
+        assigned = torch.where(claims.any(dim=0), last, assigned)
+    return assigned
+
+
+@torch.no_grad()
+def centerness(anchors: Tensor, gt_boxes: Tensor) -> Tensor:
+    """How central each anchor lies in its object (FCOS, eq. 3): [P, 4] and [P, 4] to [P] in 0..1.
+
+    sqrt(min(l, r) / max(l, r) * min(t, b) / max(t, b)), the distances of the anchor's centre from the box's sides; 0
+    where it lies outside.
+    """
+    anchors, gt_boxes = _boxes(anchors, "anchors"), _boxes(gt_boxes, "gt_boxes")
+    if anchors.shape != gt_boxes.shape:
+        raise ValueError(f"one gt box per anchor is needed: {list(anchors.shape)}, {list(gt_boxes.shape)}")
+    centre = (anchors[:, :2] + anchors[:, 2:]) / 2
+    before, after = centre - gt_boxes[:, :2], gt_boxes[:, 2:] - centre
+    shares = torch.minimum(before, after) / torch.maximum(before, after)
+    return shares.clamp(min=0).nan_to_num(0.0).prod(dim=1).sqrt()
+
+
+def iou(boxes: Tensor, others: Tensor) -> Tensor:
+    """[N, 4] and [M, 4] to [N, M]; two boxes without area overlap by 0."""
+    shared = _shared_area(boxes, others)
+    union = _area(boxes)[:, None] + _area(others) - shared
+    return shared / union.clamp(min=SMALLEST_AREA)
+
+
+def _in_ignored(anchors: Tensor, ignore_boxes: Tensor | None, ignore_iof: float | None) -> Tensor | None:
+    """bool [A]: more than `ignore_iof` of the anchor lies in one of the regions; None where the option is off."""
+    if ignore_iof is None or ignore_iof <= 0 or ignore_boxes is None or not len(ignore_boxes):
+        return None
+    regions = _boxes(ignore_boxes, "ignore_boxes").to(anchors)
+    share = _shared_area(anchors, regions) / _area(anchors).clamp(min=SMALLEST_AREA)[:, None]
+    return share.amax(dim=1) > ignore_iof
+
+
+def _shared_area(boxes: Tensor, others: Tensor) -> Tensor:
+    low = torch.maximum(boxes[:, None, :2], others[:, :2])
+    high = torch.minimum(boxes[:, None, 2:], others[:, 2:])
+    return (high - low).clamp(min=0).prod(dim=2)
+
+
+def _area(boxes: Tensor) -> Tensor:
+    return (boxes[:, 2:] - boxes[:, :2]).prod(dim=1)
+
+
+def _distances(points: Tensor, others: Tensor) -> Tensor:
+    """Euclidean, [N, M]."""
+    return (points[:, None] - others).square().sum(dim=2).sqrt()
+
+
+def _boxes(boxes: Tensor, name: str) -> Tensor:
+    if boxes.ndim != 2 or boxes.shape[1] != 4 or not boxes.is_floating_point():
+        raise ValueError(f"{name} must be floats [N, 4], these are {boxes.dtype} {list(boxes.shape)}")
+    return at_least_float32(boxes)
