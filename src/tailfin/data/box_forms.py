@@ -107,7 +107,8 @@ def _fractional(boxes: Floats) -> bool:
 
 def _inside(corners: Floats, sizes: Floats) -> NDArray[np.bool_]:
     low, high = corners[:, :2] >= -TOLERANCE, corners[:, 2:] <= sizes + TOLERANCE
-    return np.concatenate([low, high], axis=1).all(axis=1)
+    inside: NDArray[np.bool_] = np.asarray(np.concatenate([low, high], axis=1).all(axis=1))
+    return inside
 
 
 def _fractions_form(boxes: Floats) -> str:
