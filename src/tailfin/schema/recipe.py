@@ -103,16 +103,20 @@ class Recipe(Section):
         if self.pretraining is not None:
             self._check_pretraining(self.pretraining)
         check_features(self.features, self.loss.name)
-        if not isinstance(self.detector, FasterRCNNConfig):
-            for features in (self.features, self.second.features if self.second else None):
-                if features is not None:
-                    raise ValueError(f"{features.name} needs a box head on proposals: detector.name faster_rcnn")
+        for features in (self.features, self.second.features if self.second else None):
+            if features is None:
+                continue
+            if not isinstance(self.detector, FasterRCNNConfig):
+                raise ValueError(f"{features.name} needs a box head on proposals: detector.name faster_rcnn")
+            if features.ONE_BOX_HEAD:
+                self.detector.one_box_head(features.name)
         check_stages(self)
         return self
 
     def _check_pretraining(self, pretraining: Pretraining) -> None:
         if not isinstance(self.detector, FasterRCNNConfig):
             raise ValueError("pretraining needs a box head on proposals: detector.name faster_rcnn")
+        self.detector.one_box_head("pretraining")
         if pretraining.freeze_backbone and self.weights == "none":
             raise ValueError(
                 f"a random start (weights: none) cannot freeze the backbone, as pretraining.preset "

@@ -93,17 +93,22 @@ def wrap_trained(model: Any, classifier: Classifier, stats: ClassStats) -> None:
     What was trained is frozen, what is new trains. A feature module whose rows the box head has no place for is a
     `UserError`.
     """
-    name, head, features = classifier.name, HEADS[classifier.name], model.roi_heads.extra_rows
+    name, head = classifier.name, HEADS[classifier.name]
     if head.wrap is not None:
         _needs_softmax(name, model.roi_heads.loss)
         try:
             model.roi_heads = head.wrap(model.roi_heads, stats, **classifier.keywords)
         except ValueError as error:
             raise UserError(f"detector.classifier {name}: {error}") from None
-    if features is not None and not model.roi_heads.takes_extra_rows:
+    check_features_fit(model.roi_heads, classifier)
+
+
+def check_features_fit(heads: RoIHeads, classifier: Classifier) -> None:
+    """Refuse a feature module whose rows the box head has no place for."""
+    if heads.extra_rows is not None and not heads.takes_extra_rows:
         raise UserError(
-            f"detector.classifier {name} reads pooled features: the rows of a feature module "
-            f"({type(features).__name__}) cannot join it"
+            f"detector.classifier {classifier.name} reads pooled features: the rows of a feature module "
+            f"({type(heads.extra_rows).__name__}) cannot join it"
         )
 
 
