@@ -46,7 +46,7 @@ def build_detector(recipe: Recipe, stats: ClassStats, *, start: bool = True) -> 
     if recipe.calibration is not None:
         model.rescore = build_rescorer(recipe.calibration, stats, model.loss)
     if whole is not None:
-        return model, load_weights(model, whole, source)
+        return model, load_weights(model, whole, source, stats.names)
     return model, [f"backbone: {source}"] if body is not None else ["random start"]
 
 
@@ -81,7 +81,7 @@ def _cascade_rcnn(recipe: Recipe, stats: ClassStats, loss: ClassificationLoss, *
     model: CascadeRCNN = _two_stage(build_cascade_rcnn, recipe, stats, loss, *start)
     for heads in model.roi_heads.heads():  # each stage has a feature module of its own
         heads.extra_rows = build_features(recipe.features, config, stats, heads.loss)
-        check_features_fit(heads, config.classifier)
+        check_features_fit(heads.extra_rows, heads, config.classifier)
     return model
 
 

@@ -69,8 +69,8 @@ def _converted(
             rows = torch.tensor([*_labels(classes, len(value)), 0])
             found[f"roi_heads.predictor.cls_score.{name.removeprefix(CLASSIFIER)}"] = value[rows]
         elif name.startswith(BOXES):
-            rows = _labels(classes, len(value) // 4)
-            boxes = value.unflatten(0, (-1, 4))[rows].flatten(0, 1)
+            kept = _labels(classes, len(value) // 4)
+            boxes = value.unflatten(0, (-1, 4))[kept].flatten(0, 1)
             found[f"roi_heads.predictor.bbox_pred.{name.removeprefix(BOXES)}"] = boxes
         elif prefix := next((prefix for prefix in BOX_HEAD if name.startswith(prefix)), None):
             found[BOX_HEAD[prefix] + name.removeprefix(prefix)] = value

@@ -49,8 +49,6 @@ class DeformableDETR(Detector):
     decoder layer, then the encoder's. Without refinement one head serves all layers, as published.
     """
 
-    features = None  # feature modules belong to box heads
-
     def __init__(
         self,
         backbone: Backbone,

@@ -1,22 +1,40 @@
-"""`detector`: one section per detector, told apart by `detector.name`."""
+"""`detector`: one section per detector, chosen by `detector.name` from the table `DETECTORS`.
+
+A section says of its detector what the rest of the schema needs to know (`PARTS`, `BOX_HEAD`, `CLASSES`), so nothing
+asks which one it is. A detector of one's own is a subclass of `DetectorSection` and a line in `DETECTORS`; its builder
+is a line in `tailfin.models.BUILDERS` (`examples/own_detector.py`).
+"""
 
 from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
+from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError, model_validator
 
+from tailfin.errors import nearest
 from tailfin.schema.base import Count, Fraction, NotNegative, Positive, Section, by_name
 from tailfin.schema.heads import Classifier
+from tailfin.schema.problems import explained, told
 
 
-class FasterRCNNConfig(Section):
-    """Faster R-CNN's parts; defaults are detection practice for LVIS and COCO at batch 16."""
+class DetectorSection(Section):
+    """What the section of every detector has, and what it says of its detector."""
 
-    PARTS: ClassVar[tuple[str, ...]] = ("classifier", "box", "head", "rpn", "fpn", "backbone")  # that a stage may train
-    name: Literal["faster_rcnn"] = "faster_rcnn"
+    PARTS: ClassVar[tuple[str, ...]] = ("classifier", "box", "backbone")  # that a stage may train
+    BOX_HEAD: ClassVar[bool] = False  # a box head on proposals: what classifiers, feature modules and 2DRCL work on
+    CASCADE: ClassVar[bool] = False  # several box heads, one after another
+    CLASSES: ClassVar[bool] = True  # it tells classes apart
+    name: str
     norm: Literal["frozen_bn", "bn", "gn"] = "frozen_bn"  # of the backbone; a random start needs "bn" or "gn"
     frozen_layers: Annotated[int, Field(ge=0, le=5)] = 2  # of stem, layer1..layer4, from below; 2 = stem and layer1
+
+
+class FasterRCNNConfig(DetectorSection):
+    """Faster R-CNN's parts; defaults are detection practice for LVIS and COCO at batch 16."""
+
+    PARTS: ClassVar[tuple[str, ...]] = ("classifier", "box", "head", "rpn", "fpn", "backbone")
+    BOX_HEAD: ClassVar[bool] = True
+    name: Literal["faster_rcnn"] = "faster_rcnn"
     fpn_channels: Count = 256
     fpn_layers: Annotated[tuple[Annotated[int, Field(ge=1, le=4)], ...], Field(min_length=1)] = (1, 2, 3, 4)
     fpn_pool: bool = True  # one more level, pooled from the last
@@ -61,9 +79,6 @@ class FasterRCNNConfig(Section):
         """The detector before a second stage put its classifier around the trained one; any other as it is."""
         return self.with_classifier(self.classifier.inner) if self.classifier.second_stage else self
 
-    def one_box_head(self, wanted_by: str) -> None:
-        """Raise `ValueError` where there are several box heads; `wanted_by` cannot do with them."""
-
 
 class MaskRCNNConfig(FasterRCNNConfig):
     """Mask R-CNN: Faster R-CNN's parts and the mask branch."""
@@ -86,7 +101,7 @@ Stds = tuple[Positive, Positive, Positive, Positive]
 class CascadeRCNNConfig(MaskRCNNConfig):
     """Cascade R-CNN, three stages as published; with `masks` Cascade Mask R-CNN."""
 
-    PARTS: ClassVar[tuple[str, ...]] = MaskRCNNConfig.PARTS
+    CASCADE: ClassVar[bool] = True
     name: Literal["cascade_rcnn"] = "cascade_rcnn"  # type: ignore[assignment]
     masks: bool = False  # a mask branch per stage; the keys mask_* are its
     box_regression: Literal["class_agnostic", "class_specific"] = "class_agnostic"
@@ -111,20 +126,15 @@ class CascadeRCNNConfig(MaskRCNNConfig):
 
     def with_classifier(self, classifier: Classifier) -> CascadeRCNNConfig:
         if classifier.second_stage:
-            self.one_box_head(f"classifier {classifier.name}")
+            raise ValueError(f"classifier {classifier.name} needs one box head, and {self.name} has one per stage")
         return self.model_copy(update={"classifier": classifier})
 
-    def one_box_head(self, wanted_by: str) -> None:
-        raise ValueError(f"{wanted_by} needs one box head: detector.name cascade_rcnn has one per stage")
 
-
-class DeformableDETRConfig(Section):
+class DeformableDETRConfig(DetectorSection):
     """Deformable DETR, two-stage with box refinement; defaults are the published ones (300 queries, 6+6 layers)."""
 
     PARTS: ClassVar[tuple[str, ...]] = ("classifier", "box", "projection", "encoder", "decoder", "backbone")
     name: Literal["deformable_detr"]
-    norm: Literal["frozen_bn", "bn", "gn"] = "frozen_bn"  # of the backbone
-    frozen_layers: Annotated[int, Field(ge=0, le=5)] = 2  # as in Faster R-CNN; the released code trains layer2-4
     widths: tuple[Count, ...] = ()  # stem, layer1..4 of a small ResNet in the place of `backbone`; empty: `backbone`
     blocks: tuple[Count, ...] = ()  # its blocks in layer1..4
     levels: Annotated[int, Field(ge=1, le=4)] = 4  # the last backbone layers and one more by a strided convolution
@@ -163,13 +173,12 @@ class DeformableDETRConfig(Section):
         return self
 
 
-class LocalizerConfig(Section):
+class LocalizerConfig(DetectorSection):
     """Class-agnostic detector that scores how well a box lies; its boxes are proposals. Defaults are OLN's."""
 
     PARTS: ClassVar[tuple[str, ...]] = ("box", "head", "rpn", "fpn", "backbone")
+    CLASSES: ClassVar[bool] = False
     name: Literal["localizer"]
-    norm: Literal["frozen_bn", "bn", "gn"] = "frozen_bn"  # of the backbone
-    frozen_layers: Annotated[int, Field(ge=0, le=5)] = 2  # of stem, layer1..layer4, from below
     fpn_channels: Count = 256
     fpn_layers: Annotated[tuple[Annotated[int, Field(ge=1, le=4)], ...], Field(min_length=1)] = (1, 2, 3, 4)
     fpn_pool: bool = True
@@ -200,7 +209,7 @@ class LocalizerConfig(Section):
         return self
 
 
-DETECTORS: dict[str, type[Section]] = {
+DETECTORS: dict[str, type[DetectorSection]] = {
     "faster_rcnn": FasterRCNNConfig,
     "mask_rcnn": MaskRCNNConfig,
     "cascade_rcnn": CascadeRCNNConfig,
@@ -209,16 +218,19 @@ DETECTORS: dict[str, type[Section]] = {
 }
 
 
-def _name(value: Any) -> str:
-    name = value.get("name", "faster_rcnn") if isinstance(value, dict) else getattr(value, "name", "faster_rcnn")
-    return str(name)
+def _chosen(value: Any) -> DetectorSection:
+    """The section that `name` stands for; its mistakes are told as those of the recipe."""
+    if isinstance(value, DetectorSection):
+        return value
+    if not isinstance(value, dict):
+        raise ValueError("a section of keys is needed")
+    name = str(value.get("name", "faster_rcnn"))
+    if name not in DETECTORS:
+        raise told(f'detector.name: "{name}" is not a choice{nearest(name, DETECTORS)}')
+    try:
+        return DETECTORS[name].model_validate(value)
+    except ValidationError as error:
+        raise told(explained(error, DETECTORS[name], "detector")) from None
 
 
-Detector = Annotated[
-    Annotated[FasterRCNNConfig, Tag("faster_rcnn")]
-    | Annotated[MaskRCNNConfig, Tag("mask_rcnn")]
-    | Annotated[CascadeRCNNConfig, Tag("cascade_rcnn")]
-    | Annotated[DeformableDETRConfig, Tag("deformable_detr")]
-    | Annotated[LocalizerConfig, Tag("localizer")],
-    Discriminator(_name),
-]
+Detector = Annotated[SerializeAsAny[DetectorSection], BeforeValidator(_chosen)]

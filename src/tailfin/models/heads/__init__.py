@@ -93,22 +93,22 @@ def wrap_trained(model: Any, classifier: Classifier, stats: ClassStats) -> None:
     What was trained is frozen, what is new trains. A feature module whose rows the box head has no place for is a
     `UserError`.
     """
-    name, head = classifier.name, HEADS[classifier.name]
+    name, head, features = classifier.name, HEADS[classifier.name], model.roi_heads.extra_rows
     if head.wrap is not None:
         _needs_softmax(name, model.roi_heads.loss)
         try:
             model.roi_heads = head.wrap(model.roi_heads, stats, **classifier.keywords)
         except ValueError as error:
             raise UserError(f"detector.classifier {name}: {error}") from None
-    check_features_fit(model.roi_heads, classifier)
+    check_features_fit(features, model.roi_heads, classifier)
 
 
-def check_features_fit(heads: RoIHeads, classifier: Classifier) -> None:
+def check_features_fit(features: nn.Module | None, heads: RoIHeads, classifier: Classifier) -> None:
     """Refuse a feature module whose rows the box head has no place for."""
-    if heads.extra_rows is not None and not heads.takes_extra_rows:
+    if features is not None and not heads.takes_extra_rows:
         raise UserError(
             f"detector.classifier {classifier.name} reads pooled features: the rows of a feature module "
-            f"({type(heads.extra_rows).__name__}) cannot join it"
+            f"({type(features).__name__}) cannot join it"
         )
 
 
