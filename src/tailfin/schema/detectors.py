@@ -22,6 +22,7 @@ class DetectorSection(Section):
 
     PARTS: ClassVar[tuple[str, ...]] = ("classifier", "box", "backbone")  # that a stage may train
     BOX_HEAD: ClassVar[bool] = False  # a box head on proposals: what classifiers, feature modules and 2DRCL work on
+    CASCADE: ClassVar[bool] = False  # several box heads, one after another
     CLASSES: ClassVar[bool] = True  # it tells classes apart
     name: str
     norm: Literal["frozen_bn", "bn", "gn"] = "frozen_bn"  # of the backbone; a random start needs "bn" or "gn"
@@ -57,6 +58,7 @@ class FasterRCNNConfig(DetectorSection):
     classifier: Annotated[Classifier, BeforeValidator(by_name)] = Classifier()
     box_regression: Literal["class_agnostic", "class_specific"] = "class_specific"
     box_loss: Literal["l1", "smooth_l1"] = "l1"
+    box_loss_beta: Positive = 1 / 9  # of smooth_l1, below which it is quadratic
     box_loss_weight: NotNegative = 1.0
     rpn_loss_weight: NotNegative = 1.0
 
@@ -76,6 +78,56 @@ class FasterRCNNConfig(DetectorSection):
     def unwrapped(self) -> FasterRCNNConfig:
         """The detector before a second stage put its classifier around the trained one; any other as it is."""
         return self.with_classifier(self.classifier.inner) if self.classifier.second_stage else self
+
+
+class MaskRCNNConfig(FasterRCNNConfig):
+    """Mask R-CNN: Faster R-CNN's parts and the mask branch."""
+
+    PARTS: ClassVar[tuple[str, ...]] = (*FasterRCNNConfig.PARTS, "mask")
+    name: Literal["mask_rcnn"] = "mask_rcnn"  # type: ignore[assignment]
+    mask_roi_size: Count = 14  # of the pooled features; masks have twice as many cells per side
+    mask_channels: Count = 256
+    mask_layers: Count = 4
+    masks_by_class: Literal["class_specific", "class_agnostic"] = "class_specific"  # filters of the last layer
+    mask_predictor: Literal["linear", "normed"] = "linear"  # normed: cosines, as in Seesaw's models
+    mask_temperature: Positive = 20.0  # of the normed one
+    mask_targets: Literal["mmdet_bitmap", "d2_bitmap", "torchvision"] = "mmdet_bitmap"  # how masks become targets
+    mask_loss_weight: NotNegative = 1.0
+
+
+Stds = tuple[Positive, Positive, Positive, Positive]
+
+
+class CascadeRCNNConfig(MaskRCNNConfig):
+    """Cascade R-CNN, three stages as published; with `masks` Cascade Mask R-CNN."""
+
+    CASCADE: ClassVar[bool] = True
+    name: Literal["cascade_rcnn"] = "cascade_rcnn"  # type: ignore[assignment]
+    masks: bool = False  # a mask branch per stage; the keys mask_* are its
+    box_regression: Literal["class_agnostic", "class_specific"] = "class_agnostic"
+    box_loss: Literal["l1", "smooth_l1"] = "smooth_l1"
+    box_loss_beta: Positive = 1.0
+    stage_ious: tuple[Fraction, ...] = (0.5, 0.6, 0.7)  # in the place of roi_fg_iou
+    stage_weights: tuple[NotNegative, ...] = (1.0, 0.5, 0.25)  # of the stages' losses
+    stage_stds: tuple[Stds, ...] = (  # of the box deltas
+        (0.1, 0.1, 0.2, 0.2),
+        (0.05, 0.05, 0.1, 0.1),
+        (0.033, 0.033, 0.067, 0.067),
+    )
+
+    @model_validator(mode="after")
+    def _check_stages(self) -> CascadeRCNNConfig:
+        count = len(self.stage_ious)
+        if not count or count != len(self.stage_weights) or count != len(self.stage_stds):
+            raise ValueError("stage_ious, stage_weights and stage_stds need one entry per stage")
+        if "roi_fg_iou" in self.model_fields_set and self.roi_fg_iou != FasterRCNNConfig().roi_fg_iou:
+            raise ValueError("roi_fg_iou is Faster R-CNN's; a cascade has stage_ious")
+        return self
+
+    def with_classifier(self, classifier: Classifier) -> CascadeRCNNConfig:
+        if classifier.second_stage:
+            raise ValueError(f"classifier {classifier.name} needs one box head, and {self.name} has one per stage")
+        return self.model_copy(update={"classifier": classifier})
 
 
 class DeformableDETRConfig(DetectorSection):
@@ -159,6 +211,8 @@ class LocalizerConfig(DetectorSection):
 
 DETECTORS: dict[str, type[DetectorSection]] = {
     "faster_rcnn": FasterRCNNConfig,
+    "mask_rcnn": MaskRCNNConfig,
+    "cascade_rcnn": CascadeRCNNConfig,
     "deformable_detr": DeformableDETRConfig,
     "localizer": LocalizerConfig,
 }

@@ -103,16 +103,19 @@ class Recipe(Section):
         if self.pretraining is not None:
             self._check_pretraining(self.pretraining)
         check_features(self.features, self.loss.name)
-        if not self.detector.BOX_HEAD:
-            for features in (self.features, self.second.features if self.second else None):
-                if features is not None:
-                    raise ValueError(f"{features.name} needs a box head on proposals: detector.name faster_rcnn")
+        for features in (self.features, self.second.features if self.second else None):
+            if features is not None and not self.detector.BOX_HEAD:
+                raise ValueError(f"{features.name} needs a box head on proposals: detector.name faster_rcnn")
+            if features is not None and features.ONE_BOX_HEAD and self.detector.CASCADE:
+                raise ValueError(f"{features.name} needs one box head, and {self.detector.name} has one per stage")
         check_stages(self)
         return self
 
     def _check_pretraining(self, pretraining: Pretraining) -> None:
         if not self.detector.BOX_HEAD:
             raise ValueError("pretraining needs a box head on proposals: detector.name faster_rcnn")
+        if self.detector.CASCADE:
+            raise ValueError(f"pretraining needs one box head, and {self.detector.name} has one per stage")
         if pretraining.freeze_backbone and self.weights == "none":
             raise ValueError(
                 f"a random start (weights: none) cannot freeze the backbone, as pretraining.preset "
