@@ -14,14 +14,16 @@ from tailfin.checkpoint import FORMAT, load_weights, read_safetensors
 from tailfin.errors import UserError
 from tailfin.files import existing_file
 from tailfin.losses.base import ClassificationLoss
-from tailfin.models.backbones import Backbone, imagenet_state, load_body, pyramid_backbone, resnet_body
+from tailfin.models.atss import build_atss
+from tailfin.models.backbones import Backbone, Body, imagenet_state, load_body, pyramid_backbone, resnet_body
 from tailfin.models.detector import Detector, Limits
 from tailfin.models.faster_rcnn import build_faster_rcnn
 from tailfin.models.features import build_feature_module
 from tailfin.models.features.meta_reweighting import MetaReweighter
 from tailfin.models.heads import NorCal, calibrate, check_extra_rows, check_start
 from tailfin.models.localizer import build_localizer
-from tailfin.schema.detectors import FasterRCNN, Localizer
+from tailfin.models.retinanet import build_retinanet
+from tailfin.schema.detectors import ATSSConfig, FasterRCNN, Localizer, RetinaNetConfig
 from tailfin.schema.recipe import Recipe
 from tailfin.stats import ClassStats
 
@@ -51,9 +53,7 @@ def _faster_rcnn(
     assert isinstance(config, FasterRCNN)
     backbone = _pyramid(recipe, config, body, source)
     channels_last = recipe.schedule.channels_last
-    own = recipe.evaluation
-    limits = Limits(own.score_threshold, own.max_dets, own.nms)
-    model = build_faster_rcnn(backbone, loss, config, limits, stats, channels_last=channels_last)
+    model = build_faster_rcnn(backbone, loss, config, _limits(recipe), stats, channels_last=channels_last)
     model.roi_heads.extra_rows = build_feature_module(recipe, stats, loss)
     calibrate(model, config.classifier, stats)
     check_extra_rows(model, config.classifier)
@@ -62,14 +62,54 @@ def _faster_rcnn(
     return model
 
 
-def _pyramid(
-    recipe: Recipe, config: FasterRCNN | Localizer, body_state: dict[str, Tensor] | None, source: str
-) -> Backbone:
+def _limits(recipe: Recipe) -> Limits:
+    own = recipe.evaluation
+    return Limits(own.score_threshold, own.max_dets, own.nms)
+
+
+def _body(
+    recipe: Recipe,
+    config: FasterRCNN | Localizer | RetinaNetConfig | ATSSConfig,
+    body_state: dict[str, Tensor] | None,
+    source: str,
+) -> Body:
     body = resnet_body(recipe.backbone, norm=config.norm)
     if body_state is not None:
         load_body(body, body_state, source)
     body.freeze(config.frozen_layers)
+    return body
+
+
+def _pyramid(
+    recipe: Recipe, config: FasterRCNN | Localizer, body_state: dict[str, Tensor] | None, source: str
+) -> Backbone:
+    body = _body(recipe, config, body_state, source)
     return pyramid_backbone(body, layers=config.fpn_layers, channels=config.fpn_channels, pool=config.fpn_pool)
+
+
+def _retinanet(
+    recipe: Recipe, stats: ClassStats, loss: ClassificationLoss, body: dict[str, Tensor] | None, source: str
+) -> Detector:
+    config = recipe.detector
+    assert isinstance(config, RetinaNetConfig)
+    backbone = _dense_pyramid(recipe, config, body, source)
+    return build_retinanet(backbone, loss, config, _limits(recipe), channels_last=recipe.schedule.channels_last)
+
+
+def _atss(
+    recipe: Recipe, stats: ClassStats, loss: ClassificationLoss, body: dict[str, Tensor] | None, source: str
+) -> Detector:
+    config = recipe.detector
+    assert isinstance(config, ATSSConfig)
+    backbone = _dense_pyramid(recipe, config, body, source)
+    return build_atss(backbone, loss, config, _limits(recipe), channels_last=recipe.schedule.channels_last)
+
+
+def _dense_pyramid(
+    recipe: Recipe, config: RetinaNetConfig | ATSSConfig, body_state: dict[str, Tensor] | None, source: str
+) -> Backbone:
+    body = _body(recipe, config, body_state, source)
+    return pyramid_backbone(body, layers=config.fpn_layers, channels=config.fpn_channels, convs=config.fpn_convs)
 
 
 def _deformable_detr(
@@ -95,6 +135,8 @@ BUILDERS: dict[str, Builder] = {
     "faster_rcnn": _faster_rcnn,
     "deformable_detr": _deformable_detr,
     "localizer": _localizer,
+    "retinanet": _retinanet,
+    "atss": _atss,
 }
 
 
