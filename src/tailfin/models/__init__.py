@@ -16,6 +16,7 @@ from tailfin.files import existing_file
 from tailfin.losses.base import ClassificationLoss
 from tailfin.models.atss import build_atss
 from tailfin.models.backbones import Backbone, Body, imagenet_state, load_body, pyramid_backbone, resnet_body
+from tailfin.models.convert_torchvision import convert_retinanet, is_torchvision_retinanet
 from tailfin.models.detector import Detector, Limits
 from tailfin.models.faster_rcnn import build_faster_rcnn
 from tailfin.models.features import build_feature_module
@@ -40,6 +41,8 @@ def build_detector(recipe: Recipe, stats: ClassStats, *, start: bool = True) -> 
     loss = losses.build(recipe.loss.name, stats, **recipe.loss.options)
     if recipe.meta_reweighting is not None:  # the same loss with class weights that are learnt
         loss = MetaReweighter(stats, lr=recipe.meta_reweighting.lr)
+    if body is not None and recipe.detector.name == "retinanet" and is_torchvision_retinanet(body):
+        body, whole = None, convert_retinanet(body, stats.names, loss.num_logits, source)
     model = BUILDERS[recipe.detector.name](recipe, stats, loss, body, source)
     if whole is not None:
         return model, load_weights(model, whole, source)

@@ -93,7 +93,7 @@ def _atss(
         start += len(level)
     candidates = torch.cat(nearest, dim=1)  # [B, K, G]
     chosen = anchors[candidates]  # [B, K, G, 4]
-    values = _paired_iou(chosen, gt_boxes[:, None])
+    values = paired_iou(chosen, gt_boxes[:, None])
     positive = values >= candidate_threshold(values)[:, None]
     place = (chosen[..., :2] + chosen[..., 2:]) / 2
     inside = torch.cat([place - gt_boxes[:, None, :, :2], gt_boxes[:, None, :, 2:] - place], dim=3)
@@ -237,7 +237,7 @@ def centerness(anchors: Tensor, gt_boxes: Tensor) -> Tensor:
 
 def iou(boxes: Tensor, others: Tensor) -> Tensor:
     """[..., N, 4] and [M, 4] to [..., N, M]; two boxes without area overlap by 0."""
-    return _paired_iou(boxes[..., None, :], others)
+    return paired_iou(boxes[..., None, :], others)
 
 
 def _in_ignored(anchors: Tensor, ignore_boxes: Tensor | None, ignore_iof: float | None) -> Tensor | None:
@@ -249,7 +249,7 @@ def _in_ignored(anchors: Tensor, ignore_boxes: Tensor | None, ignore_iof: float 
     return share.amax(dim=1) > ignore_iof
 
 
-def _paired_iou(boxes: Tensor, others: Tensor) -> Tensor:
+def paired_iou(boxes: Tensor, others: Tensor) -> Tensor:
     """IoU [...] of boxes [..., 4] and others [..., 4], which broadcast."""
     shared = _shared_area(boxes, others)
     union = _area(boxes) + _area(others) - shared

@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tailfin.losses.base import ClassificationLoss
-from tailfin.models.assigners import atss_batch, centerness
+from tailfin.models.assigners import atss_batch, centerness, paired_iou
 from tailfin.models.backbones import Backbone
-from tailfin.models.dense import DenseDetector, DenseHead, Outputs, flat, paired_iou, starting_bias
+from tailfin.models.dense import DenseDetector, DenseHead, Outputs, flat, starting_bias
 from tailfin.models.dense_anchors import LevelAnchors, square_anchors
 from tailfin.models.detector import Limits, Targets
 from tailfin.schema.detectors import ATSSConfig

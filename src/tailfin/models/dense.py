@@ -34,7 +34,7 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import generalized_box_iou_loss
 
 from tailfin.losses.base import ClassificationLoss, sum_over_ranks
-from tailfin.models.assigners import iou, pad_targets
+from tailfin.models.assigners import iou, pad_targets, paired_iou
 from tailfin.models.backbones import Backbone
 from tailfin.models.box_deltas import decode_deltas, encode_deltas
 from tailfin.models.dense_anchors import LevelAnchors
@@ -372,11 +372,6 @@ class DenseDetector(Detector):
 def flat(maps: Sequence[Tensor], width: int) -> Tensor:
     """Levels [B, A * width, h, w] to rows [B, N, width]: level by level, cell by cell, anchor by anchor."""
     return torch.cat([own.permute(0, 2, 3, 1).reshape(len(own), -1, width) for own in maps], dim=1)
-
-
-def paired_iou(boxes: Tensor, others: Tensor) -> Tensor:
-    """[P, 4] and [P, 4] to [P]."""
-    return iou(boxes[:, None], others[:, None])[:, 0, 0]
 
 
 def starting_bias(loss: ClassificationLoss, prior: float) -> Tensor:
