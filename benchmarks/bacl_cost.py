@@ -125,7 +125,7 @@ def inference_pair(options: argparse.Namespace, classes: int) -> tuple[FasterRCN
     plain.to(memory_format=torch.channels_last)
     settle(plain, pictures)
     balanced, _ = build_detector(
-        recipe.model_copy(update={"loss": load_recipe(RECIPE).second_stage().loss}), stats_of(classes), start=False
+        recipe.model_copy(update={"loss": load_recipe(RECIPE).second.loss}), stats_of(classes), start=False
     )
     assert isinstance(balanced, FasterRCNN)
     balanced.load_state_dict(

@@ -36,7 +36,7 @@ from tailfin.data.synth import demo_set
 from tailfin.exemplar_scores import read_scores, score_annotations
 from tailfin.inference import infer
 from tailfin.models import build_detector
-from tailfin.run import new_accelerator
+from tailfin.processes import new_accelerator
 from tailfin.schema.recipe import Recipe
 from tailfin.stats import ClassStats
 

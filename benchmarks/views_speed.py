@@ -31,6 +31,7 @@ from tailfin.data.views import PretrainingDataset, paired_geometries
 from tailfin.samplers.plan import BatchPlan
 from tailfin.schema.data import Data
 from tailfin.schema.pretraining import Pretraining, Proposals, Views
+from tailfin.schema.stages import stages
 from tailfin.schema.training import Sampler
 from tailfin.stats import ClassStats
 
@@ -144,7 +145,7 @@ def step_rate(name: str, source: Source, data: Data, batch: int, iterations: int
     config = recipe.pretraining
     if config is None:
         raise SystemExit(f"{name} has no section `pretraining`")
-    detector = build_detector(recipe.pretraining_stage(), ClassStats.from_index(source.index))[0]
+    detector = build_detector(stages(recipe)[0].recipe, ClassStats.from_index(source.index))[0]
     assert isinstance(detector, FasterRCNN)
     shell = PreTrainer(detector, config, iterations=1000).train()
     dataset = pretraining_set(source, data, config.preset)

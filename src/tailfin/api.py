@@ -3,7 +3,7 @@
 import tailfin
 tailfin.train("fod/faster_rcnn_r18_softmax", train="train.json", val="val.json", out="RUN")
 detector = tailfin.load("RUN/model.safetensors")
-detections = detector.predict(["photo.jpg"])      # [{"boxes", "scores", "labels"}]
+detections = detector.predict(["photo.jpg"])      # [{"boxes", "scores", "labels"(, "masks")}]
 """
 
 from __future__ import annotations
@@ -19,17 +19,19 @@ from PIL import Image
 from torch import Tensor
 
 from tailfin import evaluation
-from tailfin.checkpoint import load_model_file, memories
+from tailfin.checkpoint import load_model_file
 from tailfin.config import load_recipe, recipe_from_file
 from tailfin.data.dataset import Source, to_test_size
 from tailfin.data.images import read_image, to_rgb
 from tailfin.data.index import image_folder, open_index
 from tailfin.errors import UserError
-from tailfin.evaluation.results import merge_shards
+from tailfin.evaluation.results import merge_shards, result_files
 from tailfin.files import existing_file
 from tailfin.inference import counts_by_id
+from tailfin.mask_encoding import decode_masks, encode_masks
 from tailfin.schema.recipe import Recipe
 from tailfin.stats import ClassStats
+from tailfin.weights import load_whole
 
 if TYPE_CHECKING:
     from tailfin import models
@@ -50,7 +52,6 @@ class Detector:
         """Class names, index = label."""
         return list(self.stats.names)
 
-    @torch.inference_mode()
     def predict(
         self,
         images: Picture | Sequence[Picture],
@@ -66,11 +67,31 @@ class Detector:
             score_threshold, max_dets: instead of the recipe's; `max_dets` -1 = no limit.
 
         Returns:
-            Per picture: boxes float32 [D, 4] (xyxy, pixels of the picture), scores float32 [D], labels int64 [D].
+            Per picture: boxes float32 [D, 4] (xyxy, pixels of the picture), scores float32 [D], labels int64 [D]; of a
+            detector with masks also masks bool [D, H, W] of the whole picture. `results` has them as RLEs, in a
+            fraction of the memory.
+        """
+        found = self.results(images, score_threshold=score_threshold, max_dets=max_dets, batch=batch)
+        for output in found:
+            if "rles" in output:
+                output["masks"] = decode_masks(output.pop("rles"), output.pop("size"))
+        return found
+
+    @torch.inference_mode()
+    def results(
+        self,
+        images: Picture | Sequence[Picture],
+        *,
+        score_threshold: float | None = None,
+        max_dets: int | None = None,
+        batch: int = 8,
+    ) -> list[dict[str, Any]]:
+        """As `predict`, with `rles` in the place of masks: D dicts of COCO's compressed RLE; `size` is the picture's
+        (H, W).
         """
         if isinstance(images, str | Path | Image.Image | np.ndarray) or isinstance(images, Tensor) and images.ndim == 3:
             images = [images]
-        results = []
+        results: list[dict[str, Any]] = []
         limits = self.limits(score_threshold, max_dets)
         for start in range(0, len(images), batch):
             pictures = [_to_tensor(image, self.recipe.data.max_pixels) for image in images[start : start + batch]]
@@ -79,8 +100,11 @@ class Detector:
             for picture, small, output in zip(pictures, resized, outputs, strict=True):
                 across, down = picture.shape[-1] / small.shape[-1], picture.shape[-2] / small.shape[-2]
                 boxes = output["boxes"].float().cpu() * torch.tensor([across, down, across, down])
-                rest = {key: value.cpu() for key, value in output.items() if key != "boxes"}
+                rest = {key: value.cpu() for key, value in output.items() if key not in ("boxes", "masks")}
                 results.append({"boxes": boxes, **rest})
+                if "masks" in output:
+                    size = (picture.shape[-2], picture.shape[-1])
+                    results[-1].update(rles=encode_masks(output["masks"], boxes, size), size=size)
         return results
 
     def limits(self, score_threshold: float | None = None, max_dets: int | None = None) -> Limits:
@@ -102,13 +126,7 @@ def load(path: str | Path, device: str | torch.device | None = None) -> Detector
         path = path / "model.safetensors"
     file = load_model_file(path)
     model, _ = build_detector(file.recipe, file.stats, start=False)
-    empty = {key: value for key, value in model.state_dict().items() if key.startswith(memories(model))}
-    try:
-        model.load_state_dict({**empty, **file.weights})
-    except RuntimeError as error:
-        raise UserError(
-            f"model {path}: its weights do not fit its recipe: {' '.join(str(error).split())[:200]}"
-        ) from None
+    load_whole(model, file.weights, f"model {path}")
     return Detector(model, file.recipe, file.stats, _device(device or _default_device()))
 
 
@@ -125,15 +143,18 @@ def train(
     overwrite: bool = False,
     resume: bool = False,
     stage1: str | Path | None = None,
+    reuse: str | Path | None = None,
 ) -> Path:
     """Train every stage of a recipe and measure the result; returns the run folder.
 
     `recipe` is a name from `tailfin recipes list`, a YAML path, a published row's id, or a `Recipe`. `resume` goes on
-    with the run in `out`. `stage1` is a run (or model file) whose finished first stage a two-stage recipe takes instead
-    of training its own; it must be the one that the recipe would train.
+    with the run in `out`. `reuse` is a run (or model file) whose finished stages are taken in the place of training
+    them, in order, up to the first that this recipe would train differently; `stage1` is one whose first stage must be
+    the one that the recipe would train, and is taken alone.
     """
     from tailfin.methods import METHODS
-    from tailfin.run import Run, on_main, process_state, resumed_recipe, run_folder
+    from tailfin.processes import on_main, process_state
+    from tailfin.run import Run, resumed_recipe, run_folder
 
     if resume:
         if out is None:
@@ -141,10 +162,14 @@ def train(
         resolved, folder = resumed_recipe(out), Path(out)
     else:
         resolved = resolve_recipe(recipe, train, val, train_images, val_images, weights, overrides)
-        if stage1 is not None and out is not None and Path(stage1).resolve().is_relative_to(Path(out).resolve()):
-            raise UserError(f"--stage1 {stage1} is inside --out {out}, which would be replaced: give another --out")
+        if stage1 is not None and reuse is not None:
+            raise UserError("--stage1 demands the first stage of a run, --reuse takes all that fit: give one of them")
+        for option, given in (("--stage1", stage1), ("--reuse", reuse)):
+            if given is not None and out is not None and Path(given).resolve().is_relative_to(Path(out).resolve()):
+                raise UserError(f"{option} {given} is inside --out {out}, which would be replaced: give another --out")
         folder = on_main(process_state(), lambda: run_folder(out, resolved, overwrite=overwrite))
-    METHODS[resolved.method](Run(resolved, folder, Path(stage1) if stage1 is not None else None))
+    first, others = (Path(given) if given is not None else None for given in (stage1, reuse))
+    METHODS[resolved.method](Run(resolved, folder, stage1=first, reuse=others))
     return folder
 
 
@@ -179,7 +204,7 @@ def resolve_recipe(
         values["weights"] = str(Path(values["weights"]).absolute())
     if resolved.data.synthesize == "demo" and not values["data"]["train"]["annotations"]:
         from tailfin.data.synth import demo_set
-        from tailfin.run import on_main, process_state
+        from tailfin.processes import on_main, process_state
 
         folder = Path(resolved.data.root or "demo") / "data"
         train_json, val_json = on_main(process_state(), lambda: demo_set(folder))
@@ -203,13 +228,19 @@ def predict_to_results(
     *,
     max_dets: int | None = None,
     device: str | None = None,
+    kinds: Sequence[str] | None = None,
 ) -> dict[str, Path]:
-    """Run a model over an annotation file's images; returns the results files by IoU type (`bbox`)."""
-    from tailfin.inference import infer
-    from tailfin.run import new_accelerator, on_main
+    """Run a model over an annotation file's images; returns the results files by IoU type.
+
+    `kinds` (`bbox`, `segm`) are what is needed; by default all that the detector gives.
+    """
+    from tailfin.inference import check_kinds, infer
+    from tailfin.processes import new_accelerator, on_main
 
     detector = load(model_path, "cpu")
     limits = detector.limits(None, max_dets)
+    kinds = tuple(detector.model.kinds if kinds is None else kinds)
+    check_kinds(detector.model, kinds, str(model_path))
     accelerator = new_accelerator(detector.recipe.schedule.precision, cpu=device == "cpu")
     detector.model.to(accelerator.device)
     index = open_index(annotations)
@@ -226,12 +257,13 @@ def predict_to_results(
         accelerator=accelerator,
         batch=detector.recipe.evaluation.batch,
         limits=limits,
+        masks="segm" in kinds,
     )
     accelerator.wait_for_everyone()
     results = out / "results.bbox.json"
     on_main(accelerator, lambda: merge_shards(shards, results, ranks=accelerator.num_processes))
     on_main(accelerator, lambda: shutil.rmtree(shards))
-    return {"bbox": results}
+    return result_files(results, kinds)
 
 
 def validation_files(run: str | Path) -> tuple[Path, Path | None]:

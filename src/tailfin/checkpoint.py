@@ -22,11 +22,12 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from tailfin.config import check_recipe, dump_recipe, parse_yaml
+from tailfin.config import dump_recipe, parse_yaml, stored_recipe
 from tailfin.errors import UserError
 from tailfin.files import existing_file, ordinary_mode, read_json, write_json
 from tailfin.schema.recipe import Recipe
 from tailfin.stats import ClassStats
+from tailfin.weights import memories
 
 FORMAT = "tailfin-1"
 
@@ -80,13 +81,6 @@ def save_model(
         temporary.unlink(missing_ok=True)
 
 
-def memories(model: nn.Module) -> tuple[str, ...]:
-    """Beginnings of the names of what serves one stage's training alone and can be large: stored rows of a feature
-    module (`stage_memory`). Resume points have them, model files do not, and no stage takes over those of another.
-    """
-    return tuple(f"{name}." for name, module in model.named_modules() if getattr(module, "stage_memory", False))
-
-
 def load_model_file(path: str | Path) -> ModelFile:
     """Read a model file of tailfin; anything else is a `UserError`."""
     path = existing_file(path, "model")
@@ -96,7 +90,7 @@ def load_model_file(path: str | Path) -> ModelFile:
     if metadata.get("format") != FORMAT:
         raise UserError(f"model {path} was not written by tailfin (no recipe in its metadata)")
     try:
-        recipe = check_recipe(parse_yaml(metadata["recipe"], f"the recipe in {path}"), f"the recipe in {path}")
+        recipe = stored_recipe(parse_yaml(metadata["recipe"], f"the recipe in {path}"), f"the recipe in {path}")
         stats = ClassStats.from_dict(json.loads(metadata["categories"]))
     except (KeyError, ValueError) as error:
         raise UserError(f"model {path}: its metadata is damaged ({error})") from None
@@ -116,23 +110,6 @@ def file_hash(path: Path) -> str:
     """SHA-256 of a file, hexadecimal: how a model names its parents."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def load_weights(model: nn.Module, weights: dict[str, Tensor], source: str) -> list[str]:
-    """Copy the weights that fit by name and shape; returns lines that say what was loaded, left out and new."""
-    own = model.state_dict()
-    fitting = {key: value for key, value in weights.items() if key in own and own[key].shape == value.shape}
-    if not fitting:
-        raise UserError(f"{source}: none of its {len(weights)} weights fits this detector")
-    model.load_state_dict(fitting, strict=False)
-    reshaped = sorted(key for key in weights if key in own and own[key].shape != weights[key].shape)
-    unknown = sorted(key for key in weights if key not in own)
-    new = sorted(key for key in own if key not in weights)
-    lines = [f"{source}: {len(fitting)} of {len(own)} weights loaded"]
-    for what, keys in (("another shape", reshaped), ("not in this detector", unknown), ("start anew", new)):
-        if keys:
-            lines.append(f"  {what}: {len(keys)} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})")
-    return lines
 
 
 # ---- resume points ---------------------------------------------------------------------------------------------------

@@ -33,6 +33,7 @@ from tailfin.config import load_recipe
 from tailfin.errors import UserError
 from tailfin.models.detector import Detector, Limits
 from tailfin.schema.recipe import Recipe
+from tailfin.schema.stages import final_stage
 from tailfin.stats import ClassStats
 
 POST = "post-processing"
@@ -133,7 +134,7 @@ def open_subject(given: str | Path, overrides: Sequence[str] = (), classes: int 
         return Subject(str(given), detector.model, detector.recipe, detector.stats, True)
     recipe = load_recipe(given, overrides)
     stats = _stats(recipe, str(given), classes)
-    final = recipe.second_stage() if recipe.second is not None else recipe
+    final = final_stage(recipe).recipe
     torch.manual_seed(0)
     model, _ = build_detector(final, stats, start=False)
     return Subject(str(given), model, final, stats, False)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,14 +15,15 @@ from rich.table import Table
 from torch import nn
 
 from tailfin.data.dataset import TrainingDataset, open_source
-from tailfin.data.smooth_tail import ALL, divide, planned_steps
+from tailfin.data.smooth_tail import ALL, PlannedStep, divide, planned_steps
 from tailfin.errors import UserError
+from tailfin.inference import check_kinds
 from tailfin.models import build_detector
 from tailfin.report.draw import draw_detections
 from tailfin.run import batch_plan
 from tailfin.schedule import learning_rate
 from tailfin.schema.recipe import Recipe
-from tailfin.schema.stepwise import Stepwise
+from tailfin.schema.stages import CLASS_SPECIFIC, PRETRAIN, stages
 from tailfin.stats import ClassStats
 
 SHOWN = 16  # pictures of the batch
@@ -35,6 +37,10 @@ def show_plan(recipe: Recipe, out: Path | None) -> None:
     dataset = TrainingDataset(train, recipe.data, recipe.seed)
     plan = batch_plan(recipe, dataset, stats)
     model, _ = build_detector(recipe, stats, start=False)
+    kinds: Any = model.kinds
+    check_kinds(model, recipe.evaluation.iou, "evaluation.iou")
+    if "segm" in kinds:
+        dataset = dataset.with_masks()
     first = [dataset.sample(*key) for key in next(plan.keys(0, slice(0, 1), 1))]
 
     table = Table("", "", title=f"plan of {recipe.name}", title_justify="left", show_header=False)
@@ -43,12 +49,14 @@ def show_plan(recipe: Recipe, out: Path | None) -> None:
     milestones = [plan.iteration_at(epoch) for epoch in schedule.milestones]
     lengths = np.diff(plan.boundaries)
     table.add_row("training images", f"{len(dataset.rows())} of {len(train.index)} in {train.index.path}")
+    if note := dataset.missing_masks():
+        table.add_row("masks", note.removeprefix("masks: "))
     table.add_row("classes", f"{stats.num_classes} (rare {groups['r']}, common {groups['c']}, frequent {groups['f']})")
-    stages = planned_stages(recipe, dataset, stats, model.class_specific())
-    table.add_row("method", f"{recipe.method}: {len(stages)} stage{'s' * (len(stages) > 1)}")
-    for number, (name, text) in enumerate(stages, start=1):
+    planned = planned_stages(recipe, dataset, stats, model.class_specific())
+    table.add_row("method", f"{recipe.method}: {len(planned)} stage{'s' * (len(planned) > 1)}")
+    for number, (name, text) in enumerate(planned, start=1):
         table.add_row(f"stage {number}, {name}", text)
-    if len(stages) > 1:
+    if len(planned) > 1:
         table.add_section()
         table.add_row("below", "the recipe's own schedule and detector: its stage on all annotations")
     table.add_row("iterations", f"{plan.iterations} of {schedule.batch} images, {lengths[0]} in the first epoch")
@@ -71,56 +79,47 @@ def show_plan(recipe: Recipe, out: Path | None) -> None:
 
 
 def planned_stages(
-    recipe: Recipe, dataset: TrainingDataset, stats: ClassStats, class_specific: Sequence[str]
+    recipe: Recipe, whole: TrainingDataset, stats: ClassStats, class_specific: Sequence[str]
 ) -> list[tuple[str, str]]:
-    """Name and plan of every stage that `recipe` trains, in order; names are those of the stages' folders."""
+    """Name and plan of every stage that `recipe` trains, in order.
 
-    def described(stage: Recipe, own: TrainingDataset = dataset) -> str:
-        order = batch_plan(stage, own, stats)
-        return (
-            f"{stage.schedule.epochs:g} epochs, {order.iterations} iterations of {stage.schedule.batch}, lr "
-            f"{stage.schedule.lr:g}, loss {stage.loss.name}, sampler {stage.sampler.name}"
-        )
+    Which pictures the exemplars of step-wise learning are in is known once step 0 is trained: the number of annotations
+    is that which the step's counts allow.
+    """
+    settings, later = recipe.stepwise, {}
+    if settings is not None:
+        parts = divide(stats.image_count, settings.division, settings.boundary)
+        later = {step.name: step for step in planned_steps(settings, parts)}
+        if settings.base == "head":
+            kept = (parts == 0)[whole.source.index.labels]
+            whole = TrainingDataset(whole.source, recipe.data, recipe.seed, kept=kept)
+    found = []
+    for stage in stages(recipe):
+        trains = [part for name in stage.trains for part in (class_specific if name == CLASS_SPECIFIC else [name])]
+        trained = f", trains {', '.join(trains or ['all'])}"
+        if stage.name in later:
+            found.append((stage.name, _step(later[stage.name], stats, trained)))
+        elif stage.number:  # else nothing is trained
+            preset = f"{recipe.pretraining.preset}: " if recipe.pretraining and stage.name == PRETRAIN else ""
+            found.append((stage.name, preset + _described(stage.recipe, whole, stats) + trained * bool(trains)))
+    return found
 
-    stages = []
-    if recipe.pretraining is not None:
-        stages.append(("pretrain", f"{recipe.pretraining.preset}: {described(recipe.pretraining_stage())}"))
-    if recipe.stepwise is not None:
-        return stages + _steps(recipe, recipe.stepwise, dataset, stats, class_specific, described)
-    if recipe.second is None:
-        return [*stages, ("train", described(recipe))]
-    trains = f"trains {', '.join(recipe.second.trains)}"
-    second = f"{described(recipe.second_stage())}, {trains}"
-    return [*stages, ("representation", described(recipe)), ("classifier", second)]
+
+def _described(recipe: Recipe, dataset: TrainingDataset, stats: ClassStats) -> str:
+    return (
+        f"{recipe.schedule.epochs:g} epochs, {batch_plan(recipe, dataset, stats).iterations} iterations of "
+        f"{recipe.schedule.batch}, lr {recipe.schedule.lr:g}, loss {recipe.loss.name}, sampler {recipe.sampler.name}"
+    )
 
 
-def _steps(
-    recipe: Recipe,
-    settings: Stepwise,
-    whole: TrainingDataset,
-    stats: ClassStats,
-    class_specific: Sequence[str],
-    described: Callable[..., str],
-) -> list[tuple[str, str]]:
-    """The steps of step-wise learning. Which pictures the exemplars are in is known once step 0 is trained: the number
-    of annotations is that which the step's counts allow."""
-    parts = divide(stats.image_count, settings.division, settings.boundary)
-    stages, source = [], whole.source
-    if settings.base != "given":
-        kept = (parts == 0)[source.index.labels] if settings.base == "head" else None
-        base = recipe.base_step()
-        stages = [("base", described(base, TrainingDataset(source, base.data, base.seed, kept=kept)))]
-    for step in planned_steps(settings, parts):
-        config, own = step.config, int(step.own.sum())
-        trains = ", ".join(config.trains or class_specific)
-        counts = np.where(step.counts == ALL, stats.instance_count, np.minimum(step.counts, stats.instance_count))
-        text = (
-            f"{config.epochs:g} epochs, lr {config.lr:g}, {own} classes of its own, at most {int(counts.sum())} "
-            f"annotations, repeat factors {config.rfs.name}, trains {trains}"
-        )
-        taught = config.distillation is not None and step.old.any()
-        stages.append((step.name, text + (", taught by the step before" if taught else "")))
-    return stages
+def _step(step: PlannedStep, stats: ClassStats, trained: str) -> str:
+    config, own = step.config, int(step.own.sum())
+    counts = np.where(step.counts == ALL, stats.instance_count, np.minimum(step.counts, stats.instance_count))
+    taught = config.distillation is not None and step.old.any()
+    return (
+        f"{config.epochs:g} epochs, lr {config.lr:g}, {own} classes of its own, at most {int(counts.sum())} "
+        f"annotations, repeat factors {config.rfs.name}{trained}{', taught by the step before' if taught else ''}"
+    )
 
 
 def memory_estimate(
@@ -154,13 +153,14 @@ def memory_estimate(
 
 
 def _batch_picture(samples: list[tuple[torch.Tensor, dict[str, torch.Tensor]]], names: list[str]) -> Image.Image:
-    """The augmented pictures of a batch with their boxes, in a grid."""
+    """The augmented pictures of a batch with their boxes, and masks where they are learnt, in a grid."""
     drawn = [
         draw_detections(
             image.permute(1, 2, 0).numpy(),
             target["boxes"].numpy(),
             target["labels"].numpy(),
             names,
+            masks=target["masks"].bool() & target["mask_valid"][:, None, None] if "masks" in target else None,
             size=max(SMALLEST_DRAWING, *image.shape[-2:]),
         )
         for image, target in samples[:SHOWN]

@@ -30,8 +30,8 @@ from tailfin.errors import UserError
 from tailfin.evaluation.results import ResultWriter, Shards
 from tailfin.files import read_json, write_json
 from tailfin.models.detector import Detector
+from tailfin.processes import new_accelerator, on_main
 from tailfin.progress import Progress
-from tailfin.run import new_accelerator, on_main
 from tailfin.schema.data import Data
 
 CHUNK = 2000  # images per shard: what an interruption costs at most

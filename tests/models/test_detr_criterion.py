@@ -12,7 +12,7 @@ from torchvision.ops import box_convert, generalized_box_iou
 
 from tailfin import losses
 from tailfin.models.detr_criterion import Outputs, SetCriterion, assign, box_losses, giou, pad_objects
-from tailfin.schema.detectors import DeformableDETR
+from tailfin.schema.detectors import DeformableDETRConfig
 from tailfin.stats import ClassStats
 
 STATS = ClassStats(image_count=[30, 12, 3], instance_count=[50, 20, 4], num_images=40)
@@ -20,7 +20,7 @@ SIZES = torch.tensor([[64.0, 48.0, 64.0, 48.0], [40.0, 64.0, 40.0, 64.0]])
 
 
 def criterion(loss: str = "focal", **options) -> SetCriterion:
-    return SetCriterion(losses.build(loss, STATS), DeformableDETR(name="deformable_detr", **options)).train()
+    return SetCriterion(losses.build(loss, STATS), DeformableDETRConfig(name="deformable_detr", **options)).train()
 
 
 def boxes_of(generator: torch.Generator, *shape: int) -> torch.Tensor:
@@ -167,7 +167,7 @@ def test_every_loss_works(name):
     loss = losses.build(name, STATS)
     outputs, targets = batch(width=loss.num_logits)
     outputs.logits.requires_grad_()
-    own = SetCriterion(loss, DeformableDETR(name="deformable_detr")).train()
+    own = SetCriterion(loss, DeformableDETRConfig(name="deformable_detr")).train()
     found = own(outputs, targets)
     assert all(torch.isfinite(value) for value in found.values())
     (gradient,) = torch.autograd.grad(found["loss_classifier"] + found["loss_auxiliary"], outputs.logits)

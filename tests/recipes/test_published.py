@@ -11,10 +11,12 @@ from tailfin.config import load_recipe
 from tailfin.errors import UserError
 from tailfin.recipes import Blocked, Runnable
 from tailfin.recipes.published import DATASETS, DETECTORS, METHODS, NO_CODE, PRETRAINING, PRETRAINING_NAMES
-from tailfin.schema.detectors import CALIBRATORS
 from tailfin.schema.features import FeatureMemory
+from tailfin.schema.heads import CLASSIFIERS
 from tailfin.schema.recipe import Recipe
+from tailfin.schema.stages import second_recipe
 
+SECOND_STAGE = [name for name, options in CLASSIFIERS.items() if options.second_stage]
 ROWS = {row.id: row for row in recipes.rows()}
 RUNS = {row_id: recipes.resolve(row_id) for row_id in ROWS}
 RUNNABLE = [row_id for row_id, run in RUNS.items() if isinstance(run, Runnable)]
@@ -97,15 +99,15 @@ def test_runnable_row(row_id):
         check_bacl(row, recipe)
     elif row.method_key == "loce":
         assert (recipe.second.trains, recipe.second.fresh_classifier) == (("classifier", "box", "rpn"), False)
-        assert recipe.second.feature_memory == FeatureMemory()
+        assert recipe.second.features == FeatureMemory()
     elif recipe.second:
         assert (recipe.method, recipe.second.trains, recipe.second.fresh_classifier) == (
             "decoupled",
             ("classifier",),
-            row.method_key not in CALIBRATORS,
+            row.method_key not in SECOND_STAGE,
         )
-        calibrator = recipe.second.classifier.name if recipe.second.classifier else None
-        assert calibrator == (row.method_key if row.method_key in CALIBRATORS else None)
+        classifier = recipe.second.classifier.name if recipe.second.classifier else None
+        assert classifier == (row.method_key if row.method_key in SECOND_STAGE else None)
         assert recipe.second.data == {}
     # the row's own facts, not those of the row that the recipe is named after
     assert recipe.about.published == row.numbers
@@ -124,17 +126,17 @@ def check_bacl(row: recipes.Row, recipe: Recipe) -> None:
     settings = {"mg": True, "wt": True, "fhm": True} | recipes.papers()["bacl"].defaults | row.settings
     if row.settings.get("pipeline") == "end_to_end":
         assert (recipe.method, recipe.second, recipe.schedule.weight_decay) == ("baseline", None, 1e-4)
-        loss, made_up = recipe.loss, recipe.hallucination
+        loss, made_up = recipe.loss, recipe.features
     else:
         assert recipe.method == "bacl"
-        stage = recipe.second_stage()
+        stage = second_recipe(recipe)
         assert recipe.second.trains == ("classifier", "box", "rpn")
         assert not recipe.second.fresh_classifier
         assert (stage.schedule.weight_decay, stage.sampler.name) == (1e-4, "plain")
         assert (stage.data.resize, stage.data.copy_paste) == ("multiscale", False)
         assert (stage.data.sizes, stage.data.max_size) == ((640, 672, 704, 736, 768, 800), 1333)
         assert stage.data.inference_size == (800, 1333)
-        loss, made_up = recipe.second.loss, recipe.second.hallucination
+        loss, made_up = recipe.second.loss, recipe.second.features
     options = losses.LOSSES["fcbl"].__init__.__kwdefaults__ | loss.options
     assert options["alpha"] == (settings["alpha"] if settings["mg"] else 0)
     assert options["reweight"] == settings["wt"]
@@ -161,12 +163,12 @@ def test_runnable_rows_per_table():
 def test_the_ablations_of_bacl_are_switches_of_one_recipe():
     recipe = "lvis_v0.5/faster_rcnn_r50_bacl"
     expected = {
-        "III/bacl/lvis_v0.5/r50/mg": ("second.loss.reweight=false", "second.hallucination=null"),
+        "III/bacl/lvis_v0.5/r50/mg": ("second.loss.reweight=false", "second.features=null"),
         "III/bacl/lvis_v0.5/r50/fhm": ("second.loss.alpha=0", "second.loss.reweight=false"),
         "IV/bacl/lvis_v0.5/r50/alpha=0": ("second.loss.alpha=0",),
         "V/bacl/lvis_v0.5/r50/prob_thr=0.9": ("second.loss.prob_thr=0.9",),
-        "VI/bacl/lvis_v0.5/r50/beta=0.95": ("second.hallucination.beta=0.95",),
-        "VII/bacl/lvis_v0.5/r50/c=8,m=16": ("second.hallucination.sampled_num_features=16",),
+        "VI/bacl/lvis_v0.5/r50/beta=0.95": ("second.features.beta=0.95",),
+        "VII/bacl/lvis_v0.5/r50/c=8,m=16": ("second.features.sampled_num_features=16",),
         "VIII/bacl/lvis_v0.5/r50/matrix=hard": ("second.loss.matrix=hard",),
         "IX/bacl/lvis_v0.5/r50/conditions=both": (),
         "X/bacl/lvis_v0.5/r50/decoupled": (),

@@ -13,6 +13,7 @@ from tailfin.methods.stepwise import freeze_but
 from tailfin.models import build_detector
 from tailfin.models.transfer import Transfer
 from tailfin.recipes import Runnable
+from tailfin.schema.stages import differences, stages, step_recipe
 
 PAPER = recipes.papers()["stepwise"]
 STEPWISE = [name for name in recipes.names() if load_recipe(name).stepwise]
@@ -85,8 +86,6 @@ def test_switches_are_overrides_of_one_recipe():
 
 def test_the_small_recipes_are_their_step_0():
     """A finished run of the plain recipe can be step 0 (`--stage1`): nothing that it depends on differs."""
-    from tailfin.first_stage import differences, stage_settings
-
     pairs = (
         ("fod/stepwise_tiny", "fod/deformable_detr_tiny"),
         ("fod/stepwise_faster_rcnn_r18", "fod/losses:objectness"),
@@ -94,7 +93,7 @@ def test_the_small_recipes_are_their_step_0():
         ("lvis_v0.5/deformable_detr_r50:stepwise", "lvis_v0.5/deformable_detr_r50"),
     )
     for steps, plain in pairs:
-        assert differences(stage_settings(load_recipe(steps)), stage_settings(load_recipe(plain))) == []
+        assert differences(stages(load_recipe(steps))[0].inputs, stages(load_recipe(plain))[0].inputs) == []
 
 
 @pytest.mark.parametrize("name", STEPWISE)
@@ -126,7 +125,7 @@ def test_small_recipe_takes_its_steps(name):
     parts = divide(stats.image_count, recipe.stepwise.division)
     assert parts.tolist() == [0, 0, 1]
     for step in planned_steps(recipe.stepwise, parts):
-        own = recipe.step_recipe(step.config)
+        own = step_recipe(recipe, step.config)
         torch.manual_seed(0)
         (model, _), (teacher, _) = (build_detector(own, stats, start=False) for _ in range(2))
         freeze_but(model, step.config.trains)

@@ -17,6 +17,7 @@ from tailfin.errors import UserError
 from tailfin.models import build_detector
 from tailfin.recipes import Runnable
 from tailfin.schema.recipe import Recipe
+from tailfin.schema.stages import second_recipe
 
 ROWS = {row.id: row for row in recipes.rows()}
 RUNS = {row_id: recipes.resolve(row_id) for row_id in ROWS}
@@ -102,8 +103,8 @@ def test_recipe(name):
     assert (recipe.sampler.name == "rfs") == repeats
     classifier = getattr(recipe.detector, "classifier", None)  # a choice of two-stage detectors
     assert (classifier is not None and classifier.name == "cosine") == (method in COSINE)
-    hallucinates = recipe.second.hallucination if recipe.second else recipe.hallucination
-    assert (hallucinates is not None) == method.startswith("bacl")
+    features = recipe.second.features if recipe.second else recipe.features
+    assert (features is not None and features.name == "hallucination") == method.startswith("bacl")
     assert recipe.data.synthesize or (recipe.data.train.annotations and recipe.data.val.annotations)
     assert recipe.about.title and recipe.about.hardware
     assert f"tailfin train {name}" in recipe.about.command
@@ -118,9 +119,9 @@ def test_recipe(name):
 
 
 def test_every_loss_has_a_recipe():
-    """But for gap, a part of rog, and forms of a loss that has one."""
+    """But for gap, a part of rog, forms of a loss that has one, and fedloss, which goes with any sigmoid recipe."""
     used = {loss for name in recipes.names() for loss in stage_losses(load_recipe(name))}
-    assert set(losses.names()) - used == {"gap", "balanced_softmax"}
+    assert set(losses.names()) - used == {"gap", "balanced_softmax", "fedloss"}
 
 
 def test_small_recipes_differ_in_their_method_alone():
@@ -143,7 +144,7 @@ def test_small_recipes_differ_in_their_method_alone():
             changed |= {"sizes": (128,)} if smaller else {}
             assert recipe.data == plain.data.model_copy(update=changed), name
             if recipe.second:
-                assert recipe.second_stage().data == plain.data.model_copy(update={"sizes": recipe.data.sizes}), name
+                assert second_recipe(recipe).data == plain.data.model_copy(update={"sizes": recipe.data.sizes}), name
             stages = [recipe.schedule, *([recipe.second.schedule] if recipe.second else [])]
             stages += [recipe.pretraining.schedule] if recipe.pretraining else []
             longer = 2 if name == "demo/bacl" else 0  # stage 2 is cheap: the same time, not the same epochs
@@ -164,7 +165,7 @@ def test_small_recipe_takes_a_step(name):
     picture = torch.rand(3, 96, 96, generator=torch.Generator().manual_seed(0))
     boxes = torch.tensor([[8.0, 8.0, 60.0, 60.0], [30.0, 20.0, 90.0, 90.0]])
     target = {"boxes": boxes, "labels": torch.tensor([0, 2])}
-    for stage in [recipe, recipe.second_stage()] if recipe.second else [recipe]:
+    for stage in [recipe, second_recipe(recipe)] if recipe.second else [recipe]:
         torch.manual_seed(0)
         model, _ = build_detector(stage, stats, start=False)
         if stage is not recipe:

@@ -15,6 +15,7 @@ from tailfin.config import check_recipe
 from tailfin.report import build_report
 from tailfin.report.runs import read_runs
 from tailfin.report.sections.classifier import classifier
+from tailfin.schema.stages import second_recipe
 from tailfin.stats import ClassStats
 
 NAMES = ("<b>bolt</b>", "cup", "light </script>", "чашка", "fork")
@@ -23,7 +24,7 @@ DETECTOR = {"norm": "bn", "frozen_layers": 0}
 BACL = {
     "method": "bacl",
     "loss": "objectness",
-    "second": {"loss": {"name": "fcbl"}, "hallucination": {}},
+    "second": {"loss": {"name": "fcbl"}, "features": "hallucination"},
     "detector": DETECTOR,
 }
 
@@ -48,7 +49,7 @@ class Weights(torch.nn.Module):
 def write_model(run: Path, norms, values: dict, own: ClassStats | None = None, trained: bool = True):
     """`model.safetensors` of a finished run whose logits have these weight norms; returns its loss."""
     recipe = check_recipe({"detector": DETECTOR, **values}, "test")
-    recipe = recipe.second_stage() if recipe.second is not None else recipe
+    recipe = second_recipe(recipe) if recipe.second is not None else recipe
     own = own or stats()
     loss = losses.build(recipe.loss.name, own, **recipe.loss.options)
     if trained:

@@ -32,7 +32,7 @@ def cost(
     """Count multiply-adds and parameters, and measure pictures per second part by part."""
     from tailfin.cost import cost as measure
     from tailfin.files import write_json
-    from tailfin.run import limit_threads
+    from tailfin.processes import limit_threads
 
     overrides = [word for word in subjects if "=" in word and not Path(word).exists()]
     named = [word for word in subjects if word not in overrides]

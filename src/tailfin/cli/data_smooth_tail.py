@@ -112,7 +112,7 @@ def _model_scores(source: Path, index: Any, images: Path | None, out: Path, sett
     from tailfin.data.dataset import Source
     from tailfin.data.index import image_folder
     from tailfin.exemplar_scores import read_scores, score_annotations
-    from tailfin.run import new_accelerator
+    from tailfin.processes import new_accelerator
     from tailfin.stop_signals import Interrupted
 
     model = source / "model.safetensors" if source.is_dir() else source

@@ -67,7 +67,7 @@ def _devices(table: Table) -> list[str]:
     import torch
     import torchvision
 
-    from tailfin.run import fastest_precision, limit_threads
+    from tailfin.processes import fastest_precision, limit_threads
 
     problems = []
     limit_threads()

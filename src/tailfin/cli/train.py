@@ -27,7 +27,13 @@ def train(
     weights: Annotated[str | None, typer.Option(help="imagenet, none, or a file to start from.")] = None,
     stage1: Annotated[
         Path | None,
-        typer.Option("--stage1", metavar="RUN", help="A run whose finished first stage a two-stage recipe takes over."),
+        typer.Option(
+            "--stage1", metavar="RUN", help="A run whose finished first stage is taken, which must be the same."
+        ),
+    ] = None,
+    reuse: Annotated[
+        Path | None,
+        typer.Option(metavar="RUN", help="A run whose finished stages are taken, up to the first that differs."),
     ] = None,
     resume: Annotated[Path | None, typer.Option(metavar="RUN", help="Go on with an interrupted run.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing run folder.")] = False,
@@ -43,14 +49,14 @@ def train(
 
     if (recipe is None) == (resume is None):
         raise UserError("give a recipe, or --resume RUN" + ("" if recipe is None else " (not both)"))
-    given = (overrides, train_json, val_json, train_images, val_images, out, weights, stage1)
+    given = (overrides, train_json, val_json, train_images, val_images, out, weights, stage1, reuse)
     if resume is not None and any(given):
         raise UserError("--resume goes on with the run as it was begun: no overrides and no other options")
     if dry_run:
         from tailfin.dry_run import show_plan
 
-        if stage1 is not None:
-            raise UserError("--dry-run shows the first stage, which --stage1 has trained already: leave one out")
+        if stage1 is not None or reuse is not None:
+            raise UserError("--dry-run shows a run that trains all its stages: leave --stage1 and --reuse out")
         resolved = (
             api.resolve_recipe(recipe, train_json, val_json, train_images, val_images, weights, overrides or ())
             if recipe is not None
@@ -72,6 +78,7 @@ def train(
             overrides=overrides or (),
             overwrite=overwrite,
             stage1=stage1,
+            reuse=reuse,
         )
     show_result(folder)
 

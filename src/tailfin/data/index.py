@@ -14,20 +14,22 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain
 from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote
 
 import msgspec
 import numpy as np
 
+from tailfin.data import annotation_json, problems
 from tailfin.data import cache as _cache
-from tailfin.data import problems
+from tailfin.data.box_forms import to_xywh
 from tailfin.errors import UserError
-from tailfin.files import existing_file
+from tailfin.files import existing_file, json_bytes
 
 if TYPE_CHECKING:
     from tailfin.data.masks import Segmentations
@@ -139,11 +141,17 @@ class AnnotationIndex:
         return CleanBoxes(boxes, rows, offsets, dropped, clipped, crowd, self, kept)
 
     def segmentations(self) -> Segmentations:
-        """Polygons and RLEs of the same rows: a second parse at the first call, then memory-mapped likewise."""
-        return self._segmentations
+        """Polygons and RLEs of the same rows: a second parse at the first call, then memory-mapped likewise.
+
+        One that cannot be read is a `UserError` that names the annotation.
+        """
+        if problem := self.readable_segmentations.problem:
+            raise UserError(f"{self.path}: {problem}")
+        return self.readable_segmentations
 
     @cached_property
-    def _segmentations(self) -> Segmentations:
+    def readable_segmentations(self) -> Segmentations:
+        """The same where some cannot be read: these have kind BROKEN and an empty mask."""
         from tailfin.data.masks import open_segmentations
 
         return open_segmentations(self)
@@ -163,7 +171,7 @@ def open_index(path: str | Path, *, cache: bool = True, needs_names: bool = True
     stamp = _cache.stamp(path) if cache else ""
     bundle = _cache.load(path, stamp, "index") if cache else None
     if bundle is None:
-        raw, fingerprint, findings = parse(path, needs_names)
+        raw, fingerprint, findings = parse(path, needs_names=needs_names)
         if raw is None or findings:
             message = f"{path}: {next(findings[0].messages())}"
             others = sum(map(len, findings)) - 1
@@ -194,15 +202,29 @@ def image_folder(annotations: str | Path, images: str | Path | None = None) -> P
 
 
 def image_path(folder: Path, name: str) -> Path:
-    """Where a picture lies. LVIS v0.5 names its pictures as COCO 2014 did (`COCO_val2014_000000000139.jpg`), while
-    COCO 2017's folders hold `000000000139.jpg`: such a name is also looked for there.
-    """
+    """Where a picture lies: `name` below `folder`, or as `other_names` has it where there is no such file."""
     path = folder / name
-    old = _COCO_2014.fullmatch(name)
-    if old is None or path.is_file():
+    others = other_names(name)
+    if not others or path.is_file():
         return path
-    candidates = (folder / sub / old[1] for sub in ("", "train2017", "val2017"))
-    return next((candidate for candidate in candidates if candidate.is_file()), path)
+    return next((candidate for other in others if (candidate := folder / other).is_file()), path)
+
+
+def other_names(name: str) -> list[str]:
+    """What a `file_name` may mean beside itself.
+
+    Programs on Windows write `folder\\picture.jpg`, web tools `my%20picture.jpg`. LVIS v0.5 names its pictures as COCO
+    2014 did (`COCO_val2014_000000000139.jpg`), while COCO 2017's folders hold `000000000139.jpg`.
+    """
+    names = []
+    if "\\" in name:
+        names.append(name.replace("\\", "/"))
+    if "%" in name:
+        names += [plain for known in [name, *names] if (plain := unquote(known)) != known]
+    old = _COCO_2014.fullmatch(name)
+    if old is not None:
+        names += [f"{sub}{old[1]}" for sub in ("", "train2017/", "val2017/")]
+    return [other for other in names if problems.unsafe_path(other) is None]
 
 
 # ---- parsing ---------------------------------------------------------------------------------------------------------
@@ -231,20 +253,30 @@ class RawColumns:
     areas: np.ndarray  # float64 [A], NaN where the file has none
     crowd: np.ndarray  # bool [A]
     crowd_given: np.ndarray  # bool [A], the annotation has iscrowd
+    doubles: dict[int, int]  # categories left out, to the one of the same name that stays
+    form_stated: bool  # the file says that its boxes are [x, y, width, height]
     unnamed: bool = False  # some file names are made up
 
 
-def parse(path: Path, needs_names: bool = True) -> tuple[RawColumns | None, str, list[problems.Finding]]:
-    """One pass over the file: columns (None where types are wrong), hash of its bytes, and all problems found."""
+def parse(
+    path: Path, box_form: str | None = None, needs_names: bool = True
+) -> tuple[RawColumns | None, str, list[problems.Finding]]:
+    """One pass over the file: columns (None where types are wrong), hash of its bytes, and all problems found.
+
+    `box_form` reads the boxes as one of `box_forms.FORMS`; without `needs_names` the names of images are made up where
+    there are none.
+    """
     data = path.read_bytes()
     fingerprint = _cache.digest(data)
-    data = data.removeprefix(b"\xef\xbb\xbf")  # a byte order mark, as some editors write it
+    data = json_bytes(data, f"annotation file {path}")
     if not data.strip():
         raise UserError(f"annotation file {path} is empty")
     try:
-        raw = _raw(msgspec.json.decode(data, type=_File), needs_names)
+        raw = _raw(annotation_json.decode(data, _File, f"annotation file {path}"), needs_names)
     except (msgspec.MsgspecError, OverflowError, RecursionError) as error:
         return None, fingerprint, _explain(path, data, error)
+    if box_form is not None:
+        raw = _in_form(raw, box_form)
     if not len(raw.image_ids) or not len(raw.category_ids):
         return None, fingerprint, problems.structure({"images": raw.file_names, "categories": [], "annotations": []})
     return raw, fingerprint, problems.columns(raw)
@@ -273,6 +305,7 @@ class _File(msgspec.Struct, gc=False):
     images: list[_Image]
     categories: list[Category]
     annotations: list[_Annotation]
+    box_form: Any = None
 
 
 def _raw(file: _File, needs_names: bool) -> RawColumns:
@@ -281,6 +314,12 @@ def _raw(file: _File, needs_names: bool) -> RawColumns:
     unnamed = [] if needs_names else [image for image in images if image.file_name is None and image.coco_url is None]
     for image in unnamed:
         image.file_name = f"unnamed-{image.id}"
+    category_of = _column(annotations, "category_id", np.int64)
+    doubles = doubled_categories(
+        [(category.id, category.name, category.supercategory) for category in categories],
+        set(np.unique(category_of).tolist()),
+    )
+    categories = [category for category in categories if category.id not in doubles]
     names = [image.file_name if image.file_name is not None else _from_url(image) for image in images]
     negatives = [image.neg_category_ids for image in images]
     crowd = list(map(attrgetter("iscrowd"), annotations))
@@ -290,24 +329,63 @@ def _raw(file: _File, needs_names: bool) -> RawColumns:
         heights=_column(images, "height", np.float64),
         file_names=names,
         exhaustive=np.array([values is None for values in negatives], bool),
-        negatives=_flat(negatives),
+        negatives=_renumbered(_flat(negatives), doubles),
         negative_offsets=_lengths(negatives),
-        not_exhaustive=_flat([image.not_exhaustive_category_ids for image in images]),
+        not_exhaustive=_renumbered(_flat([image.not_exhaustive_category_ids for image in images]), doubles),
         not_exhaustive_offsets=_lengths([image.not_exhaustive_category_ids for image in images]),
         category_ids=_column(categories, "id", np.int64),
         category_names=[category.name for category in categories],
         categories_json=msgspec.json.encode(categories).decode(),
         annotation_ids=_column(annotations, "id", np.int64),
         image_of=_column(annotations, "image_id", np.int64),
-        category_of=_column(annotations, "category_id", np.int64),
+        category_of=category_of,
         boxes=np.fromiter(
             chain.from_iterable(map(attrgetter("bbox"), annotations)), np.float64, 4 * len(annotations)
         ).reshape(-1, 4),
         areas=np.array(list(map(attrgetter("area"), annotations)), np.float64),  # None becomes NaN
         crowd=np.fromiter(map(bool, crowd), bool, len(crowd)),
         crowd_given=np.fromiter((value is not None for value in crowd), bool, len(crowd)),
+        doubles=doubles,
+        form_stated=file.box_form == "xywh",
         unnamed=bool(unnamed),
     )
+
+
+def doubled_categories(categories: Sequence[tuple[int, str, str | None]], annotated: set[int]) -> dict[int, int]:
+    """Categories (id, name, supercategory) that bear the name of another and have no annotation, to that other's id.
+
+    Some exports put a root above the classes: in a project of one class it may bear the name of that class. Several
+    annotated categories of one name stay: they are a mistake, or classes to be joined (`data merge`).
+    """
+    by_name: dict[str, list[tuple[int, str | None]]] = {}
+    for number, name, above in categories:
+        by_name.setdefault(name, []).append((number, above))
+    left_out = {}
+    for name, group in by_name.items():
+        numbers = [number for number, _ in group]
+        used = [number for number in numbers if number in annotated]
+        if len(group) == 1 or len(used) > 1 or len(set(numbers)) < len(numbers):
+            continue
+        below_root = next((number for number, above in group if above == name), numbers[0])
+        stays = used[0] if used else below_root
+        left_out.update({number: stays for number in numbers if number != stays})
+    return left_out
+
+
+def _renumbered(ids: np.ndarray, new: dict[int, int]) -> np.ndarray:
+    for old, number in new.items():
+        ids = np.where(ids == old, number, ids)
+    return ids
+
+
+def _in_form(raw: RawColumns, form: str) -> RawColumns:
+    """The columns with boxes of another form as [x, y, width, height]."""
+    known = np.isin(raw.image_of, raw.image_ids)
+    sizes = np.ones((len(raw.boxes), 2))
+    sizes[known] = np.stack([raw.widths, raw.heights], 1)[_positions(raw.image_ids, raw.image_of[known])]
+    with np.errstate(over="ignore", invalid="ignore"):
+        boxes = to_xywh(raw.boxes, form, sizes)
+    return replace(raw, boxes=boxes, areas=np.full(len(boxes), np.nan), form_stated=True)
 
 
 def _from_url(image: _Image) -> str:
@@ -332,6 +410,7 @@ def _explain(path: Path, data: bytes, error: Exception) -> list[problems.Finding
     """The problems behind a failed typed parse; JSON that is none is raised at once."""
     try:
         document = json.loads(data)  # knows NaN and Infinity, so the annotation that has them can be named
+        annotation_json.whole_ids(document)
     except (ValueError, RecursionError) as worse:
         raise UserError(problems.syntax(path, data, worse)) from None
     findings = problems.structure(document)

@@ -23,8 +23,8 @@ from tailfin.data import cache
 from tailfin.data.dataset import Source
 from tailfin.data.index import AnnotationIndex
 from tailfin.errors import UserError
-from tailfin.evaluation.parsing import Box, boxes_array, column, load_typed, nearest_id, rows_of
 from tailfin.files import existing_file, write_atomic, write_json
+from tailfin.parsing import Box, boxes_array, column, load_typed, nearest_id, rows_of
 from tailfin.schema.pretraining import Proposals
 
 Boxes = NDArray[np.float32]  # [N, 4] xyxy, pixels of the picture's file

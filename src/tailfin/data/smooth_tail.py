@@ -20,9 +20,11 @@ import msgspec
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from tailfin.data import annotation_json
 from tailfin.data.index import AnnotationIndex
 from tailfin.errors import UserError
 from tailfin.files import read_json, write_atomic
+from tailfin.schema.stages import steps
 from tailfin.schema.stepwise import Kept, Step, Stepwise
 
 ALL = -1  # in counts: every annotation of the class
@@ -113,21 +115,18 @@ def choose(exemplars: Exemplars, index: AnnotationIndex, counts: NDArray[np.int6
 
 def planned_steps(settings: Stepwise, parts: NDArray[np.int64]) -> list[PlannedStep]:
     """The steps after step 0, in order."""
-    last = len(settings.division)
-    steps = []
-    if settings.head is not None:
-        counts = per_class(parts, 0, _number(settings.head.per_head_class), _later(settings))
-        steps.append(PlannedStep("head", settings.head, parts == 0, parts < 0, counts))
-    for own in range(1, last + 1) if settings.tail is not None else ():
-        assert settings.tail is not None
-        before, inside = _number(settings.tail.per_head_class), _number(settings.tail.per_tail_class)
-        counts = per_class(parts, own, before, inside, after=_later(settings))
-        name = "tail" if last == 1 else f"tail{own}"
-        steps.append(PlannedStep(name, settings.tail, parts == own, parts < own, counts))
-    if settings.both is not None:
-        counts = np.where(parts == 0, _number(settings.both.per_head_class), _number(settings.both.per_tail_class))
-        steps.append(PlannedStep("both", settings.both, parts >= 0, parts == 0, counts))
-    return steps
+    planned = []
+    for name, part, step in steps(settings):
+        head, tail = _number(step.per_head_class), _number(step.per_tail_class)
+        if part == 0:
+            counts = per_class(parts, 0, head, _later(settings))
+        elif part > 0:
+            counts = per_class(parts, part, head, tail, after=_later(settings))
+        else:
+            counts = np.where(parts == 0, head, tail)
+        own, old = (parts == part, parts < part) if part >= 0 else (parts >= 0, parts == 0)
+        planned.append(PlannedStep(name, step, own, old, counts))
+    return planned
 
 
 def count_kept(index: AnnotationIndex, kept: NDArray[np.bool_]) -> NDArray[np.int64]:
@@ -216,7 +215,7 @@ def write_subset(path: Path, index: AnnotationIndex, kept: NDArray[np.bool_]) ->
 
     Categories and all other top-level entries stay as they are.
     """
-    data = index.path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+    data = annotation_json.with_whole_ids(annotation_json.read_bytes(index.path))
     document = msgspec.json.decode(data, type=dict[str, msgspec.Raw])
     links = msgspec.json.decode(document["annotations"], type=list[_Link])
     images = msgspec.json.decode(document["images"], type=list[_Id])

@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from tailfin.data.check import crowd_note, negative_lists_note
 from tailfin.data.index import AnnotationIndex
 from tailfin.errors import UserError
 from tailfin.files import write_atomic
@@ -32,7 +33,7 @@ MILD, LONG = 3.0, 10.0  # imbalance below which plain training is enough, and ab
 FEW = 10  # images; LVIS calls such classes rare
 REPEATS = (2.0, 10.0)  # of the rarest class: less changes nothing, more only learns the same pictures by heart
 LEAST_THRESHOLD = 1e-3  # LVIS practice
-BALANCED_LOSSES = ("seesaw", "fcbl", "eqlv2")  # in the order of advice
+BALANCED_LOSS = "seesaw"  # what is advised for many classes with few images
 BARS = " ▁▂▃▄▅▆▇█"
 
 
@@ -56,6 +57,7 @@ def summarize(index: AnnotationIndex, stats: ClassStats) -> dict[str, Any]:
         },
         "groups": {name: stats.frequency.count(group) for group, name in GROUP_NAMES.items()},
         "box_sizes": dict(zip(SIZE_NAMES, sizes.tolist(), strict=True)),
+        "notes": [note for note in (crowd_note(index), negative_lists_note(index)) if note],
         "advice": advice(stats),
         "per_class": [
             {
@@ -95,9 +97,9 @@ def advice(stats: ClassStats) -> str:
     )
     if imbalance <= LONG:
         return f"mild tail ({shape}): sampler=plain loss=softmax first; if small classes lag, {sampling}"
-    few, loss = int(np.count_nonzero(counts <= FEW)), _balanced_loss()
-    if few and loss:
-        return f"long tail ({shape}): {sampling} and loss={loss}, as {few} classes have at most {FEW} images"
+    few = int(np.count_nonzero(counts <= FEW))
+    if few:
+        return f"long tail ({shape}): {sampling} and loss={BALANCED_LOSS}, as {few} classes have at most {FEW} images"
     return f"long tail ({shape}): {sampling}"
 
 
@@ -145,6 +147,8 @@ def print_summary(summary: dict[str, Any], console: Console, *, most: int | None
         for entry, image, instance in rows[-head:]:
             table.add_row(str(entry["id"]), str(image), str(instance), entry["frequency"], Text(entry["name"]))
     console.print(table)
+    for note in summary["notes"]:
+        console.print(Text(f"note: {note}"), soft_wrap=True)
     console.print(Text(f"advice: {summary['advice']}"), soft_wrap=True)
 
 
@@ -221,12 +225,6 @@ def write_picture(path: Path, picture: go.Figure) -> None:
     """Write one HTML file that needs nothing else; other endings are a `UserError`."""
     check_plot_path(path)
     write_atomic(path, picture.to_html(include_plotlyjs=True, full_html=True))
-
-
-def _balanced_loss() -> str | None:
-    from tailfin import losses  # heavy, and only needed for its names
-
-    return next((name for name in BALANCED_LOSSES if name in losses.names()), None)
 
 
 def _label(text: str) -> str:

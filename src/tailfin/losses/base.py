@@ -18,7 +18,6 @@ import math
 from typing import Any, Self
 
 import torch
-import torch.distributed
 from torch import Tensor, nn
 
 from tailfin.stats import ClassStats
@@ -61,14 +60,22 @@ class ClassificationLoss(ExactBuffers):
 
     num_logits: int
     alone: bool = True  # False for a term that has no scores of its own and cannot be a detector's whole loss
-    # keywords that a box head fills, [N] each: "gt_index", the row's object over the batch (-1: none); "memory",
-    # whether it comes from a feature memory; "quality", the IoU of its predicted box with its object (0 on background)
+    # Keywords of `loss` that a detector fills where it knows them; others keep their default. Of each row, [N]:
+    # "gt_index", its object over the batch (-1: none); "memory", whether it comes from a feature memory; "quality", the
+    # IoU of its predicted box with its object (0 on background). Of all rows: "iter_id", the pass of an iterative box
+    # head that they come from; "normalizer", the number of objects, where these are matched to rows one to one.
     row_facts: tuple[str, ...] = ()
 
     def __init__(self, stats: ClassStats) -> None:
         super().__init__()
         self.num_classes: int = stats.num_classes
         self.parts: dict[str, Tensor] = {}  # named, detached terms of the last call, for logging
+
+    @classmethod
+    def option_names(cls) -> tuple[str, ...]:
+        """The options of a recipe: the keyword-only arguments of the constructor."""
+        code = cls.__init__.__code__  # type: ignore[misc]
+        return code.co_varnames[code.co_argcount : code.co_argcount + code.co_kwonlyargcount]
 
     def forward(self, logits: Tensor, labels: Tensor, **keywords: Any) -> Tensor:
         """The loss, a scalar. `keywords` are those of the method; tensors with one entry per row are filtered too."""
@@ -113,54 +120,6 @@ def one_hot(labels: Tensor, width: int, dtype: torch.dtype) -> Tensor:
     inside = (labels < width).to(dtype)
     targets = torch.zeros((labels.shape[0], width), dtype=dtype, device=labels.device)
     return targets.scatter_(1, labels.clamp(max=width - 1)[:, None], inside[:, None])
-
-
-def several_ranks() -> bool:
-    """Whether this process is one of several."""
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return distributed and torch.distributed.get_world_size() > 1
-
-
-def sum_over_ranks(*values: Tensor) -> tuple[Tensor, ...]:
-    """Sums of float tensors over all processes, in one collective; the values themselves where there is one process.
-
-    Call it on every rank in every training step, also where a rank has nothing to add: a rank that skips it leaves the
-    others waiting.
-    """
-    if not several_ranks():
-        return values
-    flat = torch.cat([value.detach().reshape(-1).to(values[0].dtype) for value in values])
-    torch.distributed.all_reduce(flat)
-    return tuple(
-        part.view_as(value) for part, value in zip(flat.split([value.numel() for value in values]), values, strict=True)
-    )
-
-
-def gather_over_ranks(*values: Tensor) -> tuple[Tensor, ...]:
-    """Rows of all processes, those of the first one first, in one exchange; the values themselves in one process.
-
-    All `values` have one entry per row along the first dimension, any dtype; processes may have different numbers of
-    rows, also none. Call it on every rank, as `sum_over_ranks`.
-    """
-    if not several_ranks():
-        return values
-    rows = len(values[0])
-    packed = [
-        value.detach().reshape(rows, math.prod(value.shape[1:])).contiguous().view(torch.uint8) for value in values
-    ]
-    flat = torch.cat(packed, dim=1)
-    counts = [torch.zeros(1, dtype=torch.int64, device=flat.device) for _ in range(torch.distributed.get_world_size())]
-    torch.distributed.all_gather(counts, torch.tensor([rows], device=flat.device))
-    numbers = torch.cat(counts).tolist()
-    mine = flat.new_zeros(max(numbers), flat.shape[1])
-    mine[:rows] = flat
-    everyone = [torch.empty_like(mine) for _ in numbers]
-    torch.distributed.all_gather(everyone, mine)
-    joined = torch.cat([part[:number] for part, number in zip(everyone, numbers, strict=True)])
-    return tuple(
-        part.contiguous().view(value.dtype).view(len(joined), *value.shape[1:])
-        for part, value in zip(joined.split([part.shape[1] for part in packed], dim=1), values, strict=True)
-    )
 
 
 def mean_over_rows(total: Tensor, rows: int) -> Tensor:

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tailfin.losses.base import PRIOR_BIAS, ClassificationLoss, at_least_float32, sum_over_ranks
+from tailfin.collectives import sum_over_ranks
+from tailfin.losses.base import PRIOR_BIAS, ClassificationLoss, at_least_float32
 from tailfin.losses.fused import known_gradient, softplus
 from tailfin.stats import ClassStats
 
@@ -34,6 +35,7 @@ class EFL(ClassificationLoss):
         focal_alpha: weight of targets, 1 - focal_alpha that of the others; < 0: no such weights.
     """
 
+    row_facts: tuple[str, ...] = ("normalizer",)
     pos_grad: Tensor
     neg_grad: Tensor
     pos_neg: Tensor

@@ -16,7 +16,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tailfin.losses.base import PRIOR_BIAS, ClassificationLoss, mean_over_rows, sum_over_ranks
+from tailfin.collectives import sum_over_ranks
+from tailfin.losses.base import PRIOR_BIAS, ClassificationLoss, mean_over_rows
 from tailfin.losses.fused import known_gradient, softplus
 from tailfin.losses.objectness import objectness_scores
 from tailfin.stats import ClassStats

@@ -24,7 +24,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tailfin.losses.base import PRIOR_BIAS, ClassificationLoss, sum_over_ranks
+from tailfin.collectives import sum_over_ranks
+from tailfin.losses.base import PRIOR_BIAS, ClassificationLoss
 from tailfin.losses.fused import known_gradient
 from tailfin.stats import ClassStats
 

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tailfin.losses.base import ClassificationLoss, at_least_float32, mean_over_rows, sum_over_ranks
+from tailfin.collectives import sum_over_ranks
+from tailfin.losses.base import ClassificationLoss, at_least_float32, mean_over_rows
 from tailfin.stats import ClassStats
 
 

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tailfin.checkpoint import file_hash, load_model_file, load_weights, memories, save_model
+from tailfin.checkpoint import file_hash, load_model_file, save_model
 from tailfin.data import smooth_tail
 from tailfin.data.dataset import TrainingDataset
 from tailfin.data.smooth_tail import Exemplars, PlannedStep, planned_steps
@@ -35,14 +35,14 @@ from tailfin.methods.drcl import start
 from tailfin.models import build_detector
 from tailfin.models.detector import Detector
 from tailfin.models.transfer import Transfer
-from tailfin.run import Run, on_main
+from tailfin.processes import on_main
+from tailfin.run import Run
 from tailfin.samplers.plan import BatchPlan
 from tailfin.samplers.stepwise import step_factors
 from tailfin.schema.recipe import Recipe
-from tailfin.schema.stepwise import Stepwise
+from tailfin.schema.stepwise import EVERYTHING, Stepwise
 from tailfin.schema.training import Sampler
-
-EVERYTHING = "all"  # in `trains`
+from tailfin.weights import load_whole, memories
 
 
 def train(run: Run) -> None:
@@ -116,28 +116,34 @@ def freeze_but(model: Detector, names: Sequence[str]) -> None:
 
 def _step0(run: Run, settings: Stepwise, parts: NDArray[np.int64]) -> Detector:
     """The plain detector on all annotations, or on those of head classes."""
-    recipe = run.recipe.base_step()
+    recipe = run.planned("base").recipe
     kept = (parts == 0)[run.train.index.labels] if settings.base == "head" else None
     dataset = TrainingDataset(run.train, recipe.data, recipe.seed, kept=kept)
-    return run.stage("base", start(run), recipe=recipe, dataset=dataset)
+    return run.stage("base", start(run), dataset=dataset)
 
 
 def _given(run: Run) -> Detector:
     """The detector of `weights` in the place of step 0; a copy of it in the run is what later steps start from."""
-    path = run.out / "stages" / "0-base" / "model.safetensors"
-    recipe = run.final_recipe = run.recipe.base_step()
+    planned = run.planned("base")
+    path = run.out / "stages" / planned.folder / "model.safetensors"
+    recipe = run.final_recipe = planned.recipe
     if recipe.weights in ("none", "imagenet"):
         raise UserError(f"stepwise.base given needs a trained detector: weights is {recipe.weights}, not a model file")
     model, notes = build_detector(recipe, run.stats, start=not path.exists())
     if path.exists():
-        load_weights(model, load_model_file(path).weights, str(path))
+        load_whole(model, load_model_file(path).weights, str(path))
+        run.begin()
     else:
         for note in notes:
             run.say(note)
-        run.begin("base")
         source = file_hash(Path(recipe.weights))
-        on_main(run.accelerator, lambda: save_model(path, model, recipe, run.stats, parents=[source]))
-    run.begin("base")
+        run.begin()  # may bring the file from another run
+
+        def save() -> None:
+            if not path.exists():
+                save_model(path, model, recipe, run.stats, parents=[source], stage="base")
+
+        on_main(run.accelerator, save)
     run.parents = [*run.parents, file_hash(path)]
     return model
 
@@ -145,7 +151,7 @@ def _given(run: Run) -> Detector:
 def _step(run: Run, trained: Detector, step: PlannedStep, exemplars: Exemplars, parts: int) -> Detector:
     """One step from the weights of `trained`."""
     config, index = step.config, run.train.index
-    recipe = run.recipe.step_recipe(config)
+    recipe = run.planned(step.name).recipe
     dataset = TrainingDataset(
         run.train, recipe.data, recipe.seed, kept=smooth_tail.choose(exemplars, index, step.counts)
     )
@@ -175,9 +181,9 @@ def _step(run: Run, trained: Detector, step: PlannedStep, exemplars: Exemplars, 
     model = _copy(run, recipe, trained)
     freeze_but(model, config.trains)
     if config.distillation is None or not step.old.any():
-        return run.stage(step.name, model, recipe=recipe, dataset=dataset, plan=plan)
+        return run.stage(step.name, model, dataset=dataset, plan=plan)
     shell = Transfer(model, _copy(run, recipe, trained), torch.from_numpy(step.old), config.distillation)
-    return run.stage(step.name, shell, recipe=recipe, dataset=dataset, plan=plan, product="student")
+    return run.stage(step.name, shell, dataset=dataset, plan=plan, product="student")
 
 
 def _copy(run: Run, recipe: Recipe, trained: Detector) -> Detector:
@@ -186,7 +192,7 @@ def _copy(run: Run, recipe: Recipe, trained: Detector) -> Detector:
     model, _ = build_detector(recipe, run.stats, start=False)
     anew = memories(trained)  # a step that was finished before has none either
     weights = {key: value for key, value in trained.state_dict().items() if not key.startswith(anew)}
-    model.load_state_dict({**model.state_dict(), **weights})
+    load_whole(model, weights, "the step before")
     return model
 
 
@@ -199,4 +205,4 @@ def _measure(run: Run, model: Detector, name: str) -> None:
 
 
 def _metrics_file(run: Run, name: str) -> Path:
-    return run.out / "stages" / f"{run.stages_done}-{name}" / "metrics.json"
+    return run.out / "stages" / run.planned(name).folder / "metrics.json"

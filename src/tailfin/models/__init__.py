@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from tailfin import losses
-from tailfin.checkpoint import FORMAT, load_weights, read_safetensors
+from tailfin.checkpoint import FORMAT, read_safetensors
 from tailfin.errors import UserError
 from tailfin.files import existing_file
 from tailfin.losses.base import ClassificationLoss
@@ -19,14 +20,15 @@ from tailfin.models.backbones import Backbone, Body, imagenet_state, load_body, 
 from tailfin.models.convert_torchvision import convert_retinanet, is_torchvision_retinanet
 from tailfin.models.detector import Detector, Limits
 from tailfin.models.faster_rcnn import build_faster_rcnn
-from tailfin.models.features import build_feature_module
-from tailfin.models.features.meta_reweighting import MetaReweighter
-from tailfin.models.heads import NorCal, calibrate, check_extra_rows, check_start
+from tailfin.models.features import build_features, replaced_loss
+from tailfin.models.heads import refuse_untrained, wrap_trained
 from tailfin.models.localizer import build_localizer
+from tailfin.models.rescoring import build_rescorer
 from tailfin.models.retinanet import build_retinanet
-from tailfin.schema.detectors import ATSSConfig, FasterRCNN, Localizer, RetinaNetConfig
+from tailfin.schema.detectors import ATSSConfig, FasterRCNNConfig, LocalizerConfig, RetinaNetConfig
 from tailfin.schema.recipe import Recipe
 from tailfin.stats import ClassStats
+from tailfin.weights import load_weights
 
 
 def build_detector(recipe: Recipe, stats: ClassStats, *, start: bool = True) -> tuple[Detector, list[str]]:
@@ -36,32 +38,29 @@ def build_detector(recipe: Recipe, stats: ClassStats, *, start: bool = True) -> 
     """
     source = recipe.weights if start else "none"
     if start:
-        check_start(recipe)
+        refuse_untrained(getattr(recipe.detector, "classifier", None))
     body, whole = _starting_weights(recipe, source)
     loss = losses.build(recipe.loss.name, stats, **recipe.loss.options)
-    if recipe.meta_reweighting is not None:  # the same loss with class weights that are learnt
-        loss = MetaReweighter(stats, lr=recipe.meta_reweighting.lr)
+    loss = replaced_loss(recipe.features, stats, loss)
     if body is not None and recipe.detector.name == "retinanet" and is_torchvision_retinanet(body):
         body, whole = None, convert_retinanet(body, stats.names, loss.num_logits, source)
     model = BUILDERS[recipe.detector.name](recipe, stats, loss, body, source)
+    if recipe.calibration is not None:
+        model.rescore = build_rescorer(recipe.calibration, stats, model.loss)
     if whole is not None:
-        return model, load_weights(model, whole, source)
+        return model, load_weights(model, whole, source, stats.names)
     return model, [f"backbone: {source}"] if body is not None else ["random start"]
 
 
 def _faster_rcnn(
     recipe: Recipe, stats: ClassStats, loss: ClassificationLoss, body: dict[str, Tensor] | None, source: str
 ) -> Detector:
-    config = recipe.detector
-    assert isinstance(config, FasterRCNN)
+    config = cast(FasterRCNNConfig, recipe.detector)
     backbone = _pyramid(recipe, config, body, source)
     channels_last = recipe.schedule.channels_last
     model = build_faster_rcnn(backbone, loss, config, _limits(recipe), stats, channels_last=channels_last)
-    model.roi_heads.extra_rows = build_feature_module(recipe, stats, loss)
-    calibrate(model, config.classifier, stats)
-    check_extra_rows(model, config.classifier)
-    if recipe.evaluation.norcal:
-        model.rescore = NorCal(stats, model.roi_heads.loss, recipe.evaluation.norcal)
+    model.roi_heads.extra_rows = build_features(recipe.features, config, stats, loss)
+    wrap_trained(model, config.classifier, stats)
     return model
 
 
@@ -72,7 +71,7 @@ def _limits(recipe: Recipe) -> Limits:
 
 def _body(
     recipe: Recipe,
-    config: FasterRCNN | Localizer | RetinaNetConfig | ATSSConfig,
+    config: FasterRCNNConfig | LocalizerConfig | RetinaNetConfig | ATSSConfig,
     body_state: dict[str, Tensor] | None,
     source: str,
 ) -> Body:
@@ -126,8 +125,7 @@ def _deformable_detr(
 def _localizer(
     recipe: Recipe, stats: ClassStats, loss: ClassificationLoss, body: dict[str, Tensor] | None, source: str
 ) -> Detector:
-    config = recipe.detector
-    assert isinstance(config, Localizer)
+    config = cast(LocalizerConfig, recipe.detector)
     backbone = _pyramid(recipe, config, body, source)
     return build_localizer(backbone, config, channels_last=recipe.schedule.channels_last)
 

@@ -25,7 +25,6 @@ from transformers.models.deformable_detr.modeling_deformable_detr import (
     DeformableDetrMLPPredictionHead,
 )
 
-from tailfin.checkpoint import load_weights
 from tailfin.losses.base import ClassificationLoss
 from tailfin.losses.focal import Focal
 from tailfin.models.backbones import Backbone, load_body, resnet_body, small_body
@@ -33,8 +32,9 @@ from tailfin.models.deformable_attention import DeformableAttention, EncoderLaye
 from tailfin.models.detector import Compared, Detections, Detector, Limits, Targets, reported
 from tailfin.models.detr_convert import convert_released, is_released
 from tailfin.models.detr_criterion import Outputs, SetCriterion
-from tailfin.schema.detectors import DeformableDETR as DeformableDETRConfig
+from tailfin.schema.detectors import DeformableDETRConfig
 from tailfin.schema.recipe import Recipe
+from tailfin.weights import load_weights
 
 FOCAL_BIAS = -math.log(99.0)  # focal loss starts at a probability of 0.01 here, as in the published detector
 TEMPERATURE = 10000.0  # of the sines that encode positions

@@ -38,6 +38,7 @@ from tailfin.models.assigners import iou, pad_targets, paired_iou
 from tailfin.models.backbones import Backbone
 from tailfin.models.box_deltas import decode_deltas, encode_deltas
 from tailfin.models.dense_anchors import LevelAnchors
+from tailfin.models.dense_ops import flatten_map
 from tailfin.models.detections import best_detections
 from tailfin.models.detector import Compared, Detections, Detector, Limits, Targets, reported, valid_cells
 
@@ -371,7 +372,7 @@ class DenseDetector(Detector):
 
 def flat(maps: Sequence[Tensor], width: int) -> Tensor:
     """Levels [B, A * width, h, w] to rows [B, N, width]: level by level, cell by cell, anchor by anchor."""
-    return torch.cat([own.permute(0, 2, 3, 1).reshape(len(own), -1, width) for own in maps], dim=1)
+    return torch.cat([flatten_map(own, width) for own in maps], dim=1)
 
 
 def starting_bias(loss: ClassificationLoss, prior: float) -> Tensor:

@@ -22,12 +22,13 @@ from torchvision.ops import box_iou, nms
 from tailfin.losses.base import ClassificationLoss
 from tailfin.models.backbones import Backbone
 from tailfin.models.detector import Compared, Detections, Detector, Limits, Targets, reported, valid_cells
+from tailfin.models.features.base import FeatureModule
 from tailfin.models.heads import box_heads
 from tailfin.models.heads.roi_heads import RoIHeads
 from tailfin.models.roi_align import PyramidRoIAlign
 from tailfin.models.rpn import RPN, Float32Anchors, Float32RPNHead, ResamplingRPN, RPNOutputs
 from tailfin.samplers.nms_resampling import THRESHOLDS
-from tailfin.schema.detectors import FasterRCNN as FasterRCNNConfig
+from tailfin.schema.detectors import FasterRCNNConfig
 from tailfin.stats import ClassStats
 
 LOGIT_SPREAD, DELTA_SPREAD = 3.0, 0.2  # standard deviations of a trained box head's outputs, roughly
@@ -117,7 +118,7 @@ class FasterRCNN(Detector):
         return self.roi_heads.loss
 
     @property
-    def features(self) -> nn.Module | None:
+    def features(self) -> FeatureModule | None:
         return self.roi_heads.extra_rows
 
     @property

@@ -26,7 +26,7 @@ from tailfin.models.backbones import Backbone
 from tailfin.models.detector import Detections, Detector, Limits, Targets
 from tailfin.models.roi_align import PyramidRoIAlign
 from tailfin.models.rpn import Float32Anchors, Float32RPNHead
-from tailfin.schema.detectors import Localizer as LocalizerConfig
+from tailfin.schema.detectors import LocalizerConfig
 
 MIN_SIDE = 1.0  # pixels of the picture given; thinner boxes are dropped
 BACKGROUND_IOU = 0.1  # an anchor below it belongs to no object

@@ -162,7 +162,7 @@ SWITCHES: dict[str, dict[Any, tuple[str, ...]]] = {
     },
     "mg": {False: ("second.loss.alpha=0",), True: ()},  # BACL III: margin, weight term, feature hallucination
     "wt": {False: ("second.loss.reweight=false",), True: ()},
-    "fhm": {False: ("second.hallucination=null",), True: ()},
+    "fhm": {False: ("second.features=null",), True: ()},
     "with_2drcl": {False: (), True: ()},
     "finetune": {"rfs": ()},
     "finetune_epochs": {12: (), 6: ()},
@@ -186,9 +186,9 @@ SWITCHES: dict[str, dict[Any, tuple[str, ...]]] = {
 # Switch of a row -> the key that takes its value, whatever it is (BACL III-D and III-E).
 SWITCH_KEYS = {
     **{switch: f"second.loss.{switch}" for switch in ("alpha", "prob_thr", "indicator", "matrix", "conditions")},
-    "beta": "second.hallucination.beta",
-    "c": "second.hallucination.sampled_num_classes",
-    "m": "second.hallucination.sampled_num_features",
+    "beta": "second.features.beta",
+    "c": "second.features.sampled_num_classes",
+    "m": "second.features.sampled_num_features",
     # tables 5 to 7 of step-wise learning
     "division": "stepwise.division",
     "d_head_n_head": "stepwise.head.per_head_class",

@@ -14,12 +14,12 @@ from pathlib import Path
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-import tailfin
 from tailfin.errors import UserError
 from tailfin.files import write_atomic
 from tailfin.report.page import asset, render, run_marks
 from tailfin.report.runs import Run, check_run, read_runs
 from tailfin.report.sections import SECTIONS
+from tailfin.version import __version__
 
 
 def write_report(runs: Sequence[str | Path], out: str | Path | None = None, *, title: str | None = None) -> Path:
@@ -63,7 +63,7 @@ def build_report(runs: Sequence[str | Path], *, title: str | None = None, live: 
         script=asset("report.js"),
         plotly="" if live else plotly_script(),
         live=live,
-        version=getattr(tailfin, "__version__", ""),
+        version=__version__,
         written=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
     )
 

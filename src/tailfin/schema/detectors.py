@@ -2,32 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
-from tailfin.schema.base import ConfigName, Count, Fraction, Named, NotNegative, Positive, Section, by_name
-
-CALIBRATORS = ("disalign", "simcal")  # classifiers that a second stage puts around a trained one
-
-
-class Classifier(Named):
-    """What makes class logits of the shared features, with options of its own (`tailfin.models.heads`)."""
-
-    name: ConfigName = "linear"
-
-    @model_validator(mode="after")
-    def _check(self) -> Classifier:
-        if self.name != "linear" or self.options:  # not for the default, which is made while the schema is imported
-            from tailfin.models.heads import check_options
-
-            check_options(self.name, self.options)
-        return self
+from tailfin.schema.base import Count, Fraction, NotNegative, Positive, Section, by_name
+from tailfin.schema.heads import Classifier
 
 
-class FasterRCNN(Section):
+class FasterRCNNConfig(Section):
     """Faster R-CNN's parts; defaults are detection practice for LVIS and COCO at batch 16."""
 
+    PARTS: ClassVar[tuple[str, ...]] = ("classifier", "box", "head", "rpn", "fpn", "backbone")  # that a stage may train
     name: Literal["faster_rcnn"] = "faster_rcnn"
     norm: Literal["frozen_bn", "bn", "gn"] = "frozen_bn"  # of the backbone; a random start needs "bn" or "gn"
     frozen_layers: Annotated[int, Field(ge=0, le=5)] = 2  # of stem, layer1..layer4, from below; 2 = stem and layer1
@@ -58,7 +44,7 @@ class FasterRCNN(Section):
     rpn_loss_weight: NotNegative = 1.0
 
     @model_validator(mode="after")
-    def _check(self) -> FasterRCNN:
+    def _check(self) -> FasterRCNNConfig:
         levels = len(self.fpn_layers) + self.fpn_pool
         if len(self.anchor_sizes) != levels:
             raise ValueError(f"anchor_sizes needs one size per level: {levels} levels, {len(self.anchor_sizes)} sizes")
@@ -66,17 +52,19 @@ class FasterRCNN(Section):
             raise ValueError("fpn_layers must ascend")
         return self
 
-    def with_classifier(self, classifier: Classifier) -> FasterRCNN:
-        """Another classifier; one that calibrates is told what it calibrates."""
-        if classifier.name in CALIBRATORS and "base" not in classifier.options:
-            own = {"name": classifier.name, "base": self.classifier.model_dump(), **classifier.options}
-            classifier = Classifier.model_validate(own)
-        return self.model_copy(update={"classifier": classifier})
+    def with_classifier(self, classifier: Classifier) -> FasterRCNNConfig:
+        """Another classifier; one of a second stage is told what it is put around."""
+        return self.model_copy(update={"classifier": classifier.around(self.classifier)})
+
+    def unwrapped(self) -> FasterRCNNConfig:
+        """The detector before a second stage put its classifier around the trained one; any other as it is."""
+        return self.with_classifier(self.classifier.inner) if self.classifier.second_stage else self
 
 
-class DeformableDETR(Section):
+class DeformableDETRConfig(Section):
     """Deformable DETR, two-stage with box refinement; defaults are the published ones (300 queries, 6+6 layers)."""
 
+    PARTS: ClassVar[tuple[str, ...]] = ("classifier", "box", "projection", "encoder", "decoder", "backbone")
     name: Literal["deformable_detr"]
     norm: Literal["frozen_bn", "bn", "gn"] = "frozen_bn"  # of the backbone
     frozen_layers: Annotated[int, Field(ge=0, le=5)] = 2  # as in Faster R-CNN; the released code trains layer2-4
@@ -102,7 +90,7 @@ class DeformableDETR(Section):
     giou_cost: NotNegative = 2.0
 
     @model_validator(mode="after")
-    def _check(self) -> DeformableDETR:
+    def _check(self) -> DeformableDETRConfig:
         if self.channels % 32:
             raise ValueError(f"channels must be a multiple of 32 (given: {self.channels})")
         if self.channels % self.heads:
@@ -118,9 +106,10 @@ class DeformableDETR(Section):
         return self
 
 
-class Localizer(Section):
+class LocalizerConfig(Section):
     """Class-agnostic detector that scores how well a box lies; its boxes are proposals. Defaults are OLN's."""
 
+    PARTS: ClassVar[tuple[str, ...]] = ("box", "head", "rpn", "fpn", "backbone")
     name: Literal["localizer"]
     norm: Literal["frozen_bn", "bn", "gn"] = "frozen_bn"  # of the backbone
     frozen_layers: Annotated[int, Field(ge=0, le=5)] = 2  # of stem, layer1..layer4, from below
@@ -145,7 +134,7 @@ class Localizer(Section):
     max_proposals: Annotated[int, Field(ge=-1)] = 1500  # reported per image; -1: all
 
     @model_validator(mode="after")
-    def _check(self) -> Localizer:
+    def _check(self) -> LocalizerConfig:
         levels = len(self.fpn_layers) + self.fpn_pool
         if len(self.anchor_sizes) != levels:
             raise ValueError(f"anchor_sizes needs one size per level: {levels} levels, {len(self.anchor_sizes)} sizes")
@@ -225,9 +214,9 @@ def _check_dense(fpn_layers: tuple[int, ...], head_norm: str, channels: int) -> 
 
 
 DETECTORS: dict[str, type[Section]] = {
-    "faster_rcnn": FasterRCNN,
-    "deformable_detr": DeformableDETR,
-    "localizer": Localizer,
+    "faster_rcnn": FasterRCNNConfig,
+    "deformable_detr": DeformableDETRConfig,
+    "localizer": LocalizerConfig,
     "retinanet": RetinaNetConfig,
     "atss": ATSSConfig,
 }
@@ -239,9 +228,9 @@ def _name(value: Any) -> str:
 
 
 Detector = Annotated[
-    Annotated[FasterRCNN, Tag("faster_rcnn")]
-    | Annotated[DeformableDETR, Tag("deformable_detr")]
-    | Annotated[Localizer, Tag("localizer")]
+    Annotated[FasterRCNNConfig, Tag("faster_rcnn")]
+    | Annotated[DeformableDETRConfig, Tag("deformable_detr")]
+    | Annotated[LocalizerConfig, Tag("localizer")]
     | Annotated[RetinaNetConfig, Tag("retinanet")]
     | Annotated[ATSSConfig, Tag("atss")],
     Discriminator(_name),

@@ -14,6 +14,7 @@ from tailfin.schema.base import Count, Fraction, NotNegative, Positive, Section,
 
 Kept = Annotated[int, Field(ge=0)] | Literal["all"]  # annotations of each class
 Rates = Literal["multistep", "cosine", "constant"]
+EVERYTHING = "all"  # in `trains`: every part
 
 
 class ExemplarSelection(Section):

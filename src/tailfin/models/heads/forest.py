@@ -34,6 +34,8 @@ from tailfin.data.index import AnnotationIndex
 from tailfin.errors import UserError, nearest
 from tailfin.files import read_json
 from tailfin.losses.base import ClassificationLoss, at_least_float32
+from tailfin.models.heads.roi_heads import RoIHeads
+from tailfin.models.heads.spec import HeadSpec
 from tailfin.stats import ClassStats
 
 RUNS = 10  # of k-means
@@ -196,6 +198,14 @@ class GrownForest(Forest):
                 for source, number in zip(self.sources, self.room, strict=True)
             ]
         )
+
+
+def box_head(spec: HeadSpec) -> RoIHeads:
+    """The box head of a recipe, with its forest as the loss."""
+    forest = GrownForest(spec.stats, **spec.keywords)
+    shared = SharedLayer(spec.channels, spec.config.roi_size, spec.width)
+    predictor = ForestPredictor(spec.width, forest, spec.class_agnostic)
+    return RoIHeads(spec.pool, shared, predictor, forest, **spec.options)
 
 
 # ---- trees -----------------------------------------------------------------------------------------------------------

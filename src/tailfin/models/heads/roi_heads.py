@@ -8,8 +8,7 @@ come from the loss; nothing here knows which method it is.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +19,17 @@ from torchvision.ops import MultiScaleRoIAlign, box_area, box_iou
 from tailfin.losses.base import ClassificationLoss
 from tailfin.models.detections import select_detections
 from tailfin.models.detector import Limits, Targets
+from tailfin.models.features.base import FeatureModule, Rows, Seen
 
 
 class BoxPredictor(nn.Module):
-    """Linear layers on shared features: [N, D] -> class logits [N, num_logits], box deltas [N, 4] or [N, 4 C]."""
+    """Linear layers on shared features: [N, D] -> class logits [N, num_logits], box deltas [N, 4] or [N, 4 C].
+
+    `classifier` takes the place of the linear layer for the logits; its `start(loss)`, where it has one, sets its first
+    weights and refuses a loss that it does not go with.
+    """
+
+    cls_score: Any
 
     def __init__(
         self, channels: int, loss: ClassificationLoss, class_agnostic: bool, classifier: nn.Module | None = None
@@ -33,65 +39,18 @@ class BoxPredictor(nn.Module):
         self.bbox_pred = nn.Linear(channels, 4 if class_agnostic else 4 * loss.num_classes)
         nn.init.normal_(self.bbox_pred.weight, std=0.001)
         nn.init.zeros_(self.bbox_pred.bias)
-        if isinstance(self.cls_score, nn.Linear):  # another kind has its own start, and no bias
+        if classifier is None:
             nn.init.normal_(self.cls_score.weight, std=0.01)
             with torch.no_grad():
                 self.cls_score.bias.copy_(loss.prior_bias())
+        elif hasattr(classifier, "start"):
+            self.cls_score.start(loss)
 
     def forward(self, features: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """`labels` [N] are those of training rows; a classifier that follows them says so (`takes_labels`)."""
         if labels is not None and getattr(self.cls_score, "takes_labels", False):
             return self.cls_score(features, labels), self.bbox_pred(features)
         return self.cls_score(features), self.bbox_pred(features)
-
-
-class Rows(NamedTuple):
-    """Sampled proposals of a batch, images one after another."""
-
-    boxes: list[Tensor]  # per image [n, 4]
-    labels: Tensor  # int64 [N], background C
-    matched: Tensor  # [N, 4] the ground-truth box of each row; of no meaning on background rows
-    gt_index: Tensor  # int64 [N] the object of each row, counted over the batch; -1 on background rows
-
-
-class ExtraRows(NamedTuple):
-    """Rows that a feature module adds to the sampled ones: made up, or stored in earlier iterations.
-
-    Without boxes they take part in the classification loss alone, with them in the box loss too.
-    """
-
-    features: Tensor  # [E, D] shared features
-    labels: Tensor  # int64 [E]
-    boxes: Tensor | None = None  # [E, 4] the box of each feature, and that of its object
-    gt_boxes: Tensor | None = None
-    memory: bool = False  # whether a loss counts them as rows of a memory
-
-
-class Seen(NamedTuple):
-    """What a feature module sees of a training iteration."""
-
-    rows: Rows
-    shared: Tensor  # [N, D] features of the sampled rows
-    targets: Targets
-    image_sizes: list[tuple[int, int]]  # (height, width) without padding
-    pool: Callable[[list[Tensor]], Tensor]  # boxes per image [M, 4] to pooled features [N, channels, size, size]
-    head: nn.Module  # pooled to shared features
-    classifier: nn.Module  # shared features to logits
-
-
-class FeatureModule(nn.Module):
-    """Takes part in the training of a box head beside its sampled rows; each method has what it needs of this.
-
-    State is in buffers and the same on every process. One with a method `at_epoch` is told the time.
-    """
-
-    def rows(self, seen: Seen) -> ExtraRows | None:
-        """Rows that join the sampled ones; called once per iteration, before the losses."""
-        return None
-
-    def losses(self, seen: Seen, logits: Tensor) -> dict[str, Tensor]:
-        """Further losses by name; `logits` [N, num_logits] are those of the sampled rows."""
-        return {}
 
 
 class RoIHeads(nn.Module):
@@ -106,7 +65,7 @@ class RoIHeads(nn.Module):
     """
 
     predictor: Any  # features and, in training, labels to logits and deltas; its `cls_score` is what extra rows pass
-    takes_extra_rows = True  # a head of another kind may not
+    takes_extra_rows = True  # whether shared vectors that come from elsewhere can be classified like its own
 
     def __init__(
         self,

@@ -12,14 +12,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import tailfin
-from tailfin import first_stage
 from tailfin.checkpoint import file_hash
 from tailfin.config import load_recipe
 from tailfin.errors import UserError
+from tailfin.schema.stages import differences, stages
 
 pytestmark = pytest.mark.usefixtures("quick_training")
 
-BACL = ["method=bacl", "loss=objectness", "schedule.epochs=0.5", "second.loss=fcbl", "second.hallucination={}"]
+BACL = ["method=bacl", "loss=objectness", "schedule.epochs=0.5", "second.loss=fcbl", "second.features=hallucination"]
 BACL += ["second.schedule={epochs: 0.5, batch: 4, lr: 0.01, warmup: 0, milestones: []}"]
 STAGE = Path("stages", "1-representation", "model.safetensors")
 
@@ -49,8 +49,10 @@ def test_the_same_second_stage_gives_the_same_bits(tmp_path, train, base):
     assert all(torch.equal(before[key], after[key]) for key in before)
     assert (run / STAGE).read_bytes() == (base / STAGE).read_bytes()
     assert parents(run / "model.safetensors")[0] == parents(base / "model.safetensors")[0] == file_hash(base / STAGE)
-    facts = json.loads((run / "environment.json").read_text())["first_stage"]
-    assert facts == {"run": str(base), "model": str(base / STAGE), "sha256": file_hash(base / STAGE)}
+    facts = json.loads((run / "environment.json").read_text())["reused"]
+    assert facts == [
+        {"stage": "representation", "run": str(base), "model": str(base / STAGE), "sha256": file_hash(base / STAGE)}
+    ]
     log = Path("stages", "1-representation", "metrics.jsonl")
     assert (run / log).read_bytes() == (base / log).read_bytes()
     assert not list(run.glob("stages/1-*/.*"))
@@ -58,7 +60,7 @@ def test_the_same_second_stage_gives_the_same_bits(tmp_path, train, base):
 
 def test_arms_of_an_ablation_share_it(tmp_path, train, base):
     """The second stage may differ in everything; name, evaluation and logging too. A model file serves as well."""
-    changes = ["second.loss.alpha=0", "second.hallucination=null", "evaluation.max_dets=5", "logging.every=2"]
+    changes = ["second.loss.alpha=0", "second.features=null", "evaluation.max_dets=5", "logging.every=2"]
     margin = train(tmp_path / "margin", *changes, stage1=base / STAGE)
     weights = load_file(margin / "model.safetensors")
     assert parents(margin / "model.safetensors")[0] == file_hash(base / STAGE)
@@ -123,9 +125,9 @@ def test_mistakes(tmp_path, tiny_set, tiny_recipe, train, base):
 
 def test_every_key_counts_but_those_that_cannot_matter(tiny_recipe):
     recipe = load_recipe(tiny_recipe, BACL)
-    keys = first_stage.stage_settings(recipe)
+    keys = stages(recipe)[0].inputs
     assert {"loss.name", "schedule.lr", "data.sizes", "data.flip", "detector.norm", "seed", "weights"} <= keys.keys()
     assert not {"method", "evaluation.nms", "data.workers", "data.root", "second.loss.name"} & keys.keys()
-    other = first_stage.stage_settings(load_recipe(tiny_recipe, [*BACL, "loss.name=focal", "loss.focal_gamma=1"]))
-    found = first_stage.differences(other, keys)
+    other = stages(load_recipe(tiny_recipe, [*BACL, "loss.name=focal", "loss.focal_gamma=1"]))[0].inputs
+    found = differences(other, keys)
     assert found == [("loss.name", "focal", "objectness"), ("loss.focal_gamma", 1.0, None)]
