@@ -31,7 +31,8 @@ def detector(file: dict, case: str, name: str, loss: str = "focal", **options: A
         },
         "loss": loss,
         "evaluation": {
-            "score_threshold": float(get("score_thr")), "nms": float(get("nms_iou")), "max_dets": int(get("max_per_img"))
+            "score_threshold": float(get("score_thr")), "nms": float(get("nms_iou")),
+            "max_dets": int(get("max_per_img")),
         },
     }  # fmt: skip
     count = np.full(classes, 10)

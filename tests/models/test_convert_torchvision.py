@@ -1,4 +1,4 @@
-"""With equal weights and its plain settings, RetinaNet is torchvision's: losses, gradients, boxes, scores; `weights:`."""
+"""With equal weights and its plain settings, RetinaNet is torchvision's: losses, gradients, detections."""
 
 from __future__ import annotations
 

@@ -83,7 +83,7 @@ def _body(
 
 
 def _pyramid(
-    recipe: Recipe, config: FasterRCNN | Localizer, body_state: dict[str, Tensor] | None, source: str
+    recipe: Recipe, config: FasterRCNNConfig | LocalizerConfig, body_state: dict[str, Tensor] | None, source: str
 ) -> Backbone:
     body = _body(recipe, config, body_state, source)
     return pyramid_backbone(body, layers=config.fpn_layers, channels=config.fpn_channels, pool=config.fpn_pool)

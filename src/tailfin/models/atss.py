@@ -20,8 +20,9 @@ from torch.nn import functional as F
 from tailfin.losses.base import ClassificationLoss
 from tailfin.models.assigners import atss_batch, centerness, paired_iou
 from tailfin.models.backbones import Backbone
-from tailfin.models.dense import DenseDetector, DenseHead, Outputs, flat, starting_bias
+from tailfin.models.dense import DenseDetector, Outputs, flat
 from tailfin.models.dense_anchors import LevelAnchors, square_anchors
+from tailfin.models.dense_head import DenseHead, starting_bias
 from tailfin.models.detector import Limits, Targets
 from tailfin.schema.detectors import ATSSConfig
 

@@ -19,8 +19,9 @@ from torch import Tensor
 from tailfin.losses.base import ClassificationLoss
 from tailfin.models.assigners import max_iou_batch
 from tailfin.models.backbones import Backbone
-from tailfin.models.dense import DenseDetector, DenseHead, Outputs, starting_bias
+from tailfin.models.dense import DenseDetector, Outputs
 from tailfin.models.dense_anchors import LevelAnchors, cell_anchors, whole_pixel_anchors
+from tailfin.models.dense_head import DenseHead, starting_bias
 from tailfin.models.detector import Limits, Targets
 from tailfin.schema.detectors import RetinaNetConfig
 

@@ -146,6 +146,7 @@ class LocalizerConfig(Section):
 class RetinaNetConfig(Section):
     """RetinaNet's parts; defaults are mmdetection's."""
 
+    PARTS: ClassVar[tuple[str, ...]] = ("classifier", "box", "head", "fpn", "backbone")
     name: Literal["retinanet"]
     norm: Literal["frozen_bn", "bn", "gn"] = "frozen_bn"  # of the backbone
     frozen_layers: Annotated[int, Field(ge=0, le=5)] = 2  # of stem, layer1..layer4, from below
@@ -181,6 +182,7 @@ class RetinaNetConfig(Section):
 class ATSSConfig(Section):
     """ATSS's parts; defaults are mmdetection's."""
 
+    PARTS: ClassVar[tuple[str, ...]] = ("classifier", "box", "head", "fpn", "backbone")
     name: Literal["atss"]
     norm: Literal["frozen_bn", "bn", "gn"] = "frozen_bn"  # of the backbone
     frozen_layers: Annotated[int, Field(ge=0, le=5)] = 2  # of stem, layer1..layer4, from below
