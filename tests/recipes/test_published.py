@@ -91,7 +91,10 @@ def test_runnable_row(row_id):
     assert row.dataset in recipe.data.train.annotations and "train" in recipe.data.train.annotations
     assert row.dataset in recipe.data.val.annotations and "val" in recipe.data.val.annotations
     bacl = row.method_key == "bacl"
-    assert dense or recipe.detector.rpn_post_nms == (2000 if bacl or row.settings.get("double_proposals") else 1000, 1000)
+    assert dense or recipe.detector.rpn_post_nms == (
+        2000 if bacl or row.settings.get("double_proposals") else 1000,
+        1000,
+    )
     small_decay = (bacl and not end_to_end) or row.settings.get("small_weight_decay")
     assert recipe.schedule.weight_decay == (5e-5 if small_decay else 1e-4)
     pasted = (bacl and not end_to_end) or row.settings.get("copy_paste", False)
