@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 import tailfin as library
-from tailfin.checkpoint import join_class_rows
+from tailfin.class_rows import join_class_rows
 
 
 def truth(ids: tuple[int, int, int] = (1, 2, 3), counts: tuple[int, int, int] = (2, 2, 2)) -> dict[str, Any]:

@@ -313,7 +313,7 @@ def test_drawn_masks_tint_the_picture(tailfin, masked_run, masked_set, tmp_path,
     arguments = ("predict", masked_run, masked_set[1].with_suffix("") / "1.png", "--out", tmp_path / "found.json")
 
     def drawn(name: str) -> np.ndarray:
-        assert tailfin(*arguments, "--draw", tmp_path / name, "--score", 0, "--max-dets", 1).code == 0
+        assert tailfin(*arguments, "--draw", tmp_path / name, "--score", 0, "--max-dets", 1, "--overwrite").code == 0
         return np.asarray(Image.open(tmp_path / name / "1.jpg"), dtype=int)
 
     tinted = drawn("masks")

@@ -147,7 +147,7 @@ def test_objects_without_a_usable_mask_count_for_their_box(make) -> None:
     dataset = TrainingDataset(make(spoil), Data(resize="square", sizes=(96,), flip=0.0), 0).with_masks()
     note = dataset.missing_masks()
     assert note.startswith("masks: 3 of 18 objects have none, first annotation 1, and count for their box alone; ")
-    assert "1 of them cannot be read: annotation 2: segmentation: the RLE's counts do not add up" in note
+    assert "2 of them cannot be read: annotation 2: segmentation: the RLE's counts do not add up" in note
     target = dataset.sample(0, 0, 0)[1]
     assert target["mask_valid"].tolist() == [False] * 3 and target["boxes"].tolist() == [list(box) for box in BLOBS]
     for mask, (left, top, right, bottom) in zip(target["masks"], BLOBS, strict=True):
@@ -162,7 +162,7 @@ def test_the_parsed_file_still_refuses_what_cannot_be_read(make) -> None:
         index.segmentations()
     kept = pickle.loads(pickle.dumps(index.readable_segmentations))
     assert kept.problem == index.readable_segmentations.problem != ""
-    assert kept.kinds[:4].tolist() == [0, 3, 1, 1] and kept.drawable()[:5].tolist() == [False, False, False, True, True]
+    assert kept.kinds[:4].tolist() == [0, 3, 3, 1] and kept.drawable()[:5].tolist() == [False, False, False, True, True]
 
 
 def test_copy_paste_keeps_objects_without_a_mask(make) -> None:

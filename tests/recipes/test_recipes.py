@@ -121,9 +121,9 @@ def test_recipe(name):
 
 
 def test_every_loss_has_a_recipe():
-    """But for gap, a part of rog, forms of a loss that has one, and fedloss, which goes with any sigmoid recipe."""
+    """But for gap, a part of rog, and forms of a loss that has one."""
     used = {loss for name in recipes.names() for loss in stage_losses(load_recipe(name))}
-    assert set(losses.names()) - used == {"gap", "balanced_softmax", "fedloss"}
+    assert set(losses.names()) - used == {"gap", "balanced_softmax"}
 
 
 def test_small_recipes_differ_in_their_method_alone():

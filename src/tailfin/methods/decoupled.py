@@ -39,7 +39,7 @@ def classifier_stage(run: Run, trained: Detector) -> Detector:
     recipe = run.planned("classifier").recipe
     first = recipe if second.classifier is None else unwrapped(recipe)
     model, _ = build_detector(first, run.stats, start=False)
-    anew = state_of(model, model.loss, model.features)  # a method's state is that of its stage
+    anew = state_of(model, *model.method_state())  # a method's state is that of its stage
     fresh = state_of(model, model.parts()["classifier"]) if second.fresh_classifier else frozenset()
     loaded = load_fitting(model, trained.state_dict(), lambda name: name not in anew | fresh)
     untrained = {id(value) for name, value in model.named_parameters() if name in set(loaded.missing) - anew}

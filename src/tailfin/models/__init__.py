@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -17,12 +18,14 @@ from tailfin.files import existing_file
 from tailfin.losses.base import ClassificationLoss
 from tailfin.models.atss import build_atss
 from tailfin.models.backbones import Backbone, Body, imagenet_state, load_body, pyramid_backbone, resnet_body
+from tailfin.models.cascade_rcnn import CascadeRCNN, build_cascade_rcnn
 from tailfin.models.convert_torchvision import convert_retinanet, is_torchvision_retinanet
 from tailfin.models.detector import Detector, Limits
-from tailfin.models.faster_rcnn import build_faster_rcnn
+from tailfin.models.faster_rcnn import FasterRCNN, build_faster_rcnn
 from tailfin.models.features import build_features, replaced_loss
-from tailfin.models.heads import refuse_untrained, wrap_trained
+from tailfin.models.heads import check_features_fit, refuse_untrained, wrap_trained
 from tailfin.models.localizer import build_localizer
+from tailfin.models.mask_rcnn import build_mask_rcnn
 from tailfin.models.rescoring import build_rescorer
 from tailfin.models.retinanet import build_retinanet
 from tailfin.schema.detectors import ATSSConfig, FasterRCNNConfig, LocalizerConfig, RetinaNetConfig
@@ -52,15 +55,36 @@ def build_detector(recipe: Recipe, stats: ClassStats, *, start: bool = True) -> 
     return model, [f"backbone: {source}"] if body is not None else ["random start"]
 
 
-def _faster_rcnn(
-    recipe: Recipe, stats: ClassStats, loss: ClassificationLoss, body: dict[str, Tensor] | None, source: str
-) -> Detector:
+def _two_stage(
+    build: Callable[..., Any],
+    recipe: Recipe,
+    stats: ClassStats,
+    loss: ClassificationLoss,
+    body: dict[str, Tensor] | None,
+    source: str,
+) -> Any:
+    """A detector that `build` assembles on a pyramid, without feature modules."""
     config = cast(FasterRCNNConfig, recipe.detector)
     backbone = _pyramid(recipe, config, body, source)
-    channels_last = recipe.schedule.channels_last
-    model = build_faster_rcnn(backbone, loss, config, _limits(recipe), stats, channels_last=channels_last)
+    return build(backbone, loss, config, _limits(recipe), stats, channels_last=recipe.schedule.channels_last)
+
+
+def _one_box_head(
+    build: Callable[..., FasterRCNN], recipe: Recipe, stats: ClassStats, loss: ClassificationLoss, *start: Any
+) -> Detector:
+    config = cast(FasterRCNNConfig, recipe.detector)
+    model: FasterRCNN = _two_stage(build, recipe, stats, loss, *start)
     model.roi_heads.extra_rows = build_features(recipe.features, config, stats, loss)
     wrap_trained(model, config.classifier, stats)
+    return model
+
+
+def _cascade_rcnn(recipe: Recipe, stats: ClassStats, loss: ClassificationLoss, *start: Any) -> Detector:
+    config = cast(FasterRCNNConfig, recipe.detector)
+    model: CascadeRCNN = _two_stage(build_cascade_rcnn, recipe, stats, loss, *start)
+    for heads in model.roi_heads.heads():  # each stage has a feature module of its own
+        heads.extra_rows = build_features(recipe.features, config, stats, heads.loss)
+        check_features_fit(heads.extra_rows, heads, config.classifier)
     return model
 
 
@@ -89,29 +113,19 @@ def _pyramid(
     return pyramid_backbone(body, layers=config.fpn_layers, channels=config.fpn_channels, pool=config.fpn_pool)
 
 
-def _retinanet(
-    recipe: Recipe, stats: ClassStats, loss: ClassificationLoss, body: dict[str, Tensor] | None, source: str
+def _dense(
+    build: Callable[..., Detector],
+    recipe: Recipe,
+    stats: ClassStats,
+    loss: ClassificationLoss,
+    body_state: dict[str, Tensor] | None,
+    source: str,
 ) -> Detector:
-    config = recipe.detector
-    assert isinstance(config, RetinaNetConfig)
-    backbone = _dense_pyramid(recipe, config, body, source)
-    return build_retinanet(backbone, loss, config, _limits(recipe), channels_last=recipe.schedule.channels_last)
-
-
-def _atss(
-    recipe: Recipe, stats: ClassStats, loss: ClassificationLoss, body: dict[str, Tensor] | None, source: str
-) -> Detector:
-    config = recipe.detector
-    assert isinstance(config, ATSSConfig)
-    backbone = _dense_pyramid(recipe, config, body, source)
-    return build_atss(backbone, loss, config, _limits(recipe), channels_last=recipe.schedule.channels_last)
-
-
-def _dense_pyramid(
-    recipe: Recipe, config: RetinaNetConfig | ATSSConfig, body_state: dict[str, Tensor] | None, source: str
-) -> Backbone:
+    """A one-stage detector that `build` assembles on a pyramid."""
+    config = cast(RetinaNetConfig | ATSSConfig, recipe.detector)
     body = _body(recipe, config, body_state, source)
-    return pyramid_backbone(body, layers=config.fpn_layers, channels=config.fpn_channels, convs=config.fpn_convs)
+    backbone = pyramid_backbone(body, layers=config.fpn_layers, channels=config.fpn_channels, convs=config.fpn_convs)
+    return build(backbone, loss, config, _limits(recipe), channels_last=recipe.schedule.channels_last)
 
 
 def _deformable_detr(
@@ -133,11 +147,13 @@ def _localizer(
 Builder = Callable[[Recipe, ClassStats, ClassificationLoss, dict[str, Tensor] | None, str], Detector]
 # by `detector.name`; the last arguments are the weights of the ResNet body, where there are any, and their source
 BUILDERS: dict[str, Builder] = {
-    "faster_rcnn": _faster_rcnn,
+    "faster_rcnn": partial(_one_box_head, build_faster_rcnn),
+    "mask_rcnn": partial(_one_box_head, build_mask_rcnn),
+    "cascade_rcnn": _cascade_rcnn,
     "deformable_detr": _deformable_detr,
     "localizer": _localizer,
-    "retinanet": _retinanet,
-    "atss": _atss,
+    "retinanet": partial(_dense, build_retinanet),
+    "atss": partial(_dense, build_atss),
 }
 
 

@@ -1,14 +1,13 @@
-"""Weights of torchvision's detectors in tailfin's names.
+"""Weights of torchvision's detectors in the names, and the order of classes, of tailfin's.
 
-    state = torch.load("retinanet_resnet50_fpn_coco.pth", weights_only=True)
-    is_torchvision_retinanet(state)                                       # True
-    ours = convert_retinanet(state, names, num_logits)                    # names of the C classes, in their order
+    state = torchvision.models.detection.maskrcnn_resnet50_fpn(weights="DEFAULT").state_dict()
+    model.load_state_dict(convert_mask_rcnn(state, classes=kept), strict=False)    # what is missing is the loss's
 
-A state dict carries no class names. Its classifier has one row of logits per label, and labels count from 1, so the
-first row is of no class. Rows are taken by name from the 91 of COCO, else in their order where their number is C or
-C + 1; anything else is refused. The detector must have torchvision's settings to give its results, see
-`tailfin.models.retinanet`; the published COCO_V1 weights were trained with frozen norms whose epsilon is 0, which is
-1e-5 here.
+torchvision has the background as class 0 and columns for ids that COCO does not use; tailfin has the foreground classes
+0..C-1 and the background last, and no box deltas or masks of the background. A function per detector; each takes every
+weight of the state or says which it does not know. RetinaNet has no background column, and is recognised in `weights:`
+(`is_torchvision_retinanet`); `tailfin.models.retinanet` says with which settings it gives torchvision's results. The
+published COCO_V1 weights were trained with frozen norms whose epsilon is 0, which is 1e-5 here.
 """
 
 from __future__ import annotations
@@ -16,20 +15,89 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor
 from torchvision.models.detection import RetinaNet_ResNet50_FPN_Weights
 
 from tailfin.errors import UserError, nearest
 
-CLASSIFIER = "head.classification_head.cls_logits."
-BOX = "head.regression_head.bbox_reg."
+SHARED = ("backbone.", "rpn.")  # the same names in both
+BOX_HEAD = {"roi_heads.box_head.fc6.": "roi_heads.head.fc6.", "roi_heads.box_head.fc7.": "roi_heads.head.fc7."}
+CLASSIFIER = "roi_heads.box_predictor.cls_score."
+BOXES = "roi_heads.box_predictor.bbox_pred."
+MASK_CONV = re.compile(r"roi_heads\.mask_head\.(?:mask_fcn(?P<old>\d+)|(?P<new>\d+)\.0)\.")  # counted from 1, or from 0
+UPSAMPLE = "roi_heads.mask_predictor.conv5_mask."
+MASKS = "roi_heads.mask_predictor.mask_fcn_logits."
+DENSE_CLASSIFIER = "head.classification_head.cls_logits."
+DENSE_BOX = "head.regression_head.bbox_reg."
 TOWER = re.compile(r"^head\.(classification|regression)_head\.conv\.(\d+)\.(?:(\d)\.)?(weight|bias)$")
 PYRAMID = re.compile(r"^backbone\.fpn\.(inner|layer)_blocks\.(\d+)\.(weight|bias)$")  # of older versions
 
 
+def convert_faster_rcnn(state: Mapping[str, Tensor], classes: Sequence[int] | None = None) -> dict[str, Tensor]:
+    """The state of torchvision's `FasterRCNN` (FPN, two shared layers, softmax) in tailfin's names.
+
+    Args:
+        state: torchvision's, as saved.
+        classes: torchvision's labels (1..) of the classes 0..C-1; by default all of them in order.
+
+    Raises:
+        UserError: a weight that is not one of this detector's; a label that it does not have.
+    """
+    return _converted(state, classes, {})
+
+
+def convert_mask_rcnn(state: Mapping[str, Tensor], classes: Sequence[int] | None = None) -> dict[str, Tensor]:
+    """The state of torchvision's `MaskRCNN` in tailfin's names; as `convert_faster_rcnn`, with the mask branch."""
+    masks = {}
+    for name, value in state.items():
+        if convolution := MASK_CONV.match(name):
+            place = int(convolution["new"]) if convolution["new"] else int(convolution["old"]) - 1
+            masks[name] = f"mask.head.convs.{place}.{name[convolution.end() :]}", value
+        elif name.startswith(UPSAMPLE):
+            masks[name] = f"mask.head.upsample.{name.removeprefix(UPSAMPLE)}", value
+        elif name.startswith(MASKS):
+            rows = _labels(classes, len(value))
+            masks[name] = f"mask.predictor.conv.{name.removeprefix(MASKS)}", value[rows]
+    return _converted(state, classes, masks)
+
+
+def _converted(
+    state: Mapping[str, Tensor], classes: Sequence[int] | None, known: Mapping[str, tuple[str, Tensor]]
+) -> dict[str, Tensor]:
+    """The state by tailfin's names; `known` has those of weights beside Faster R-CNN's."""
+    found = dict(known.values())
+    for name, value in state.items():
+        if name in known:
+            continue
+        if name.startswith(SHARED):
+            found[name] = value
+        elif name.startswith(CLASSIFIER):
+            rows = torch.tensor([*_labels(classes, len(value)), 0])
+            found[f"roi_heads.predictor.cls_score.{name.removeprefix(CLASSIFIER)}"] = value[rows]
+        elif name.startswith(BOXES):
+            kept = _labels(classes, len(value) // 4)
+            boxes = value.unflatten(0, (-1, 4))[kept].flatten(0, 1)
+            found[f"roi_heads.predictor.bbox_pred.{name.removeprefix(BOXES)}"] = boxes
+        elif prefix := next((prefix for prefix in BOX_HEAD if name.startswith(prefix)), None):
+            found[BOX_HEAD[prefix] + name.removeprefix(prefix)] = value
+        else:
+            raise UserError(f"the weight {name} belongs to no part of this detector: another model of torchvision's?")
+    return found
+
+
+def _labels(classes: Sequence[int] | None, count: int) -> list[int]:
+    """torchvision's labels of the classes, of `count` with the background."""
+    labels = list(range(1, count)) if classes is None else list(classes)
+    wrong = [label for label in labels if not 1 <= label < count]
+    if wrong:
+        raise UserError(f"classes: the weights have the labels 1..{count - 1}, not {wrong[0]}")
+    return labels
+
+
 def is_torchvision_retinanet(state: Mapping[str, Tensor]) -> bool:
     """Whether these are weights of a torchvision RetinaNet."""
-    return f"{CLASSIFIER}weight" in state and f"{BOX}weight" in state
+    return f"{DENSE_CLASSIFIER}weight" in state and f"{DENSE_BOX}weight" in state
 
 
 def convert_retinanet(
@@ -37,21 +105,25 @@ def convert_retinanet(
 ) -> dict[str, Tensor]:
     """A torchvision RetinaNet's state dict by tailfin's names, its classifier cut to the classes `names`.
 
+    A state carries no class names. Its classifier has one row of logits per label, and labels count from 1, so the
+    first row is of no class. Rows are taken by name from the 91 of COCO, else in their order where their number is C
+    or C + 1; anything else is refused.
+
     Raises:
         UserError: classes that cannot be told from the number of rows, or a loss with more logits than classes.
     """
-    anchors = len(state[f"{BOX}weight"]) // 4
-    rows = _rows(len(state[f"{CLASSIFIER}weight"]) // anchors, names, num_logits, source)
+    anchors = len(state[f"{DENSE_BOX}weight"]) // 4
+    rows = _class_rows(len(state[f"{DENSE_CLASSIFIER}weight"]) // anchors, names, num_logits, source)
     layers = (
         3 if "head.classification_head.conv.0.1.weight" in state else 2
     )  # convolution, norm where there is one, ReLU
     converted = {}
     for key, value in state.items():
-        if key.startswith(CLASSIFIER):
+        if key.startswith(DENSE_CLASSIFIER):
             own = value.unflatten(0, (anchors, -1))[:, rows].flatten(0, 1).clone()
-            converted["head.classifier." + key.removeprefix(CLASSIFIER)] = own
-        elif key.startswith(BOX):
-            converted["head.box." + key.removeprefix(BOX)] = value
+            converted["head.classifier." + key.removeprefix(DENSE_CLASSIFIER)] = own
+        elif key.startswith(DENSE_BOX):
+            converted["head.box." + key.removeprefix(DENSE_BOX)] = value
         elif found := TOWER.match(key):
             tower = "class_tower" if found[1] == "classification" else "box_tower"
             converted[f"head.{tower}.{layers * int(found[2]) + int(found[3] or 0)}.{found[4]}"] = value
@@ -62,7 +134,7 @@ def convert_retinanet(
     return converted
 
 
-def _rows(count: int, names: Sequence[str], num_logits: int, source: str) -> list[int]:
+def _class_rows(count: int, names: Sequence[str], num_logits: int, source: str) -> list[int]:
     """The classifier's row of every class."""
     if num_logits != len(names):
         raise UserError(

@@ -160,6 +160,10 @@ class Detector(nn.Module, ABC):
         """The feature module that takes part in the training, where there is one."""
         return None
 
+    def method_state(self) -> list[nn.Module]:
+        """Modules whose state is a method's own, which each stage starts anew: losses and feature modules."""
+        return [module for module in (self.loss, self.features) if module is not None]
+
     # ---- what methods and tools ask --------------------------------------------------------------------------------
 
     def annotation_scores(self, images: Sequence[Tensor], targets: Targets) -> tuple[Tensor, Tensor]:

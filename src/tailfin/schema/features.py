@@ -5,7 +5,7 @@ A key of the recipe, and of `second`, that is absent by default; a second stage 
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Discriminator, Field, Tag
 
@@ -15,6 +15,7 @@ from tailfin.schema.base import Count, NotNegative, Positive, Section
 class Hallucination(Section):
     """BACL's feature hallucination (III-E): made-up rows for the classifier, from running statistics per class."""
 
+    ONE_BOX_HEAD: ClassVar[bool] = False  # whether it cannot stand beside each of a cascade's
     name: Literal["hallucination"] = "hallucination"
     beta: Annotated[float, Field(ge=0, lt=1)] = 0.9  # momentum of the statistics
     sampled_num_classes: Count = 8  # c, classes drawn per iteration
@@ -27,6 +28,7 @@ class Hallucination(Section):
 class FeatureMemory(Section):
     """LOCE's feature memory: stored rows of classes that score low train the classifier and the boxes again."""
 
+    ONE_BOX_HEAD: ClassVar[bool] = True
     name: Literal["feature_memory"] = "feature_memory"
     size: Count = 80  # rows kept per class
     sampled_num_classes: Count = 8  # classes drawn per iteration
@@ -40,6 +42,7 @@ class FeatureMemory(Section):
 class FASA(Section):
     """FASA: made-up features of classes, drawn with probabilities that follow how the classes' losses change."""
 
+    ONE_BOX_HEAD: ClassVar[bool] = False
     name: Literal["fasa"] = "fasa"
     decay_ratio: Annotated[float, Field(gt=0, le=1)] = 0.1  # by how much a batch moves the class statistics
     loss_aug_weight: NotNegative = 0.1  # weight of the made-up features' loss
@@ -55,6 +58,7 @@ class FASA(Section):
 class RIO(Section):
     """RIO's object bank: the newest rows of a rare class join each batch that has the class."""
 
+    ONE_BOX_HEAD: ClassVar[bool] = False
     name: Literal["rio"] = "rio"
     size: Count = 60  # rows kept per class
     cache: Count = 20  # rows that join per class in the batch
@@ -64,6 +68,7 @@ class RIO(Section):
 class MetaReweighting(Section):
     """BALMS's meta reweighter: class weights learnt on a class-balanced stream through an inner step."""
 
+    ONE_BOX_HEAD: ClassVar[bool] = True
     name: Literal["meta_reweighting"] = "meta_reweighting"
     lr: Positive = 0.01  # of Adam on the class weights
     inner_lr: Positive | None = None  # of the inner step; none: the stage's rate at the iteration

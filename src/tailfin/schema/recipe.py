@@ -93,26 +93,29 @@ class Recipe(Section):
             raise ValueError(
                 'a random start (weights: none) cannot train with detector.norm "frozen_bn": use "bn" or "gn"'
             )
-        if self.detector.name == "localizer" and self.data.val.annotations:
+        if not self.detector.CLASSES and self.data.val.annotations:
             raise ValueError(
-                "detector.name localizer knows no classes to be measured by: leave the validation set out, and measure "
-                "its recall with `tailfin data proposals RUN --annotations VAL.json --out FILE --evaluate`"
+                f"detector.name {self.detector.name} knows no classes to be measured by: leave the validation set out, "
+                "and measure its recall with `tailfin data proposals RUN --annotations VAL.json --out FILE --evaluate`"
             )
         if self.weights == "none" and self.detector.frozen_layers:
             raise ValueError("a random start (weights: none) cannot freeze layers: set detector.frozen_layers to 0")
         if self.pretraining is not None:
             self._check_pretraining(self.pretraining)
         check_features(self.features, self.loss.name)
-        if not isinstance(self.detector, FasterRCNNConfig):
-            for features in (self.features, self.second.features if self.second else None):
-                if features is not None:
-                    raise ValueError(f"{features.name} needs a box head on proposals: detector.name faster_rcnn")
+        for features in (self.features, self.second.features if self.second else None):
+            if features is not None and not self.detector.BOX_HEAD:
+                raise ValueError(f"{features.name} needs a box head on proposals: detector.name faster_rcnn")
+            if features is not None and features.ONE_BOX_HEAD and self.detector.CASCADE:
+                raise ValueError(f"{features.name} needs one box head, and {self.detector.name} has one per stage")
         check_stages(self)
         return self
 
     def _check_pretraining(self, pretraining: Pretraining) -> None:
-        if not isinstance(self.detector, FasterRCNNConfig):
+        if not self.detector.BOX_HEAD:
             raise ValueError("pretraining needs a box head on proposals: detector.name faster_rcnn")
+        if self.detector.CASCADE:
+            raise ValueError(f"pretraining needs one box head, and {self.detector.name} has one per stage")
         if pretraining.freeze_backbone and self.weights == "none":
             raise ValueError(
                 f"a random start (weights: none) cannot freeze the backbone, as pretraining.preset "
@@ -120,5 +123,5 @@ class Recipe(Section):
             )
         one_precision(self, "pretraining")
         reconstructs = pretraining.weights.ar > 0 or pretraining.weights.sr > 0
-        if reconstructs and max(self.detector.fpn_layers) < 3:
+        if reconstructs and max(getattr(self.detector, "fpn_layers", (4,))) < 3:
             raise ValueError("pretraining: the reconstructions need detector.fpn_layers up to 3 or 4")

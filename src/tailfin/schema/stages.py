@@ -160,7 +160,7 @@ def unwrapped(recipe: R) -> R:
 
 
 def _check_two(recipe: Any) -> None:
-    if recipe.second.classifier is not None and not hasattr(recipe.detector, "with_classifier"):
+    if recipe.second.classifier is not None and not recipe.detector.BOX_HEAD:
         raise ValueError("second.classifier needs a box head on proposals: detector.name faster_rcnn")
     try:
         second_recipe(recipe)
@@ -261,8 +261,10 @@ def _check_steps(recipe: Any) -> None:
                 step_recipe(recipe, step)
         except ValidationError as error:
             raise ValueError(explain(error, f"stepwise.{name}.data", Data)) from None
-    if recipe.detector.name == "localizer":
-        raise ValueError("method stepwise needs a detector with classes: detector.name localizer has none")
+    if not recipe.detector.CLASSES:
+        raise ValueError(
+            f"method stepwise needs a detector with classes: detector.name {recipe.detector.name} has none"
+        )
     if settings.base == "given" and recipe.pretraining is not None:
         raise ValueError("stepwise.base given is a trained detector: pretraining has no place before it")
     if settings.base == "head" and recipe.sampler.name != "plain":

@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 import tailfin
 from tailfin import losses
 from tailfin.checkpoint import load_resume_point
-from tailfin.collectives import gather_over_ranks
 from tailfin.config import load_recipe
 from tailfin.data.dataset import TrainingDataset, open_source
 from tailfin.errors import UserError
+from tailfin.collectives import gather_over_ranks
 from tailfin.methods.stepwise import _copy
 from tailfin.models import build_detector
 from tailfin.models.features.base import ExtraRows, FeatureModule
@@ -370,9 +370,9 @@ def test_partners_are_drawn_against_the_frequency_of_their_rarest_class(tiny_set
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["features=fasa", "features=rio"], "at most one feature module, these are set: fasa, rio"),
-        (["features=fasa", "features=rio"], "at most one feature module, these are set: fasa, rio"),
-        ([*SECOND, "second.features=fasa", "second.features=rio"], "at most one feature module"),
+        (["fasa={}", "rio={}"], "at most one feature module, these are set: fasa, rio"),
+        (["features=fasa", "rio={}"], "at most one feature module, these are set: fasa, rio"),
+        ([*SECOND, "second.fasa={}", "second.rio={}"], "at most one feature module"),
         (["features=feature_memory"], "feature_memory draws classes by the mean score of ebl: set loss=ebl"),
         (["features=fasa", "loss=seesaw"], "fasa adds a softmax cross-entropy of its own: set loss=softmax"),
         (["features=meta_reweighting"], "set loss=balanced_sigmoid"),

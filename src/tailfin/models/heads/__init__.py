@@ -100,9 +100,14 @@ def wrap_trained(model: Any, classifier: Classifier, stats: ClassStats) -> None:
             model.roi_heads = head.wrap(model.roi_heads, stats, **classifier.keywords)
         except ValueError as error:
             raise UserError(f"detector.classifier {name}: {error}") from None
-    if features is not None and not model.roi_heads.takes_extra_rows:
+    check_features_fit(features, model.roi_heads, classifier)
+
+
+def check_features_fit(features: nn.Module | None, heads: RoIHeads, classifier: Classifier) -> None:
+    """Refuse a feature module whose rows the box head has no place for."""
+    if features is not None and not heads.takes_extra_rows:
         raise UserError(
-            f"detector.classifier {name} reads pooled features: the rows of a feature module "
+            f"detector.classifier {classifier.name} reads pooled features: the rows of a feature module "
             f"({type(features).__name__}) cannot join it"
         )
 

@@ -22,7 +22,7 @@ from torchvision.ops import MultiScaleRoIAlign
 
 from tailfin.losses.base import ClassificationLoss
 from tailfin.models.features.base import Rows, Targets
-from tailfin.models.heads.roi_heads import BoxPredictor, RoIHeads
+from tailfin.models.heads.roi_heads import BoxPredictor, RoIHeads, Trained
 from tailfin.models.heads.spec import HeadSpec
 
 STEP_WEIGHTS = (0.2, 0.2, 0.6)
@@ -78,15 +78,15 @@ class IterativeRoIHeads(RoIHeads):
         """The refinement belongs to the shared layers."""
         return {**super().parts(), "head": nn.ModuleList([self.head, self.refinement])}
 
-    def losses(
+    def train_rows(
         self,
         features: dict[str, Tensor],
         rows: Rows,
         image_sizes: list[tuple[int, int]],
         targets: Targets,
         shared: Tensor | None = None,
-    ) -> dict[str, Tensor]:
-        """Losses of all passes on the sampled rows."""
+    ) -> Trained:
+        """Losses of all passes on the sampled rows; logits and deltas are the last pass's."""
         if self.extra_rows is not None:
             raise ValueError("the iterative head takes no extra rows: they have no pooled features to refine")
         passes = self.passes(features, rows.boxes, image_sizes)
@@ -98,7 +98,7 @@ class IterativeRoIHeads(RoIHeads):
                 facts["iter_id"] = step
             classifier = classifier + weight * self.loss(logits, rows.labels, **facts)
         box = self.box_regression_loss(deltas, rows.boxes, rows.labels, rows.matched)
-        return {"loss_classifier": classifier, "loss_box_reg": box}
+        return Trained({"loss_classifier": classifier, "loss_box_reg": box}, passes[-1][0], deltas)
 
     def predict(
         self, features: dict[str, Tensor], proposals: list[Tensor], image_sizes: list[tuple[int, int]]
