@@ -19,7 +19,7 @@ from tailfin.losses.base import ClassificationLoss
 from tailfin.models.atss import build_atss
 from tailfin.models.backbones import Backbone, Body, imagenet_state, load_body, pyramid_backbone, resnet_body
 from tailfin.models.cascade_rcnn import CascadeRCNN, build_cascade_rcnn
-from tailfin.models.convert_retinanet import convert_retinanet, is_torchvision_retinanet
+from tailfin.models.convert_torchvision import convert_retinanet, is_torchvision_retinanet
 from tailfin.models.detector import Detector, Limits
 from tailfin.models.detr_convert import convert_released, is_released
 from tailfin.models.faster_rcnn import FasterRCNN, build_faster_rcnn

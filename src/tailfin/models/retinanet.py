@@ -5,7 +5,7 @@
 
 Defaults are mmdetection's: further levels from C5, an object's best anchors are taken whatever they were. With
 `detector: {fpn_convs: pyramid, anchor_style: torchvision, low_quality: keep_owner, normalizer: picture}` and the focal
-loss it is torchvision's `retinanet_resnet50_fpn`, and loads its weights (`tailfin.models.convert_retinanet`).
+loss it is torchvision's `retinanet_resnet50_fpn`, and loads its weights (`tailfin.models.convert_torchvision`).
 """
 
 from __future__ import annotations

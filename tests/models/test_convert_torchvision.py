@@ -14,7 +14,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 from tailfin.config import check_recipe
 from tailfin.errors import UserError
 from tailfin.models import build_detector
-from tailfin.models.convert_retinanet import convert_retinanet, is_torchvision_retinanet
+from tailfin.models.convert_torchvision import convert_retinanet, is_torchvision_retinanet
 from tailfin.models.detector import Limits
 from tailfin.stats import ClassStats
 
