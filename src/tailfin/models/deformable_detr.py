@@ -31,6 +31,7 @@ from tailfin.models.backbones import Backbone, load_body, resnet_body, small_bod
 from tailfin.models.deformable_attention import DeformableAttention, EncoderLayer, Shapes
 from tailfin.models.detector import Compared, Detections, Detector, Limits, Targets, reported
 from tailfin.models.detr_criterion import Outputs, SetCriterion
+from tailfin.models.precision import in_float32
 from tailfin.schema.detectors import DeformableDETRConfig
 from tailfin.schema.recipe import Recipe
 
@@ -172,7 +173,7 @@ class DeformableDETR(Detector):
 
     def classify(self, hidden: Tensor) -> Tensor:
         """Queries after each decoder layer [L, B, Q, d] to class logits [L, B, Q, K], float32."""
-        return torch.stack([self._head(self.class_embed, layer)(own).float() for layer, own in enumerate(hidden)])
+        return torch.stack([in_float32(self._head(self.class_embed, layer), own) for layer, own in enumerate(hidden)])
 
     def _decode(
         self,
@@ -196,7 +197,7 @@ class DeformableDETR(Detector):
                 encoder_hidden_states=memory,
                 encoder_attention_mask=mask,
             )
-            delta = self._box_delta(self._head(self.bbox_embed, number), content)
+            delta = in_float32(self._head(self.bbox_embed, number), content)  # a refined box is a small change
             start = inverse_sigmoid(reference)
             box = (delta + start if start.shape[-1] == 4 else delta + nn.functional.pad(start, (0, 2))).sigmoid()
             if self.refine:
@@ -215,8 +216,8 @@ class DeformableDETR(Detector):
         if mask is not None:
             valid &= mask[..., None]
         found = self.enc_output_norm(self.enc_output(memory * valid))
-        delta = self._box_delta(self.bbox_embed[-1], found)
-        return self.class_embed[-1](found).float(), delta + anchors.logit().masked_fill(~valid, math.inf)
+        delta = in_float32(self.bbox_embed[-1], found)
+        return in_float32(self.class_embed[-1], found), delta + anchors.logit().masked_fill(~valid, math.inf)
 
     def _queries_of(self, logits: Tensor, raw: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """(position part, content part, boxes) of the queries: the best proposals, without a gradient to them."""
@@ -231,12 +232,6 @@ class DeformableDETR(Detector):
 
     def _head(self, heads: nn.ModuleList, layer: int) -> nn.Module:
         return heads[layer if self.refine else 0]
-
-    @staticmethod
-    def _box_delta(head: nn.Module, hidden: Tensor) -> Tensor:
-        """Box offsets in float32, whatever autocast says: a refined box is a small change of a precise one."""
-        with torch.autocast(hidden.device.type, enabled=False):
-            return head(hidden.float())
 
     # ---- evaluation ------------------------------------------------------------------------------------------------
 
