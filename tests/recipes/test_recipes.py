@@ -45,6 +45,7 @@ LOSSES = {
     "bacl": ("objectness", "fcbl"),
     "bacl_end_to_end": ("fcbl",),
     "drcl": ("softmax",),
+    "efl_baseline": ("focal",),
 }
 COSINE = ("seesaw", "ecm", "ldam")  # methods that are made for a cosine classifier
 
@@ -71,7 +72,7 @@ def named(name: str) -> tuple[str, str, str]:
     """(detector, depth, method) of a recipe's address; a file without a method in its name is the plain baseline."""
     file, _, variant = name.partition(":")
     own = file.split("/")[1]
-    full = re.fullmatch(r"(faster_rcnn|deformable_detr)_r(\d+)_?([a-z0-9_]*)", own)
+    full = re.fullmatch(r"(faster_rcnn|deformable_detr|retinanet|atss)_r(\d+)_?([a-z0-9_]*)", own)
     detector, depth, method = full.groups() if full else ("faster_rcnn", "18", own.removesuffix("_r18"))
     if own in ("losses", "classifiers", "features"):
         method = ""
@@ -98,11 +99,12 @@ def test_recipe(name):
     assert stage_losses(recipe) == LOSSES[method]
     assert (recipe.method == "bacl") == (method == "bacl")
     repeats = method in ("rfs", "rio", "balms_decoupled") or (method == "ecm" and name.startswith("lvis"))
+    repeats = repeats or (name.startswith("lvis") and detector in ("retinanet", "atss"))
     repeats = repeats or (method == "drcl" and not name.startswith("coco"))
     assert (recipe.pretraining is not None) == ("drcl" in name)
     assert (recipe.sampler.name == "rfs") == repeats
     classifier = getattr(recipe.detector, "classifier", None)  # a choice of two-stage detectors
-    assert (classifier is not None and classifier.name == "cosine") == (method in COSINE)
+    assert (classifier is not None and classifier.name == "cosine") == (method in COSINE and classifier is not None)
     features = recipe.second.features if recipe.second else recipe.features
     assert (features is not None and features.name == "hallucination") == method.startswith("bacl")
     assert recipe.data.synthesize or (recipe.data.train.annotations and recipe.data.val.annotations)
@@ -128,10 +130,14 @@ def test_small_recipes_differ_in_their_method_alone():
     """The comparison on FOD31-LT is fair: one detector, one set of pictures, one measure, 14 epochs in all."""
     for family in ("demo", "fod", "road12"):
         family_names = [name for name in SMALL if name.startswith(f"{family}/")]
-        plain = load_recipe(f"{family}/faster_rcnn_r18_softmax")
         assert len(family_names) >= 2
         for name in family_names:
             recipe, method = load_recipe(name), named(name)[2]
+            dense = named(name)[0] in ("retinanet", "atss")  # one detector per file, half the rate
+            plain = load_recipe(name.split(":")[0] if dense else f"{family}/faster_rcnn_r18_softmax")
+            if dense:
+                other = load_recipe(f"{family}/faster_rcnn_r18_softmax")
+                assert recipe.schedule == other.schedule.model_copy(update={"lr": 0.01}) and recipe.data == other.data
             same = {"seed", "weights", "backbone", "evaluation", "logging"}
             assert recipe.model_dump(include=same) == plain.model_dump(include=same), name
             heads = method in (*COSINE, "rio") or name.startswith("fod/classifiers:")

@@ -5,7 +5,9 @@
 
 torchvision has the background as class 0 and columns for ids that COCO does not use; tailfin has the foreground classes
 0..C-1 and the background last, and no box deltas or masks of the background. A function per detector; each takes every
-weight of the state or says which it does not know.
+weight of the state or says which it does not know. RetinaNet has no background column, and is recognised in `weights:`
+(`is_torchvision_retinanet`); `tailfin.models.retinanet` says with which settings it gives torchvision's results. The
+published COCO_V1 weights were trained with frozen norms whose epsilon is 0, which is 1e-5 here.
 """
 
 from __future__ import annotations
@@ -15,8 +17,9 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
+from torchvision.models.detection import RetinaNet_ResNet50_FPN_Weights
 
-from tailfin.errors import UserError
+from tailfin.errors import UserError, nearest
 
 SHARED = ("backbone.", "rpn.")  # the same names in both
 BOX_HEAD = {"roi_heads.box_head.fc6.": "roi_heads.head.fc6.", "roi_heads.box_head.fc7.": "roi_heads.head.fc7."}
@@ -25,6 +28,10 @@ BOXES = "roi_heads.box_predictor.bbox_pred."
 MASK_CONV = re.compile(r"roi_heads\.mask_head\.(?:mask_fcn(?P<old>\d+)|(?P<new>\d+)\.0)\.")  # counted from 1, or from 0
 UPSAMPLE = "roi_heads.mask_predictor.conv5_mask."
 MASKS = "roi_heads.mask_predictor.mask_fcn_logits."
+DENSE_CLASSIFIER = "head.classification_head.cls_logits."
+DENSE_BOX = "head.regression_head.bbox_reg."
+TOWER = re.compile(r"^head\.(classification|regression)_head\.conv\.(\d+)\.(?:(\d)\.)?(weight|bias)$")
+PYRAMID = re.compile(r"^backbone\.fpn\.(inner|layer)_blocks\.(\d+)\.(weight|bias)$")  # of older versions
 
 
 def convert_faster_rcnn(state: Mapping[str, Tensor], classes: Sequence[int] | None = None) -> dict[str, Tensor]:
@@ -86,3 +93,62 @@ def _labels(classes: Sequence[int] | None, count: int) -> list[int]:
     if wrong:
         raise UserError(f"classes: the weights have the labels 1..{count - 1}, not {wrong[0]}")
     return labels
+
+
+def is_torchvision_retinanet(state: Mapping[str, Tensor]) -> bool:
+    """Whether these are weights of a torchvision RetinaNet."""
+    return f"{DENSE_CLASSIFIER}weight" in state and f"{DENSE_BOX}weight" in state
+
+
+def convert_retinanet(
+    state: Mapping[str, Tensor], names: Sequence[str], num_logits: int, source: str = "weights"
+) -> dict[str, Tensor]:
+    """A torchvision RetinaNet's state dict by tailfin's names, its classifier cut to the classes `names`.
+
+    A state carries no class names. Its classifier has one row of logits per label, and labels count from 1, so the
+    first row is of no class. Rows are taken by name from the 91 of COCO, else in their order where their number is C
+    or C + 1; anything else is refused.
+
+    Raises:
+        UserError: classes that cannot be told from the number of rows, or a loss with more logits than classes.
+    """
+    anchors = len(state[f"{DENSE_BOX}weight"]) // 4
+    rows = _class_rows(len(state[f"{DENSE_CLASSIFIER}weight"]) // anchors, names, num_logits, source)
+    layers = (
+        3 if "head.classification_head.conv.0.1.weight" in state else 2
+    )  # convolution, norm where there is one, ReLU
+    converted = {}
+    for key, value in state.items():
+        if key.startswith(DENSE_CLASSIFIER):
+            own = value.unflatten(0, (anchors, -1))[:, rows].flatten(0, 1).clone()
+            converted["head.classifier." + key.removeprefix(DENSE_CLASSIFIER)] = own
+        elif key.startswith(DENSE_BOX):
+            converted["head.box." + key.removeprefix(DENSE_BOX)] = value
+        elif found := TOWER.match(key):
+            tower = "class_tower" if found[1] == "classification" else "box_tower"
+            converted[f"head.{tower}.{layers * int(found[2]) + int(found[3] or 0)}.{found[4]}"] = value
+        elif found := PYRAMID.match(key):
+            converted[f"backbone.fpn.{found[1]}_blocks.{found[2]}.0.{found[3]}"] = value
+        else:
+            converted[key] = value
+    return converted
+
+
+def _class_rows(count: int, names: Sequence[str], num_logits: int, source: str) -> list[int]:
+    """The classifier's row of every class."""
+    if num_logits != len(names):
+        raise UserError(
+            f"{source}: a torchvision RetinaNet has one logit per class, this loss has {num_logits} for {len(names)} "
+            "classes: use a loss of C sigmoids, as focal"
+        )
+    coco = RetinaNet_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
+    if count == len(coco):
+        places = {name.lower(): row for row, name in enumerate(coco)}
+        known = [name for name in coco if name not in ("__background__", "N/A")]
+        for name in names:
+            if name.lower() not in places:
+                raise UserError(f'{source}: class "{name}" is none of COCO\'s{nearest(name, known)}')
+        return [places[name.lower()] for name in names]
+    if count in (len(names), len(names) + 1):
+        return list(range(count - len(names), count))
+    raise UserError(f"{source}: its classifier has {count} classes, the training file {len(names)}")

@@ -78,6 +78,9 @@ METHODS: dict[str, Method] = {
     "lst": Method(":lst", part="LST's class-incremental phases with replay and generated classifier weights"),
 }
 END_TO_END = {"bacl": Method(":bacl_end_to_end", "fcbl")}  # method_key -> a two-stage method's one-stage form (BACL X)
+DENSE = {"focal": Method("", "focal")}  # method_key -> what a one-stage detector's own loss is, not a variant
+# What step-wise learning prints as RetinaNet are the numbers of EFL's paper, whose detector is built on ATSS.
+EFL_METHODS = {"focal": Method(":efl_baseline", "focal"), "efl": Method(":efl", "efl")}
 NO_CODE = {"ahrl": "AHRL", "self_emd": "Self-EMD"}  # announced or described, but no public code exists
 
 DETECTORS = {
@@ -88,6 +91,7 @@ DETECTORS = {
     "atss": "ATSS",
     "retinanet": "RetinaNet",
 }
+ONE_STAGE = ("atss", "retinanet")
 DATASETS = {"lvis_v1": "LVIS v1", "lvis_v0.5": "LVIS v0.5", "coco": "COCO", "coco_lt": "COCO-LT"}
 BACKBONES = {"r50": ("backbone=resnet50",), "r101": ("backbone=resnet101",)}
 # not stated: the one of the method's recipe, plain in all but ECM's and RIO's; see also OWN_RUNS
@@ -209,7 +213,7 @@ def resolve(row: Row | str) -> Runnable | Blocked:
         return Blocked("never", "the paper prints a dash")
     if row.method_key in NO_CODE:
         return Blocked("never", f"method without code ({NO_CODE[row.method_key]})")
-    recipe = f"{row.dataset}/{row.detector}_r50{_method(row).recipe}" if row.detector else ""
+    recipe = f"{row.dataset}/{_detector(row)}_r50{_method(row).recipe}" if row.detector else ""
     overrides, unknown = _overrides(row)
     missing = _missing_parts(row, recipe) or unknown  # a schedule or switch matters only once the recipe exists
     if missing:
@@ -240,7 +244,19 @@ def about_overrides(row: Row, recipe: str) -> list[str]:
 
 def _method(row: Row) -> Method:
     method = METHODS[row.method_key]
+    if _from_efl(row):
+        return EFL_METHODS[row.method_key]
+    if row.detector in ONE_STAGE:
+        return DENSE.get(row.method_key, method)
     return END_TO_END.get(row.method_key, method) if row.settings.get("pipeline") == "end_to_end" else method
+
+
+def _from_efl(row: Row) -> bool:
+    return (row.paper, row.detector) == ("stepwise", "retinanet")
+
+
+def _detector(row: Row) -> str | None:
+    return "atss" if _from_efl(row) else row.detector
 
 
 def _overrides(row: Row) -> tuple[list[str], list[str]]:
@@ -254,9 +270,9 @@ def _overrides(row: Row) -> tuple[list[str], list[str]]:
     missing = []
     if row.schedule in schedules:
         overrides += schedules[row.schedule]
-    elif row.schedule is None:
+    elif row.schedule is None and not _from_efl(row):  # its recipe has the schedule of EFL's paper
         missing.append("a schedule, which the paper does not state")
-    else:
+    elif row.schedule is not None:
         missing.append(f"the schedule {row.schedule}")
     for switch, value in row.settings.items():
         if row.role == "baseline" and value is False:
@@ -278,6 +294,8 @@ def _missing_parts(row: Row, recipe: str) -> list[str]:
     missing = []
     if row.pretraining not in PRETRAINING:
         missing.append(f"{PRETRAINING_NAMES[str(row.pretraining)]} pre-training")
+    elif row.detector in ONE_STAGE and PRETRAINING[row.pretraining] not in (PRETRAINING[None],):
+        missing.append(f"{PRETRAINING_NAMES[str(row.pretraining)]} pre-training of a one-stage detector")
     if catalog.exists(recipe):
         return missing
     method = _method(row)

@@ -209,12 +209,82 @@ class LocalizerConfig(DetectorSection):
         return self
 
 
+class RetinaNetConfig(DetectorSection):
+    """RetinaNet's parts; defaults are mmdetection's."""
+
+    PARTS: ClassVar[tuple[str, ...]] = ("classifier", "box", "head", "fpn", "backbone")
+    name: Literal["retinanet"]
+    fpn_channels: Count = 256
+    fpn_layers: Annotated[tuple[Annotated[int, Field(ge=1, le=4)], ...], Field(min_length=1)] = (2, 3, 4)
+    fpn_convs: Literal["none", "body", "pyramid"] = "body"  # two more levels, from C5 or from P5 (torchvision)
+    head_convs: Annotated[int, Field(ge=0)] = 4  # layers of each tower
+    head_norm: Literal["none", "gn"] = "none"
+    anchor_scale: Positive = 4.0  # side of the smallest anchor in strides
+    octaves: Count = 3  # sizes per level, 2^(k / octaves) apart
+    anchor_ratios: Annotated[tuple[Positive, ...], Field(min_length=1)] = (0.5, 1.0, 2.0)  # height to width
+    anchor_style: Literal["exact", "torchvision"] = "exact"  # torchvision: sides in whole pixels
+    pos_iou: Fraction = 0.5
+    neg_iou: Fraction = 0.4
+    # an object whose anchors all overlap it little: it takes the best of them (mmdetection); they become positive but
+    # stay with the object that they overlap most (torchvision, detectron2); none
+    low_quality: Literal["take", "keep_owner", "none"] = "take"
+    normalizer: Literal["batch", "positives", "picture"] = "batch"  # see `tailfin.models.dense`
+    prior: Annotated[float, Field(gt=0, lt=1)] = 0.01  # first score of every class
+    box_loss: Literal["l1", "smooth_l1", "giou"] = "l1"
+    smooth_l1_beta: Positive = 0.11
+    box_loss_weight: NotNegative = 1.0
+    pre_nms: Count = 1000  # candidates per level
+
+    @model_validator(mode="after")
+    def _check(self) -> RetinaNetConfig:
+        _check_dense(self.fpn_layers, self.head_norm, self.fpn_channels)
+        if self.neg_iou > self.pos_iou:
+            raise ValueError(f"neg_iou {self.neg_iou} must not be above pos_iou {self.pos_iou}")
+        return self
+
+
+class ATSSConfig(DetectorSection):
+    """ATSS's parts; defaults are mmdetection's."""
+
+    PARTS: ClassVar[tuple[str, ...]] = ("classifier", "box", "head", "fpn", "backbone")
+    name: Literal["atss"]
+    fpn_channels: Count = 256
+    fpn_layers: Annotated[tuple[Annotated[int, Field(ge=1, le=4)], ...], Field(min_length=1)] = (2, 3, 4)
+    fpn_convs: Literal["none", "body", "pyramid"] = "pyramid"  # two more levels, from C5 or from P5
+    head_convs: Annotated[int, Field(ge=0)] = 4  # layers of each tower
+    head_norm: Literal["none", "gn"] = "gn"
+    anchor_scales: Annotated[tuple[Positive, ...], Field(min_length=1)] = (8.0,)  # sides of the squares in strides
+    topk: Count = 9  # candidates of an object per level
+    delta_stds: tuple[Positive, Positive, Positive, Positive] = (0.1, 0.1, 0.2, 0.2)
+    quality: Literal["centerness", "iou"] = "centerness"  # what the third branch learns; iou: as in EFL's detector
+    quality_weight: NotNegative = 1.0
+    normalizer: Literal["batch", "positives"] = "batch"  # see `tailfin.models.dense`
+    prior: Annotated[float, Field(gt=0, lt=1)] = 0.01  # first score of every class
+    box_loss_weight: NotNegative = 2.0  # GIoU
+    pre_nms: Count = 1000  # candidates per level
+    rank: Literal["class", "product"] = "class"  # by the class's score or by its product with the quality
+
+    @model_validator(mode="after")
+    def _check(self) -> ATSSConfig:
+        _check_dense(self.fpn_layers, self.head_norm, self.fpn_channels)
+        return self
+
+
+def _check_dense(fpn_layers: tuple[int, ...], head_norm: str, channels: int) -> None:
+    if list(fpn_layers) != sorted(set(fpn_layers)):
+        raise ValueError("fpn_layers must ascend")
+    if head_norm == "gn" and channels % 32:
+        raise ValueError(f'fpn_channels must be a multiple of 32 with head_norm "gn" (given: {channels})')
+
+
 DETECTORS: dict[str, type[DetectorSection]] = {
     "faster_rcnn": FasterRCNNConfig,
     "mask_rcnn": MaskRCNNConfig,
     "cascade_rcnn": CascadeRCNNConfig,
     "deformable_detr": DeformableDETRConfig,
     "localizer": LocalizerConfig,
+    "retinanet": RetinaNetConfig,
+    "atss": ATSSConfig,
 }
 
 
