@@ -39,7 +39,8 @@ from tailfin.schema.recipe import Recipe
 from tailfin.weights import load_fitting
 
 TRANSFERRED = ("backbone.", "rpn.", "roi_heads.head.")
-PREDICTOR = "roi_heads.predictor."
+MASKS = "mask.head."  # learnt by the detector's own losses alone
+PREDICTORS = ("roi_heads.predictor.", "mask.predictor.")
 
 
 def start(run: Run) -> Detector:
@@ -53,7 +54,8 @@ def start(run: Run) -> Detector:
     shell = terms(run, recipe, config, plan)  # 3.1, 3.3, eq. 8
     run.say(f"pre-training {config.preset}: {config.described()}")
     product = run.stage("pretrain", shell, recipe=recipe, dataset=dataset, plan=plan, product="detector")
-    parts = (*TRANSFERRED, PREDICTOR) if config.keep_predictor else TRANSFERRED
+    masks = (MASKS,) if config.detects and config.det_loss == "class_aware" else ()
+    parts = (*TRANSFERRED, *masks, *(PREDICTORS if config.keep_predictor else ()))
     on_main(run.accelerator, lambda: write(run, recipe, shell, dataset, product, parts))
     return transfer(run, product, parts)
 

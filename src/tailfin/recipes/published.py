@@ -113,6 +113,7 @@ SCHEDULES: dict[int, dict[str | None, tuple[str, ...]]] = {  # stages of the met
         "6+6": SIX_EPOCHS,  # the first 6 are the pre-training's: `pretrain_epochs`
     },
     2: {
+        "1x": (*SIX_EPOCHS, *(f"second.{override}" for override in SIX_EPOCHS)),  # 12 epochs in total, as 2x is 24
         "12+12": TWO_STAGES,
         "2x": TWO_STAGES,  # BACL XIII: "a 2x schedule, i.e., 24 epochs in total"
         "24+6": (  # LOCE's own
@@ -184,7 +185,10 @@ SWITCHES: dict[str, dict[Any, tuple[str, ...]]] = {
     "fm_dis": {True: (), False: ("stepwise.tail.distillation.feature=0",)},
     "cls_dis": {True: (), False: ("stepwise.tail.distillation.classes=0",)},
     "stepwise_rfs": {True: (), False: ("stepwise.head.rfs=plain", "stepwise.tail.rfs=plain")},
-    "backbone_init_for_pretraining": {"imagenet": ()},
+    "backbone_init_for_pretraining": {
+        "imagenet": (),
+        "scratch": ("weights=none", "detector.norm=bn", "detector.frozen_layers=0"),
+    },
     "copied_from": {"EFL paper": ()},
 }
 # Switch of a row -> the key that takes its value, whatever it is (BACL III-D and III-E).
