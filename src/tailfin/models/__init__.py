@@ -21,6 +21,7 @@ from tailfin.models.backbones import Backbone, Body, imagenet_state, load_body, 
 from tailfin.models.cascade_rcnn import CascadeRCNN, build_cascade_rcnn
 from tailfin.models.convert_torchvision import convert_retinanet, is_torchvision_retinanet
 from tailfin.models.detector import Detector, Limits
+from tailfin.models.detr_convert import convert_released, is_released
 from tailfin.models.faster_rcnn import FasterRCNN, build_faster_rcnn
 from tailfin.models.features import build_features, replaced_loss
 from tailfin.models.heads import check_features_fit, refuse_untrained, wrap_trained
@@ -28,7 +29,13 @@ from tailfin.models.localizer import build_localizer
 from tailfin.models.mask_rcnn import build_mask_rcnn
 from tailfin.models.rescoring import build_rescorer
 from tailfin.models.retinanet import build_retinanet
-from tailfin.schema.detectors import ATSSConfig, FasterRCNNConfig, LocalizerConfig, RetinaNetConfig
+from tailfin.schema.detectors import (
+    ATSSConfig,
+    DetectorSection,
+    FasterRCNNConfig,
+    LocalizerConfig,
+    RetinaNetConfig,
+)
 from tailfin.schema.recipe import Recipe
 from tailfin.stats import ClassStats
 from tailfin.weights import load_weights
@@ -45,8 +52,9 @@ def build_detector(recipe: Recipe, stats: ClassStats, *, start: bool = True) -> 
     body, whole = _starting_weights(recipe, source)
     loss = losses.build(recipe.loss.name, stats, **recipe.loss.options)
     loss = replaced_loss(recipe.features, stats, loss)
-    if body is not None and recipe.detector.name == "retinanet" and is_torchvision_retinanet(body):
-        body, whole = None, convert_retinanet(body, stats.names, loss.num_logits, source)
+    if body is not None and (convert := RELEASED.get(recipe.detector.name)):
+        whole = convert(body, stats, loss, source)
+        body = None if whole is not None else body
     model = BUILDERS[recipe.detector.name](recipe, stats, loss, body, source)
     if recipe.calibration is not None:
         model.rescore = build_rescorer(recipe.calibration, stats, model.loss)
@@ -93,12 +101,7 @@ def _limits(recipe: Recipe) -> Limits:
     return Limits(own.score_threshold, own.max_dets, own.nms)
 
 
-def _body(
-    recipe: Recipe,
-    config: FasterRCNNConfig | LocalizerConfig | RetinaNetConfig | ATSSConfig,
-    body_state: dict[str, Tensor] | None,
-    source: str,
-) -> Body:
+def _body(recipe: Recipe, config: DetectorSection, body_state: dict[str, Tensor] | None, source: str) -> Body:
     body = resnet_body(recipe.backbone, norm=config.norm)
     if body_state is not None:
         load_body(body, body_state, source)
@@ -113,19 +116,27 @@ def _pyramid(
     return pyramid_backbone(body, layers=config.fpn_layers, channels=config.fpn_channels, pool=config.fpn_pool)
 
 
-def _dense(
-    build: Callable[..., Detector],
-    recipe: Recipe,
-    stats: ClassStats,
-    loss: ClassificationLoss,
-    body_state: dict[str, Tensor] | None,
-    source: str,
+def _retinanet(
+    recipe: Recipe, stats: ClassStats, loss: ClassificationLoss, body: dict[str, Tensor] | None, source: str
 ) -> Detector:
-    """A one-stage detector that `build` assembles on a pyramid."""
-    config = cast(RetinaNetConfig | ATSSConfig, recipe.detector)
+    config = cast(RetinaNetConfig, recipe.detector)
+    backbone = _dense_pyramid(recipe, config, body, source)
+    return build_retinanet(backbone, loss, config, _limits(recipe), channels_last=recipe.schedule.channels_last)
+
+
+def _atss(
+    recipe: Recipe, stats: ClassStats, loss: ClassificationLoss, body: dict[str, Tensor] | None, source: str
+) -> Detector:
+    config = cast(ATSSConfig, recipe.detector)
+    backbone = _dense_pyramid(recipe, config, body, source)
+    return build_atss(backbone, loss, config, _limits(recipe), channels_last=recipe.schedule.channels_last)
+
+
+def _dense_pyramid(
+    recipe: Recipe, config: RetinaNetConfig | ATSSConfig, body_state: dict[str, Tensor] | None, source: str
+) -> Backbone:
     body = _body(recipe, config, body_state, source)
-    backbone = pyramid_backbone(body, layers=config.fpn_layers, channels=config.fpn_channels, convs=config.fpn_convs)
-    return build(backbone, loss, config, _limits(recipe), channels_last=recipe.schedule.channels_last)
+    return pyramid_backbone(body, layers=config.fpn_layers, channels=config.fpn_channels, convs=config.fpn_convs)
 
 
 def _deformable_detr(
@@ -152,8 +163,28 @@ BUILDERS: dict[str, Builder] = {
     "cascade_rcnn": _cascade_rcnn,
     "deformable_detr": _deformable_detr,
     "localizer": _localizer,
-    "retinanet": partial(_dense, build_retinanet),
-    "atss": partial(_dense, build_atss),
+    "retinanet": _retinanet,
+    "atss": _atss,
+}
+
+
+def _released_retinanet(
+    state: dict[str, Tensor], stats: ClassStats, loss: ClassificationLoss, source: str
+) -> dict[str, Tensor] | None:
+    known = is_torchvision_retinanet(state)
+    return convert_retinanet(state, stats.names, loss.num_logits, source) if known else None
+
+
+def _released_detr(
+    state: dict[str, Tensor], stats: ClassStats, loss: ClassificationLoss, source: str
+) -> dict[str, Tensor] | None:
+    return convert_released(state, num_logits=loss.num_logits) if is_released(state) else None
+
+
+# by `detector.name`: weights of a whole detector in another project's names to tailfin's; None for anything else
+RELEASED: dict[str, Callable[[dict[str, Tensor], ClassStats, ClassificationLoss, str], dict[str, Tensor] | None]] = {
+    "retinanet": _released_retinanet,
+    "deformable_detr": _released_detr,
 }
 
 

@@ -30,11 +30,9 @@ from tailfin.losses.focal import Focal
 from tailfin.models.backbones import Backbone, load_body, resnet_body, small_body
 from tailfin.models.deformable_attention import DeformableAttention, EncoderLayer, Shapes
 from tailfin.models.detector import Compared, Detections, Detector, Limits, Targets, reported
-from tailfin.models.detr_convert import convert_released, is_released
 from tailfin.models.detr_criterion import Outputs, SetCriterion
 from tailfin.schema.detectors import DeformableDETRConfig
 from tailfin.schema.recipe import Recipe
-from tailfin.weights import load_weights
 
 FOCAL_BIAS = -math.log(99.0)  # focal loss starts at a probability of 0.01 here, as in the published detector
 TEMPERATURE = 10000.0  # of the sines that encode positions
@@ -326,25 +324,20 @@ def build_deformable_detr(
 ) -> DeformableDETR:
     """The recipe's Deformable DETR.
 
-    `body_state` are weights of the ResNet, or of a whole detector by the names of the released code; `source` is where
-    they come from, for messages.
+    `body_state` are weights of the ResNet; `source` is where they come from, for messages.
     """
     config = cast(DeformableDETRConfig, recipe.detector)
-    released = body_state is not None and is_released(body_state)
     if config.widths:
         body = small_body(config.widths, config.blocks, norm=config.norm)
     else:
         body = resnet_body(recipe.backbone, norm=config.norm)
-    if body_state is not None and not released:
+    if body_state is not None:
         load_body(body, body_state, source)
     body.freeze(config.frozen_layers)
     used = body.layer_names[-min(config.levels, 3) :]
     backbone = Backbone(body.take({layer: str(level) for level, layer in enumerate(used)}))
     limits = Limits(recipe.evaluation.score_threshold, recipe.evaluation.max_dets)
-    model = DeformableDETR(backbone, loss, config, limits=limits, channels_last=recipe.schedule.channels_last)
-    if released and body_state is not None:
-        load_weights(model, convert_released(body_state, num_logits=loss.num_logits), source)
-    return model
+    return DeformableDETR(backbone, loss, config, limits=limits, channels_last=recipe.schedule.channels_last)
 
 
 def transformers_config(config: DeformableDETRConfig) -> DeformableDetrConfig:

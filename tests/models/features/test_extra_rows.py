@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 import tailfin
 from tailfin import losses
 from tailfin.checkpoint import load_resume_point
+from tailfin.collectives import gather_over_ranks
 from tailfin.config import load_recipe
 from tailfin.data.dataset import TrainingDataset, open_source
 from tailfin.errors import UserError
-from tailfin.collectives import gather_over_ranks
 from tailfin.methods.stepwise import _copy
 from tailfin.models import build_detector
 from tailfin.models.features.base import ExtraRows, FeatureModule
