@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from tailfin import api, checkpoint
-from tailfin.config import load_recipe, recipe_from_file
+from tailfin.config import check_recipe, load_recipe, recipe_from_file
 from tailfin.data.index import open_index
 from tailfin.errors import UserError
 from tailfin.methods import drcl as method
@@ -114,6 +114,27 @@ def test_other_recipes_start_from_the_exported_file(straight, tiny_recipe, tiny_
     assert all(torch.equal(own[key], exported[key]) for key in exported)
     assert notes[0] == f"{weights}: {len(exported)} of {len(exported) + 4} weights loaded"
     assert notes[1].startswith("  start anew: 4 (roi_heads.predictor.bbox_pred.bias")
+
+
+def test_a_one_stage_detector_goes_on_from_its_pre_training(recipe, tiny_set, tmp_path):
+    """2DRCL on ATSS (table A.2): backbone, pyramid and towers are taken over; the boxes' layers are dropped."""
+    out = tmp_path / "run"
+    own = {"name": "atss", "norm": "bn", "frozen_layers": 0, "fpn_channels": 32, "head_convs": 1, "anchor_scales": [2]}
+    plain = load_recipe(recipe).model_dump(mode="json")
+    plain["detector"] = own
+    plain["pretraining"]["schedule"]["epochs"] = 0.5
+    plain["schedule"] |= {"epochs": 0.3, "milestones": []}
+    given = check_recipe(
+        {**plain, "loss": "focal", "pretraining": {**plain["pretraining"], "loss": {"name": "focal"}}}, "test"
+    )
+    api.train(given, train=tiny_set[0], out=out)
+    whole, exported = load_file(out / "stages/1-pretrain/model.safetensors"), load_file(out / "pretrained.safetensors")
+    assert {key for key in whole if key not in exported} == {
+        *(f"head.{layer}.{kind}" for layer in ("classifier", "box", "quality") for kind in ("weight", "bias")),
+        "head.scales",
+    }
+    assert not [key for key in whole if "trunk" in key] and any("class_tower" in key for key in exported)
+    assert (out / "pretrained.safetensors").exists() and api.load(out, "cpu").recipe.detector.name == "atss"
 
 
 def test_pictures_for_the_report(straight):

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tailfin.config import check_recipe
 from tailfin.models import build_detector
+from tailfin.models.dense import DenseDetector
 from tailfin.models.faster_rcnn import FasterRCNN
 from tailfin.pretraining.shell import PreTrainer
 from tailfin.schema.presets import OWNERS, terms
@@ -48,6 +49,15 @@ def detector(layers: tuple[int, ...] = (2, 3, 4), norm: str = "bn") -> FasterRCN
     )  # fmt: skip
     made, _ = build_detector(recipe, STATS)
     assert isinstance(made, FasterRCNN)
+    return made
+
+
+def dense_detector(name: str) -> DenseDetector:
+    torch.manual_seed(0)
+    own = {"name": name, "norm": "bn", "frozen_layers": 0, "fpn_channels": 32, "head_convs": 1, "fpn_convs": "pyramid"}
+    recipe = check_recipe({"backbone": "resnet18", "detector": own, "loss": "focal"}, "test")
+    made, _ = build_detector(recipe, STATS)
+    assert isinstance(made, DenseDetector)
     return made
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_shell import DETECTION, detector, samples, section, shell, total
+from small_shell import DETECTION, dense_detector, detector, samples, section, shell, total
 from torch import Tensor, nn
 
 from tailfin.errors import UserError
@@ -75,6 +75,35 @@ def test_every_preset_trains_all_that_it_leaves_trainable(preset):
     boxes_too = preset in ("drcl", "soco", "aligndet")
     assert (parts["fpn"], parts["head"]) == (boxes_too, boxes_too)
     assert parts["classifier"] == (preset == "drcl")
+
+
+@pytest.mark.parametrize("name", ["retinanet", "atss"])
+@pytest.mark.parametrize("preset", ["drcl", "soco", "moco_v2"])
+def test_a_one_stage_detector(name, preset):
+    """Boxes pass pooled cells of every level and two layers that belong to the term; nothing is left without gradient,
+    and the momentum network has a copy of these layers."""
+    for boxes in (3, 0):
+        own = PreTrainer(dense_detector(name), section(preset=preset, freeze_backbone=False), iterations=10).train()
+        before = set(own.detector.state_dict())
+        losses = own(*samples(boxes=boxes))
+        assert all(torch.isfinite(value) for value in losses.values())
+        total(losses).backward()
+        assert not [key for key, p in own.named_parameters() if p.requires_grad and p.grad is None]
+    assert set(own.detector.state_dict()) == before
+    if preset == "moco_v2":
+        return
+    term = own.terms["box"]
+    assert "trunk" in own.average and "head" not in own.average
+    assert {"p6", "p7"} < set(term.pool.featmap_names)
+    if preset == "drcl":
+        assert {"loss_classifier", "loss_box_reg", "loss_hcl", "loss_lcl", "loss_ar", "loss_sr"} <= losses.keys()
+        assert all(p.requires_grad for p in own.detector.parts()["classifier"].parameters())
+    copied = own.average["trunk"].fc6.weight.clone()
+    with torch.no_grad():
+        term.trunk.fc6.weight.add_(1.0)
+    own(*samples())
+    moved = own.average["trunk"].fc6.weight - copied
+    torch.testing.assert_close(moved, torch.full_like(moved, 1 - own.config.momentum), rtol=0.05, atol=1e-6)
 
 
 LOSSES = {"hcl": {"loss_hcl"}, "lcl": {"loss_lcl"}, "dense": {"loss_dense"}, "ar": {"loss_ar"}, "sr": {"loss_sr"}}

@@ -155,11 +155,16 @@ class Backbone(nn.Module):
         return {name: self.body.strides[layer] for layer, name in self.body.taken.items()}
 
     @property
+    def level_names(self) -> list[str]:
+        """Names of the levels of `level_strides`."""
+        further = {LastLevelMaxPool: ["pool"], LastLevelP6P7: ["p6", "p7"]}.get(type(self.fpn.extra_blocks), [])
+        return [*self.strides, *further]
+
+    @property
     def level_strides(self) -> list[int]:
         """Pixels per cell of every level of the pyramid, further ones too."""
         found = list(self.strides.values())
-        further = {LastLevelMaxPool: 1, LastLevelP6P7: 2}.get(type(self.fpn.extra_blocks), 0)
-        return found + [found[-1] * 2 ** (number + 1) for number in range(further)]
+        return found + [found[-1] * 2**number for number in range(1, 1 + len(self.level_names) - len(found))]
 
 
 def resnet_body(name: str, *, norm: str) -> Body:

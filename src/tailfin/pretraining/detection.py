@@ -6,9 +6,12 @@ class-agnostic   RPN losses and the box regression of one class, with the propos
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 from torch import Tensor, nn
 
+from tailfin.models.faster_rcnn import FasterRCNN
 from tailfin.pretraining.term import Iteration, Term, View
 
 
@@ -22,8 +25,9 @@ class ClassAwareDetection(Term):
         self.weight = weight
 
     def forward(self, seen: Iteration) -> dict[str, Tensor]:
-        outputs = seen.detector.from_features(seen.features(0).pyramid, seen.view(0).batch, seen.targets)
-        losses = seen.detector.losses(outputs, seen.targets)
+        detector: Any = seen.detector  # its outputs are its own
+        outputs = detector.from_features(seen.features(0).pyramid, seen.view(0).batch, seen.targets)
+        losses = detector.losses(outputs, seen.targets)
         return {name: self.weight * value for name, value in losses.items()}
 
 
@@ -45,7 +49,8 @@ class ClassAgnosticDetection(Term):
         nn.init.zeros_(self.box_layer.bias)
 
     def forward(self, seen: Iteration) -> dict[str, Tensor]:
-        detector, view, levels = seen.detector, seen.view(0), seen.features(0).pyramid
+        detector = cast(FasterRCNN, seen.detector)  # the schema lets no other through
+        view, levels = seen.view(0), seen.features(0).pyramid
         objects, heads = as_objects(view), detector.roi_heads
         raw, proposals, _ = detector.rpn(view.batch, levels, objects)
         losses = detector.rpn_losses(raw, objects)

@@ -22,11 +22,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torchvision.models.detection.faster_rcnn import TwoMLPHead
 
 from tailfin.errors import UserError
 from tailfin.models.backbones import Body
+from tailfin.models.dense import DenseDetector
 from tailfin.models.detector import Targets
 from tailfin.models.faster_rcnn import FasterRCNN
+from tailfin.models.roi_align import PyramidRoIAlign
 from tailfin.pretraining.box import AssignedBoxContrast, LocalContrast
 from tailfin.pretraining.contrast import ContrastHeads
 from tailfin.pretraining.dense import DenseContrast
@@ -36,6 +39,8 @@ from tailfin.pretraining.momentum import MomentumNetwork, cosine_momentum
 from tailfin.pretraining.reconstruction import DualReconstruction
 from tailfin.pretraining.term import Iteration, Term
 from tailfin.schema.pretraining import Pretraining
+
+TRUNK_BINS, TRUNK_SAMPLES, TRUNK_CHANNELS = 7, 2, 1024  # of boxes where the detector has no box head: Faster R-CNN's
 
 
 class PreTrainer(nn.Module):
@@ -55,7 +60,7 @@ class PreTrainer(nn.Module):
     step: Tensor
 
     def __init__(
-        self, detector: FasterRCNN, config: Pretraining, *, iterations: int = 1, accumulation: int = 1
+        self, detector: FasterRCNN | DenseDetector, config: Pretraining, *, iterations: int = 1, accumulation: int = 1
     ) -> None:
         super().__init__()
         self.detector = detector
@@ -115,7 +120,7 @@ class PreTrainer(nn.Module):
 ORDER = ("detection", "image", "box", "dense", "reconstruction")
 
 
-def contrast_heads(detector: FasterRCNN, config: Pretraining) -> ContrastHeads:
+def contrast_heads(detector: FasterRCNN | DenseDetector, config: Pretraining) -> ContrastHeads:
     """Projectors, predictors and queues of the contrastive terms."""
     weights = config.weights
     channels, _ = deepest(detector.backbone.body)
@@ -127,7 +132,7 @@ def contrast_heads(detector: FasterRCNN, config: Pretraining) -> ContrastHeads:
     return ContrastHeads({name: (own, width) for name, (weight, own, width) in options.items() if weight})
 
 
-def build_terms(detector: FasterRCNN, config: Pretraining, heads: ContrastHeads) -> dict[str, Term]:
+def build_terms(detector: FasterRCNN | DenseDetector, config: Pretraining, heads: ContrastHeads) -> dict[str, Term]:
     """The terms whose weight is not 0, by name."""
     weights = config.weights
     terms: dict[str, Term] = {}
@@ -136,8 +141,9 @@ def build_terms(detector: FasterRCNN, config: Pretraining, heads: ContrastHeads)
         terms["image"] = kind(weights.hcl, heads["image"])
     if weights.lcl:
         box = AssignedBoxContrast if config.box.rois == "assigned" else LocalContrast
-        pool, levels = detector.roi_heads.pool, config.box.levels
-        terms["box"] = box(weights.lcl, heads["box"], pool, levels=levels, alone=not config.detects)
+        pool, trunk = _pooling(detector)
+        options: dict[str, Any] = {"levels": config.box.levels, "alone": not config.detects, "trunk": trunk}
+        terms["box"] = box(weights.lcl, heads["box"], pool, **options)
     if weights.dense:
         terms["dense"] = DenseContrast(weights.dense, heads["dense"])
     if weights.ar or weights.sr:
@@ -157,8 +163,19 @@ def build_terms(detector: FasterRCNN, config: Pretraining, heads: ContrastHeads)
     return terms
 
 
-def _shared_channels(detector: FasterRCNN) -> int:
-    """Width of the box head's shared vector."""
+def _pooling(detector: FasterRCNN | DenseDetector) -> tuple[PyramidRoIAlign, nn.Module | None]:
+    """What pools boxes, and layers on it for a detector without a box head."""
+    if isinstance(detector, FasterRCNN):
+        return detector.roi_heads.pool, None
+    backbone = detector.backbone
+    pool = PyramidRoIAlign(backbone.level_names, backbone.level_strides, TRUNK_BINS, TRUNK_SAMPLES)
+    return pool, TwoMLPHead(backbone.out_channels * TRUNK_BINS**2, TRUNK_CHANNELS)
+
+
+def _shared_channels(detector: FasterRCNN | DenseDetector) -> int:
+    """Width of a box's shared vector."""
+    if not isinstance(detector, FasterRCNN):
+        return TRUNK_CHANNELS
     return detector.roi_heads.predictor.cls_score.in_features
 
 

@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from torchvision.models.detection.image_list import ImageList
 
 from tailfin.models.backbones import Body
+from tailfin.models.dense import DenseDetector
 from tailfin.models.detector import Targets
 from tailfin.models.faster_rcnn import FasterRCNN
+from tailfin.models.heads.roi_heads import RoIHeads
 from tailfin.pretraining.contrast import ContrastHead
 from tailfin.pretraining.momentum import MomentumNetwork
 
@@ -58,7 +60,7 @@ class Iteration:
 
     def __init__(
         self,
-        detector: FasterRCNN,
+        detector: FasterRCNN | DenseDetector,
         average: MomentumNetwork,
         images: Sequence[Tensor],
         targets: Targets,
@@ -72,6 +74,11 @@ class Iteration:
         self._views: dict[int, View] = {}
         self._features: dict[int, Features] = {}
         self._keys: dict[int, Features] = {}
+
+    @property
+    def box_head(self) -> RoIHeads:
+        """Of a detector that has one."""
+        return cast(FasterRCNN, self.detector).roi_heads
 
     def view(self, number: int) -> View:
         """View 0 is the one that the detector trains on, 1 the second, 2 the third."""

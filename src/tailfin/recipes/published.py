@@ -274,6 +274,8 @@ def _overrides(row: Row) -> tuple[list[str], list[str]]:
     if row.sampler is None and _own_run(row):
         sampler = OWN_RUNS[row.paper]
     overrides = [*BACKBONES[row.backbone], *PRETRAINING.get(row.pretraining, ()), *SAMPLERS[sampler]]
+    if row.detector in ONE_STAGE and row.pretraining == "2drcl":
+        overrides.append("pretraining.loss=focal")  # the detector's own
     missing = []
     if row.schedule in schedules:
         overrides += schedules[row.schedule]
@@ -301,8 +303,6 @@ def _missing_parts(row: Row, recipe: str) -> list[str]:
     missing = []
     if row.pretraining not in PRETRAINING:
         missing.append(f"{PRETRAINING_NAMES[str(row.pretraining)]} pre-training")
-    elif row.detector in ONE_STAGE and PRETRAINING[row.pretraining] not in (PRETRAINING[None],):
-        missing.append(f"{PRETRAINING_NAMES[str(row.pretraining)]} pre-training of a one-stage detector")
     if catalog.exists(recipe):
         return missing
     method = _method(row)

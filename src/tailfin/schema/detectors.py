@@ -22,6 +22,7 @@ class DetectorSection(Section):
 
     PARTS: ClassVar[tuple[str, ...]] = ("classifier", "box", "backbone")  # that a stage may train
     BOX_HEAD: ClassVar[bool] = False  # a box head on proposals: what classifiers, feature modules and 2DRCL work on
+    DENSE: ClassVar[bool] = False  # anchors on a pyramid, no proposals: 2DRCL pools boxes with layers of its own
     CASCADE: ClassVar[bool] = False  # several box heads, one after another
     CLASSES: ClassVar[bool] = True  # it tells classes apart
     name: str
@@ -213,6 +214,7 @@ class RetinaNetConfig(DetectorSection):
     """RetinaNet's parts; defaults are mmdetection's."""
 
     PARTS: ClassVar[tuple[str, ...]] = ("classifier", "box", "head", "fpn", "backbone")
+    DENSE: ClassVar[bool] = True
     name: Literal["retinanet"]
     fpn_channels: Count = 256
     fpn_layers: Annotated[tuple[Annotated[int, Field(ge=1, le=4)], ...], Field(min_length=1)] = (2, 3, 4)
@@ -247,6 +249,7 @@ class ATSSConfig(DetectorSection):
     """ATSS's parts; defaults are mmdetection's."""
 
     PARTS: ClassVar[tuple[str, ...]] = ("classifier", "box", "head", "fpn", "backbone")
+    DENSE: ClassVar[bool] = True
     name: Literal["atss"]
     fpn_channels: Count = 256
     fpn_layers: Annotated[tuple[Annotated[int, Field(ge=1, le=4)], ...], Field(min_length=1)] = (2, 3, 4)

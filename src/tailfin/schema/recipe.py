@@ -112,8 +112,15 @@ class Recipe(Section):
         return self
 
     def _check_pretraining(self, pretraining: Pretraining) -> None:
-        if not self.detector.BOX_HEAD:
-            raise ValueError("pretraining needs a box head on proposals: detector.name faster_rcnn")
+        if not (self.detector.BOX_HEAD or self.detector.DENSE):
+            raise ValueError(
+                "pretraining needs a box head on proposals, or anchors on a pyramid: detector.name faster_rcnn, "
+                "retinanet or atss"
+            )
+        if self.detector.DENSE and pretraining.detects and pretraining.det_loss == "class_agnostic":
+            raise ValueError(
+                f"pretraining.det_loss class_agnostic trains an RPN and a box head, which {self.detector.name} lacks"
+            )
         if self.detector.CASCADE:
             raise ValueError(f"pretraining needs one box head, and {self.detector.name} has one per stage")
         if pretraining.freeze_backbone and self.weights == "none":
