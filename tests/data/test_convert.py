@@ -15,7 +15,7 @@ from PIL import Image
 from tailfin.cli import data_make
 from tailfin.data.convert import convert, detect_layout
 from tailfin.data.index import open_index
-from tailfin.data.voc import parse_xml
+from tailfin.data.voc_xml import parse_xml
 from tailfin.data.yolo import label_file
 from tailfin.errors import UserError
 

@@ -10,6 +10,7 @@ import torch
 from tailfin import api
 from tailfin.config import check_recipe
 from tailfin.cost import cost
+from tailfin.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("quick_training")
 DETECTORS = {
@@ -58,6 +59,15 @@ def test_stepwise_learning(name, tiny_set, tmp_path):
     lines = [json.loads(line) for line in (stages[-1] / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "loss" in line]
     assert steps and all(line["loss_class_distillation"] > -1e-6 for line in steps)
+
+
+def test_what_a_one_stage_detector_cannot_have():
+    with pytest.raises(UserError, match="class_agnostic trains an RPN and a box head, which atss lacks"):
+        recipe("atss", pretraining={"preset": "aligndet", "freeze_backbone": False})
+    with pytest.raises(UserError, match="hallucination needs a box head on proposals"):
+        recipe("atss", features="hallucination", loss="fcbl")
+    with pytest.raises(UserError, match='"rpn"'):
+        recipe("retinanet", method="decoupled", second={"trains": ["classifier", "rpn"]})
 
 
 def test_cost_of_recipes():

@@ -212,6 +212,45 @@ def test_converter_keeps_chosen_classes_and_tells_foreign_weights(pair):
         convert_mask_rcnn(state, classes=[1, 9])
 
 
+def test_names_of_older_versions(pair):
+    """The published Mask R-CNN COCO_V1 file has them."""
+    _, twin = pair
+    renamed = {
+        "rpn.head.conv.0.0.": "rpn.head.conv.",
+        **{f"_blocks.{level}.0.": f"_blocks.{level}." for level in range(4)},
+        **{f"roi_heads.mask_head.{layer}.0.": f"roi_heads.mask_head.mask_fcn{layer + 1}." for layer in range(2)},
+    }
+    older = {}
+    for name, value in twin.state_dict().items():
+        for new, old in renamed.items():
+            name = name.replace(new, old)
+        older[name] = value
+    assert len(older.keys() - twin.state_dict().keys()) == 2 * (1 + 8 + 2)
+    expected, found = convert_mask_rcnn(twin.state_dict()), convert_mask_rcnn(older)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_a_recipe_starts_from_a_file_of_torchvision_s(pair, tmp_path):
+    """`weights: FILE.pth`, of Mask R-CNN for both detectors; a loss that its classifier does not fit is refused."""
+    _, twin = pair
+    path = tmp_path / "maskrcnn.pth"
+    torch.save(twin.state_dict(), path)
+    expected = convert_mask_rcnn(twin.state_dict())
+    for name in ("mask_rcnn", "faster_rcnn"):
+        plain = {key: value for key, value in DETECTOR.items() if name == "mask_rcnn" or "mask" not in key}
+        values = {"weights": str(path), "backbone": "resnet18", "detector": {**plain, "name": name}}
+        model, lines = build_detector(check_recipe(values, "test"), stats())
+        found = model.state_dict()
+        assert all(torch.equal(found[key], value) for key, value in expected.items() if key in found)
+        assert ("mask.predictor.conv.weight" in found) == (name == "mask_rcnn")
+        assert str(path) in " ".join(lines)
+    with pytest.raises(UserError, match="C . 1 logits, as softmax"):
+        build_detector(check_recipe({**values, "loss": "sigmoid"}, "test"), stats())
+    with pytest.raises(UserError, match="6 classes, the training file 4"):
+        build_detector(check_recipe(values, "test"), stats(4))
+
+
 # ---- the branch ------------------------------------------------------------------------------------------------------
 
 

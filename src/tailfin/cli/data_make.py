@@ -222,7 +222,7 @@ def merge(
 
 def read_counts(path: Path) -> dict[str, int]:
     """Class counts from JSON ({"name": n}) or from `name: n` lines."""
-    from tailfin.data.yolo import load_plain_yaml
+    from tailfin.data.yolo_yaml import load_plain_yaml
     from tailfin.files import read_json
 
     value = read_json(path, "counts file") if path.suffix == ".json" else load_plain_yaml(path)

@@ -17,8 +17,9 @@ from pathlib import Path
 import numpy as np
 
 from tailfin.data.box_forms import FORMS, guess
+from tailfin.data.columns import RawColumns, parse
 from tailfin.data.images import MAX_PIXELS, Header, depth, read_header, read_image, size_problem, value_range
-from tailfin.data.index import AnnotationIndex, RawColumns, from_columns, image_folder, image_path, parse
+from tailfin.data.index import AnnotationIndex, from_columns, image_folder, image_path
 from tailfin.data.masks import BOX_AS_POLYGON
 from tailfin.data.problems import unsafe_path
 from tailfin.errors import UserError

@@ -21,7 +21,8 @@ from tailfin.data.images import is_hidden
 from tailfin.data.index import image_folder, image_path
 from tailfin.data.parts import SPLITS, Layout, Part, Report, common_folder
 from tailfin.data.voc import read_voc, write_voc
-from tailfin.data.yolo import CLASS_LISTS, read_yolo, write_yolo
+from tailfin.data.yolo import read_yolo, write_yolo
+from tailfin.data.yolo_yaml import CLASS_LISTS
 from tailfin.errors import UserError
 from tailfin.files import write_json
 

@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tailfin.data import annotation_json
-from tailfin.data.index import doubled_categories, open_index, parse
+from tailfin.data.columns import doubled_categories, parse
+from tailfin.data.index import open_index
 from tailfin.data.problems import unsafe_path
 from tailfin.errors import UserError
 from tailfin.files import existing_file

@@ -16,7 +16,7 @@ from typing import Any
 from tailfin.data.document import Document, file_name, load_document, with_train_counts
 from tailfin.data.folders import Placing, leading_prefix, place_image, staged_folder
 from tailfin.data.index import image_folder, image_path
-from tailfin.data.yolo import load_plain_yaml
+from tailfin.data.yolo_yaml import load_plain_yaml
 from tailfin.errors import UserError, nearest
 from tailfin.files import write_json
 from tailfin.joins import join_classes

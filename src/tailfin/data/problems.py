@@ -20,7 +20,7 @@ from tailfin.errors import nearest
 from tailfin.files import not_utf8
 
 if TYPE_CHECKING:
-    from tailfin.data.index import RawColumns
+    from tailfin.data.columns import RawColumns
 
 INT64 = 2**63
 

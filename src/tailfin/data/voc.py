@@ -13,28 +13,23 @@ objects: programs write none for an empty picture. XML may declare any encoding 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
-from decimal import Context, Decimal, InvalidOperation
+from decimal import Decimal, InvalidOperation
 from pathlib import Path, PurePosixPath
 from typing import Any
 from xml.etree import ElementTree
-from xml.parsers import expat
 
 from tailfin.data.document import Document, file_name
 from tailfin.data.folders import Placing, place_image
 from tailfin.data.images import is_hidden, pictures_below, read_header, size_problem
 from tailfin.data.parts import SPLITS, Part, Report, annotations_by_image, common_folder
+from tailfin.data.voc_xml import _EXACT, FLAGS, parse_xml, plain_number, to_xml, xml_text
 from tailfin.errors import UserError
-from tailfin.files import decode_text, not_utf8, read_text
+from tailfin.files import read_text
 from tailfin.joins import plain_name
 
-_EXACT = Context(prec=700)  # digits: the sum of any two floats of at most 1e9 fits
 _MOST = 10**9  # pixels
-_FLAGS = ("difficult", "truncated", "occluded")
 _FOLDERS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
-_ENCODING = re.compile(rb"\s*<\?xml[^>]*?encoding\s*=\s*[\"']([A-Za-z0-9._-]+)[\"']")
-_NO_XML = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff\ud800-\udfff]")
 
 
 def read_voc(source: Path) -> list[Part]:
@@ -71,7 +66,7 @@ def write_voc(parts: Sequence[Part], folder: Path, placing: Placing, report: Rep
     A picture's id is its file name without suffix; where splits share names, SPLIT_ is put before all of them.
     """
     categories = sorted(parts[0].document["categories"], key=lambda category: category["id"])
-    name_of = {category["id"]: _xml_text(category["name"], f"category {category['id']}") for category in categories}
+    name_of = {category["id"]: xml_text(category["name"], f"category {category['id']}") for category in categories}
     stems = [[Path(file_name(image)).with_suffix("").as_posix() for image in part.document["images"]] for part in parts]
     shared = len({stem for own in stems for stem in own}) < sum(len(set(own)) for own in stems)
     for name in ("Annotations", "JPEGImages", "ImageSets/Main"):
@@ -91,7 +86,7 @@ def write_voc(parts: Sequence[Part], folder: Path, placing: Placing, report: Rep
             report.masks += sum(bool(annotation.get("segmentation")) for annotation in kept)
             objects += len(kept)
             picture = identity + Path(file_name(image)).suffix
-            tree = _to_xml(image, picture, kept, name_of)
+            tree = to_xml(image, picture, kept, name_of)
             (folder / "Annotations" / f"{identity}.xml").write_bytes(tree)
             place_image(file, folder / "JPEGImages" / picture, placing)
         listed = "".join(f"{identity}\n" for identity in owner)
@@ -309,100 +304,11 @@ def _read_object(entry: ElementTree.Element, where: str) -> dict[str, Any]:
     if width < 0 or height < 0:
         axis = "x" if width < 0 else "y"
         raise UserError(f"{where}: {axis}max {ends[axis + 'max']} is less than {axis}min {ends[axis + 'min']}")
-    box = [_number(value) for value in (left, top, width, height)]
-    fields: dict[str, Any] = {"bbox": box, "area": _number(width * height), "iscrowd": 0}
-    for flag in _FLAGS:
+    box = [plain_number(value) for value in (left, top, width, height)]
+    fields: dict[str, Any] = {"bbox": box, "area": plain_number(width * height), "iscrowd": 0}
+    for flag in FLAGS:
         text = (entry.findtext(flag) or "").strip()
         if text:
             fields[flag] = int(text.lower() in ("1", "true"))
     pose = (entry.findtext("pose") or "").strip()
     return {**fields, "pose": pose} if pose and pose != "Unspecified" else fields
-
-
-def _number(value: Decimal) -> int | float:
-    return int(value) if value == value.to_integral_value() else float(value)
-
-
-def parse_xml(path: Path) -> tuple[ElementTree.Element, list[int]]:
-    """The tree, and the line of each `object`; a document type, which is where entities come from, is refused."""
-    builder = ElementTree.TreeBuilder()
-    parser = expat.ParserCreate("utf-8")  # whatever the file declares: it is decoded before
-    parser.buffer_text = True
-    lines: list[int] = []
-
-    def start(tag: str, attributes: dict[str, str]) -> None:
-        if tag == "object":
-            lines.append(parser.CurrentLineNumber)
-        builder.start(tag, attributes)
-
-    def refuse(*_: Any) -> None:
-        raise UserError(f"{path}, line {parser.CurrentLineNumber}: it declares a document type, which is refused")
-
-    parser.StartElementHandler = start
-    parser.EndElementHandler = builder.end
-    parser.CharacterDataHandler = builder.data
-    parser.StartDoctypeDeclHandler = refuse
-    parser.EntityDeclHandler = refuse
-    try:
-        parser.Parse(_decoded(path), True)
-    except expat.ExpatError as error:
-        raise UserError(f"{path}, line {error.lineno}: not valid XML: {expat.ErrorString(error.code)}") from None
-    return builder.close(), lines
-
-
-def _decoded(path: Path) -> bytes:
-    """The file as UTF-8: by its byte order mark, by the encoding that it declares, else UTF-8."""
-    data = path.read_bytes()
-    if data[:2] in (b"\xff\xfe", b"\xfe\xff") or data[:3] == b"\xef\xbb\xbf":
-        return decode_text(data, str(path)).encode()
-    declared = _ENCODING.match(data)
-    name = declared[1].decode("ascii") if declared else "utf-8"
-    try:
-        return data.decode(name).encode()
-    except LookupError:
-        raise UserError(f'{path} declares the encoding "{name}", which is not known: save it as UTF-8') from None
-    except UnicodeDecodeError as error:
-        if not declared:
-            raise UserError(not_utf8(data, str(path))) from None
-        raise UserError(
-            f"{path} declares the encoding {name}, which byte {error.start} (0x{data[error.start]:02x}) does not fit: "
-            "save it as UTF-8"
-        ) from None
-    except UnicodeError as error:
-        raise UserError(f"{path} cannot be read in the encoding {name}: {error}") from None
-
-
-def _to_xml(image: dict[str, Any], picture: str, annotations: list[dict[str, Any]], name_of: dict[int, str]) -> bytes:
-    root = ElementTree.Element("annotation")
-
-    def add(parent: ElementTree.Element, tag: str, text: object = None) -> ElementTree.Element:
-        element = ElementTree.SubElement(parent, tag)
-        if text is not None:
-            element.text = str(text)
-        return element
-
-    add(root, "folder", "JPEGImages")
-    add(root, "filename", _xml_text(picture, f"image {image['id']}"))
-    size = add(root, "size")
-    for key, value in (("width", image["width"]), ("height", image["height"]), ("depth", 3)):
-        add(size, key, value)
-    add(root, "segmented", 0)
-    for annotation in annotations:
-        entry = add(root, "object")
-        add(entry, "name", name_of[annotation["category_id"]])
-        add(entry, "pose", _xml_text(str(annotation.get("pose", "Unspecified")), f"annotation {annotation['id']}"))
-        for flag in _FLAGS:
-            if flag != "occluded" or flag in annotation:
-                add(entry, flag, int(bool(annotation.get(flag, 0))))
-        x, y, width, height = (Decimal(repr(value)) for value in annotation["bbox"])
-        box = add(entry, "bndbox")
-        for key, first, second in (("xmin", x, 1), ("ymin", y, 1), ("xmax", x, width), ("ymax", y, height)):
-            add(box, key, f"{_EXACT.add(first, Decimal(second)):f}")
-    ElementTree.indent(root)
-    return ElementTree.tostring(root, encoding="utf-8") + b"\n"
-
-
-def _xml_text(text: str, what: str) -> str:
-    if _NO_XML.search(text) or "\n" in text or text != text.strip() or not text:
-        raise UserError(f"{what}: {text!r} cannot be written to XML")
-    return text

@@ -10,8 +10,8 @@ Reconstruction" (NeurIPS 2024), in the order of its section 3:
     4.1    fine-tuning goes on from the detector                 `transfer`
 
 `start(run)` is what a method begins with instead of `run.detector()`: where the recipe has a section `pretraining`, it
-is stage 1 of the run, and the detector that it returns has all parts of that stage but a
-new classifier and box layer. RUN/pretrained.safetensors holds the same for other recipes (`weights: FILE`).
+is stage 1 of the run, and the detector that it returns has all parts of that stage but a new classifier and box layer.
+RUN/pretrained.safetensors holds the same for other recipes (`weights: FILE`).
 """
 
 from __future__ import annotations
@@ -37,9 +37,14 @@ from tailfin.run import Run, batch_plan
 from tailfin.samplers.plan import BatchPlan
 from tailfin.schema.pretraining import Pretraining, Proposals
 from tailfin.schema.recipe import Recipe
-from tailfin.weights import load_fitting, state_of
+from tailfin.weights import load_fitting
 
-ANEW = ("classifier", "box")  # parts of a detector that fine-tuning starts anew
+TRANSFERRED = ("backbone.", "rpn.", "roi_heads.head.", "head.class_tower.", "head.box_tower.")
+MASKS = "mask.head."  # learnt by the detector's own losses alone
+PREDICTORS = (
+    *("roi_heads.predictor.", "mask.predictor."),
+    *("head.classifier.", "head.box.", "head.quality.", "head.scales"),  # of a one-stage detector
+)
 
 
 def start(run: Run) -> Detector:
@@ -53,15 +58,10 @@ def start(run: Run) -> Detector:
     shell = terms(run, recipe, config, plan)  # 3.1, 3.3, eq. 8
     run.say(f"pre-training {config.preset}: {config.described()}")
     product = run.stage("pretrain", shell, recipe=recipe, dataset=dataset, plan=plan, product="detector")
-    parts = transferred(product, keep_predictor=config.keep_predictor)
+    masks = (MASKS,) if config.detects and config.det_loss == "class_aware" else ()
+    parts = (*TRANSFERRED, *masks, *(PREDICTORS if config.keep_predictor else ()))
     on_main(run.accelerator, lambda: write(run, recipe, shell, dataset, product, parts))
     return transfer(run, product, parts)
-
-
-def transferred(detector: Detector, *, keep_predictor: bool = False) -> tuple[str, ...]:
-    """Names of the weights that fine-tuning goes on with: all parts but the classifier and the box layer."""
-    kept = [part for name, part in detector.parts().items() if keep_predictor or name not in ANEW]
-    return tuple(sorted(state_of(detector, *kept)))
 
 
 def views(run: Run, recipe: Recipe, config: Pretraining) -> tuple[ProposalSource, PretrainingDataset]:

@@ -19,7 +19,12 @@ from tailfin.losses.base import ClassificationLoss
 from tailfin.models.atss import build_atss
 from tailfin.models.backbones import Backbone, Body, imagenet_state, load_body, pyramid_backbone, resnet_body
 from tailfin.models.cascade_rcnn import CascadeRCNN, build_cascade_rcnn
-from tailfin.models.convert_torchvision import convert_retinanet, is_torchvision_retinanet
+from tailfin.models.convert_torchvision import (
+    convert_rcnn,
+    convert_retinanet,
+    is_torchvision_rcnn,
+    is_torchvision_retinanet,
+)
 from tailfin.models.detector import Detector, Limits
 from tailfin.models.detr_convert import convert_released, is_released
 from tailfin.models.faster_rcnn import FasterRCNN, build_faster_rcnn
@@ -181,8 +186,17 @@ def _released_detr(
     return convert_released(state, num_logits=loss.num_logits) if is_released(state) else None
 
 
+def _released_rcnn(
+    masks: bool, state: dict[str, Tensor], stats: ClassStats, loss: ClassificationLoss, source: str
+) -> dict[str, Tensor] | None:
+    known = is_torchvision_rcnn(state)
+    return convert_rcnn(state, stats.names, loss.num_logits, source, masks=masks) if known else None
+
+
 # by `detector.name`: weights of a whole detector in another project's names to tailfin's; None for anything else
 RELEASED: dict[str, Callable[[dict[str, Tensor], ClassStats, ClassificationLoss, str], dict[str, Tensor] | None]] = {
+    "faster_rcnn": partial(_released_rcnn, False),
+    "mask_rcnn": partial(_released_rcnn, True),
     "retinanet": _released_retinanet,
     "deformable_detr": _released_detr,
 }

@@ -31,6 +31,7 @@ MASKS = "roi_heads.mask_predictor.mask_fcn_logits."
 DENSE_CLASSIFIER = "head.classification_head.cls_logits."
 DENSE_BOX = "head.regression_head.bbox_reg."
 TOWER = re.compile(r"^head\.(classification|regression)_head\.conv\.(\d+)\.(?:(\d)\.)?(weight|bias)$")
+RPN_CONV = "rpn.head.conv."  # its weights stand right here in older versions
 PYRAMID = re.compile(r"^backbone\.fpn\.(inner|layer)_blocks\.(\d+)\.(weight|bias)$")  # of older versions
 
 
@@ -70,7 +71,11 @@ def _converted(
     for name, value in state.items():
         if name in known:
             continue
-        if name.startswith(SHARED):
+        if older := PYRAMID.match(name):
+            found[f"backbone.fpn.{older[1]}_blocks.{older[2]}.0.{older[3]}"] = value
+        elif name.startswith(RPN_CONV) and name.count(".") == RPN_CONV.count("."):
+            found[name.replace(RPN_CONV, f"{RPN_CONV}0.0.")] = value
+        elif name.startswith(SHARED):
             found[name] = value
         elif name.startswith(CLASSIFIER):
             rows = torch.tensor([*_labels(classes, len(value)), 0])
@@ -141,6 +146,37 @@ def _class_rows(count: int, names: Sequence[str], num_logits: int, source: str) 
             f"{source}: a torchvision RetinaNet has one logit per class, this loss has {num_logits} for {len(names)} "
             "classes: use a loss of C sigmoids, as focal"
         )
+    if count == len(names):
+        return list(range(count))
+    return _labels_by_name(count, names, source)
+
+
+def is_torchvision_rcnn(state: Mapping[str, Tensor]) -> bool:
+    """Whether these are weights of a torchvision Faster or Mask R-CNN."""
+    return f"{CLASSIFIER}weight" in state
+
+
+def convert_rcnn(
+    state: Mapping[str, Tensor], names: Sequence[str], num_logits: int, source: str = "weights", *, masks: bool
+) -> dict[str, Tensor]:
+    """`convert_mask_rcnn`, or `convert_faster_rcnn`, for the classes `names`; a mask branch that is not wanted is left.
+
+    Raises:
+        UserError: as of the two; a loss that is no softmax over classes and background.
+    """
+    if num_logits != len(names) + 1:
+        raise UserError(
+            f"{source}: torchvision's classifier has a logit per class and one of the background, this loss has "
+            f"{num_logits} for {len(names)} classes: use a loss of C + 1 logits, as softmax"
+        )
+    classes = _labels_by_name(len(state[f"{CLASSIFIER}weight"]), names, source)
+    if masks:
+        return convert_mask_rcnn(state, classes)
+    return convert_faster_rcnn({key: value for key, value in state.items() if ".mask_" not in key}, classes)
+
+
+def _labels_by_name(count: int, names: Sequence[str], source: str) -> list[int]:
+    """torchvision's labels of the classes `names`, where `count` includes the background."""
     coco = RetinaNet_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
     if count == len(coco):
         places = {name.lower(): row for row, name in enumerate(coco)}
@@ -149,6 +185,6 @@ def _class_rows(count: int, names: Sequence[str], num_logits: int, source: str) 
             if name.lower() not in places:
                 raise UserError(f'{source}: class "{name}" is none of COCO\'s{nearest(name, known)}')
         return [places[name.lower()] for name in names]
-    if count in (len(names), len(names) + 1):
-        return list(range(count - len(names), count))
+    if count == len(names) + 1:
+        return list(range(1, count))
     raise UserError(f"{source}: its classifier has {count} classes, the training file {len(names)}")

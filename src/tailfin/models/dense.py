@@ -42,6 +42,7 @@ from tailfin.models.dense_head import DenseHead
 from tailfin.models.dense_ops import flatten_map
 from tailfin.models.detections import best_detections
 from tailfin.models.detector import Compared, Detections, Detector, Limits, Targets, reported, valid_cells
+from tailfin.models.precision import in_float32
 
 LOGIT_SPREAD = 1.0  # standard deviation of a trained head's logits around their first value, roughly
 
@@ -291,8 +292,8 @@ class DenseDetector(Detector):
         with torch.no_grad():
             taught = teacher.backbone(batch.tensors)
             towers = [teacher.head.class_tower(level) for level in taught.values()]
-            wanted = flat([teacher.head.classifier(tower).float() for tower in towers], width)[at]
-        logits = [self.head.classifier(tower).float() for tower in towers] if shared else outputs.logits
+            wanted = flat([in_float32(teacher.head.classifier, tower) for tower in towers], width)[at]
+        logits = [in_float32(self.head.classifier, tower) for tower in towers] if shared else outputs.logits
         sizes = torch.tensor([[size[1], size[0]] * 2 for size in batch.image_sizes], device=wanted.device).float()
         maps = list(outputs.features.values()) if pyramid else []
         valid = [valid_cells(level.shape[-2:], batch.tensors.shape[-2:], sizes) for level in maps]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tailfin.losses.base import ClassificationLoss
+from tailfin.models.precision import in_float32
 
 
 class DenseHead(nn.Module):
@@ -52,7 +53,7 @@ class DenseHead(nn.Module):
 
     def forward(self, levels: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """Logits, deltas and quality per level, float32 under autocast too."""
-        logits = [self.classifier(self.class_tower(level)).float() for level in levels]
+        logits = [in_float32(self.classifier, self.class_tower(level)) for level in levels]
         deltas, quality = [], []
         for number, level in enumerate(levels):
             tower = self.box_tower(level)

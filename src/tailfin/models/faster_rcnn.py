@@ -25,6 +25,7 @@ from tailfin.models.detector import Compared, Detections, Detector, Limits, Targ
 from tailfin.models.features.base import FeatureModule, Rows
 from tailfin.models.heads import box_heads
 from tailfin.models.heads.roi_heads import RoIHeads
+from tailfin.models.precision import in_float32
 from tailfin.models.roi_align import PyramidRoIAlign
 from tailfin.models.rpn import RPN, Float32Anchors, Float32RPNHead, ResamplingRPN, RPNOutputs
 from tailfin.samplers.nms_resampling import THRESHOLDS
@@ -214,8 +215,8 @@ class FasterRCNN(Detector):
             theirs = own.detach()
             if trunk:
                 theirs = teacher.roi_heads.head(teacher.roi_heads.pool(taught, rows.boxes, sizes))
-            wanted = teacher.roi_heads.predictor.cls_score(theirs)
-        logits = heads.predictor.cls_score(theirs if shared else own)
+            wanted = in_float32(teacher.roi_heads.predictor.cls_score, theirs)
+        logits = in_float32(heads.predictor.cls_score, theirs if shared else own)
         scale = torch.tensor([[size[1], size[0]] * 2 for size in sizes], device=own.device).float()
         levels = list(features.values()) if pyramid else []
         valid = [valid_cells(level.shape[-2:], batch.tensors.shape[-2:], scale) for level in levels]

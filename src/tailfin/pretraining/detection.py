@@ -18,7 +18,7 @@ from tailfin.pretraining.term import Iteration, Term, View
 class ClassAwareDetection(Term):
     """The detector's losses under their own names, times `weight`."""
 
-    reaches = ("backbone", "fpn", "rpn", "head", "classifier", "box")
+    reaches = ("backbone", "fpn", "rpn", "head", "classifier", "box", "mask")
 
     def __init__(self, weight: float) -> None:
         super().__init__()

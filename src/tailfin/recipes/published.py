@@ -96,7 +96,8 @@ DATASETS = {"lvis_v1": "LVIS v1", "lvis_v0.5": "LVIS v0.5", "coco": "COCO", "coc
 BACKBONES = {"r50": ("backbone=resnet50",), "r101": ("backbone=resnet101",)}
 # not stated: the one of the method's recipe, plain in all but ECM's and RIO's; see also OWN_RUNS
 SAMPLERS = {None: (), "random": ("sampler=plain",), "rfs": ("sampler=rfs",), "irfs": ("sampler=irfs",)}
-# Rows of 2DRCL whose numbers no other table prints are runs of its own code base, whose default sampler is RFS.
+# Rows of 2DRCL on LVIS whose numbers no other paper prints are runs of its own code base, whose default sampler is RFS;
+# a method of two stages keeps that of its recipe.
 OWN_RUNS = {"2drcl": "rfs"}
 TWO_STAGES = (
     *("schedule.epochs=12", "schedule.milestones=[8, 11]"),
@@ -113,6 +114,7 @@ SCHEDULES: dict[int, dict[str | None, tuple[str, ...]]] = {  # stages of the met
         "6+6": SIX_EPOCHS,  # the first 6 are the pre-training's: `pretrain_epochs`
     },
     2: {
+        "1x": (*SIX_EPOCHS, *(f"second.{override}" for override in SIX_EPOCHS)),  # 12 epochs in total, as 2x is 24
         "12+12": TWO_STAGES,
         "2x": TWO_STAGES,  # BACL XIII: "a 2x schedule, i.e., 24 epochs in total"
         "24+6": (  # LOCE's own
@@ -184,7 +186,10 @@ SWITCHES: dict[str, dict[Any, tuple[str, ...]]] = {
     "fm_dis": {True: (), False: ("stepwise.tail.distillation.feature=0",)},
     "cls_dis": {True: (), False: ("stepwise.tail.distillation.classes=0",)},
     "stepwise_rfs": {True: (), False: ("stepwise.head.rfs=plain", "stepwise.tail.rfs=plain")},
-    "backbone_init_for_pretraining": {"imagenet": ()},
+    "backbone_init_for_pretraining": {
+        "imagenet": (),
+        "scratch": ("weights=none", "detector.norm=bn", "detector.frozen_layers=0"),
+    },
     "copied_from": {"EFL paper": ()},
 }
 # Switch of a row -> the key that takes its value, whatever it is (BACL III-D and III-E).
@@ -247,6 +252,12 @@ def _method(row: Row) -> Method:
     return END_TO_END.get(row.method_key, method) if row.settings.get("pipeline") == "end_to_end" else method
 
 
+def _own_run(row: Row) -> bool:
+    elsewhere = any(other.split("/")[0] != row.paper for other in row.same_numbers_as)
+    own = row.paper in OWN_RUNS and row.role != "baseline" and not elsewhere
+    return own and row.dataset.startswith("lvis") and _method(row).stages == 1
+
+
 def _from_efl(row: Row) -> bool:
     return (row.paper, row.detector) == ("stepwise", "retinanet")
 
@@ -260,8 +271,8 @@ def _overrides(row: Row) -> tuple[list[str], list[str]]:
     schedules = SCHEDULES[_method(row).stages]
     # step-wise learning's RFS is that of its steps, which `stepwise_rfs` switches; step 0 has none
     sampler = None if row.method_key == "stepwise" else row.sampler
-    if row.sampler is None and row.role == "comparison" and not row.same_numbers_as:
-        sampler = OWN_RUNS.get(row.paper)
+    if row.sampler is None and _own_run(row):
+        sampler = OWN_RUNS[row.paper]
     overrides = [*BACKBONES[row.backbone], *PRETRAINING.get(row.pretraining, ()), *SAMPLERS[sampler]]
     if row.detector in ONE_STAGE and row.pretraining == "2drcl":
         overrides.append("pretraining.loss=focal")  # the detector's own

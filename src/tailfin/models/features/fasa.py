@@ -32,6 +32,7 @@ from tailfin.collectives import sum_over_ranks
 from tailfin.losses.base import ClassificationLoss, ExactBuffers
 from tailfin.models.features.base import FeatureModule, Seen
 from tailfin.models.features.hallucination import FeatureStatistics
+from tailfin.models.precision import in_float32
 from tailfin.schema.detectors import FasterRCNNConfig
 from tailfin.schema.features import FASA as FASAConfig
 from tailfin.stats import ClassStats
@@ -186,7 +187,7 @@ class AugmentedFeatures(FeatureModule):
         if int(self.epoch) < self.start:
             return {}
         features, labels = self.fasa.sample()
-        logits = seen.classifier(features.to(seen.shared.dtype)).float()
+        logits = in_float32(seen.classifier, features)
         return {"loss_augmented": self.fasa.augmentation_loss(logits, labels)}
 
 

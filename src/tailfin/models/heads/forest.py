@@ -36,6 +36,7 @@ from tailfin.files import read_json
 from tailfin.losses.base import ClassificationLoss, at_least_float32
 from tailfin.models.heads.roi_heads import RoIHeads
 from tailfin.models.heads.spec import HeadSpec
+from tailfin.models.precision import in_float32
 from tailfin.stats import ClassStats
 
 RUNS = 10  # of k-means
@@ -142,7 +143,7 @@ class ForestPredictor(nn.Module):
         _start([last], partial(nn.init.normal_, std=0.001))
 
     def forward(self, features: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self.cls_score(features), self.bbox_pred(features)
+        return in_float32(self.cls_score, features), in_float32(self.bbox_pred, features)
 
 
 class GrownForest(Forest):

@@ -21,10 +21,13 @@ from tailfin.losses.base import ClassificationLoss
 from tailfin.models.detections import select_detections
 from tailfin.models.detector import Limits, Targets
 from tailfin.models.features.base import ExtraRows, FeatureModule, Rows, Seen
+from tailfin.models.precision import in_float32
 
 
 class BoxPredictor(nn.Module):
     """Linear layers on shared features: [N, D] -> class logits [N, num_logits], box deltas [N, 4] or [N, 4 C].
+
+    Both compute in float32, whatever autocast says.
 
     `classifier` takes the place of the linear layer for the logits; its `start(loss)`, where it has one, sets its first
     weights and refuses a loss that it does not go with.
@@ -50,8 +53,8 @@ class BoxPredictor(nn.Module):
     def forward(self, features: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """`labels` [N] are those of training rows; a classifier that follows them says so (`takes_labels`)."""
         if labels is not None and getattr(self.cls_score, "takes_labels", False):
-            return self.cls_score(features, labels), self.bbox_pred(features)
-        return self.cls_score(features), self.bbox_pred(features)
+            return in_float32(self.cls_score, features, labels), in_float32(self.bbox_pred, features)
+        return in_float32(self.cls_score, features), in_float32(self.bbox_pred, features)
 
 
 class Trained(NamedTuple):
@@ -184,7 +187,7 @@ class RoIHeads(nn.Module):
         if more is not None:
             labels = torch.cat([labels, more.labels])
             if more.boxes is None or more.gt_boxes is None:
-                more_logits = self.predictor.cls_score(more.features).float()
+                more_logits = in_float32(self.predictor.cls_score, more.features)
             else:
                 more_logits, more_deltas = (value.float() for value in self.predictor(more.features))
                 deltas = torch.cat([deltas, more_deltas])

@@ -29,6 +29,7 @@ from tailfin.losses.base import ClassificationLoss, at_least_float32
 from tailfin.losses.softmax import Softmax
 from tailfin.models.features.base import Rows, Targets
 from tailfin.models.heads.roi_heads import BoxPredictor, RoIHeads
+from tailfin.models.precision import in_float32
 from tailfin.samplers.episodes import EpisodeDataset, EpisodePlan
 from tailfin.schema.recipe import Recipe
 from tailfin.stats import ClassStats
@@ -93,7 +94,7 @@ class DualPredictor(nn.Module):
     def forward(self, pooled: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
             original, deltas = self.predictor(self.head(pooled))
-        calibrated = self.calibrated_classifier(self.calibrated_head(pooled))
+        calibrated = in_float32(self.calibrated_classifier, self.calibrated_head(pooled))
         return torch.cat([original, calibrated.to(original.dtype)], dim=1), deltas
 
 
