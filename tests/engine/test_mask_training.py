@@ -233,3 +233,38 @@ def test_two_processes_have_the_losses_of_one(run_on_ranks, monkeypatch, name, l
     for key, value in one.items():
         assert ranks[0][key] == pytest.approx(ranks[1][key], rel=1e-6)
         assert ranks[0][key] == pytest.approx(value.item(), rel=1e-4), key
+
+
+@pytest.mark.parametrize(
+    ("row", "kinds"),
+    [
+        ("2drcl/3b/seesaw/lvis_v1/r50", {"bbox", "segm"}),
+        ("bacl/XIV/bacl/lvis_v1/r101", {"bbox", "segm"}),
+        ("bacl/XII/bacl/lvis_v1/r101/cascade_faster_rcnn", {"bbox"}),
+    ],
+)
+def test_a_published_row_trains(masked_set, tmp_path, row, kinds):
+    """As it stands, but for its size."""
+    small = [
+        *(
+            "weights=none",
+            "backbone=resnet18",
+            "detector.norm=bn",
+            "detector.frozen_layers=0",
+            "detector.head_channels=32",
+        ),
+        *("detector.fpn_channels=16", "detector.roi_batch=32", "detector.mask_channels=16", "schedule.epochs=1"),
+        *("schedule.batch=4", "schedule.warmup=0", "schedule.milestones=[]", "data.workers=0", "evaluation.batch=3"),
+        *("detector.rpn_post_nms=[60, 40]", "data.train.images=", "data.val.images="),
+    ]
+    if row.startswith("bacl"):
+        small += ["data.sizes=[64]", "data.test_size=64", "data.test_max_size=96", "second.schedule.epochs=1"]
+        small += ["second.schedule.batch=4", "second.schedule.warmup=0", "second.schedule.milestones=[]"]
+        small += ["second.data.sizes=[64]", "second.data.max_size=96"]
+    else:
+        small += ["data.sizes=[64]", "data.max_size=96"]
+    if kinds == {"bbox"}:
+        small.remove("detector.mask_channels=16")
+    out = tailfin.train(row, train=masked_set[0], val=masked_set[1], out=tmp_path / "run", overrides=small)
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert kinds <= set(metrics) and ("segm" in metrics) == ("segm" in kinds)

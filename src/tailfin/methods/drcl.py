@@ -10,8 +10,8 @@ Reconstruction" (NeurIPS 2024), in the order of its section 3:
     4.1    fine-tuning goes on from the detector                 `transfer`
 
 `start(run)` is what a method begins with instead of `run.detector()`: where the recipe has a section `pretraining`, it
-is stage 1 of the run, and the detector that it returns has all parts of that stage but a new classifier and box layer.
-RUN/pretrained.safetensors holds the same for other recipes (`weights: FILE`).
+is stage 1 of the run, and the detector that it returns has all parts of that stage but a
+new classifier and box layer. RUN/pretrained.safetensors holds the same for other recipes (`weights: FILE`).
 """
 
 from __future__ import annotations
@@ -37,14 +37,10 @@ from tailfin.run import Run, batch_plan
 from tailfin.samplers.plan import BatchPlan
 from tailfin.schema.pretraining import Pretraining, Proposals
 from tailfin.schema.recipe import Recipe
-from tailfin.weights import load_fitting
+from tailfin.weights import load_fitting, state_of
 
-TRANSFERRED = ("backbone.", "rpn.", "roi_heads.head.", "head.class_tower.", "head.box_tower.")
-MASKS = "mask.head."  # learnt by the detector's own losses alone
-PREDICTORS = (
-    *("roi_heads.predictor.", "mask.predictor."),
-    *("head.classifier.", "head.box.", "head.quality.", "head.scales"),  # of a one-stage detector
-)
+ANEW = ("classifier", "box")  # parts of a detector that fine-tuning starts anew
+MASKS, MASK_PREDICTOR = "mask.", "mask.predictor."  # the mask branch, which the detector's own losses alone train
 
 
 def start(run: Run) -> Detector:
@@ -58,10 +54,18 @@ def start(run: Run) -> Detector:
     shell = terms(run, recipe, config, plan)  # 3.1, 3.3, eq. 8
     run.say(f"pre-training {config.preset}: {config.described()}")
     product = run.stage("pretrain", shell, recipe=recipe, dataset=dataset, plan=plan, product="detector")
-    masks = (MASKS,) if config.detects and config.det_loss == "class_aware" else ()
-    parts = (*TRANSFERRED, *masks, *(PREDICTORS if config.keep_predictor else ()))
+    parts = transferred(product, config)
     on_main(run.accelerator, lambda: write(run, recipe, shell, dataset, product, parts))
     return transfer(run, product, parts)
+
+
+def transferred(detector: Detector, config: Pretraining) -> tuple[str, ...]:
+    """Names of the weights that fine-tuning goes on with: all that was trained but the classifier, the box layer and
+    the last layer of masks; with `keep_predictor` these too."""
+    kept = [part for name, part in detector.parts().items() if config.keep_predictor or name not in ANEW]
+    untrained = MASKS if not config.detects or config.det_loss != "class_aware" else MASK_PREDICTOR
+    left_out = () if config.keep_predictor and untrained == MASK_PREDICTOR else (untrained,)
+    return tuple(sorted(name for name in state_of(detector, *kept) if not name.startswith(left_out)))
 
 
 def views(run: Run, recipe: Recipe, config: Pretraining) -> tuple[ProposalSource, PretrainingDataset]:
