@@ -10,8 +10,8 @@ Reconstruction" (NeurIPS 2024), in the order of its section 3:
     4.1    fine-tuning goes on from the detector                 `transfer`
 
 `start(run)` is what a method begins with instead of `run.detector()`: where the recipe has a section `pretraining`, it
-is stage 1 of the run, and the detector that it returns has all parts of that stage but a new classifier and box layer.
-RUN/pretrained.safetensors holds the same for other recipes (`weights: FILE`).
+is stage 1 of the run, and the detector that it returns has all parts of that stage but a
+new classifier and box layer. RUN/pretrained.safetensors holds the same for other recipes (`weights: FILE`).
 """
 
 from __future__ import annotations
