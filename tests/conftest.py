@@ -107,6 +107,12 @@ def make_tiny_set(folder: Path, images: int, seed: int) -> Path:
 
 
 @pytest.fixture(scope="session")
+def make_set() -> Callable[[Path, int, int], Path]:
+    """`make_set(folder, images, seed)`: a set like `tiny_set`'s of another size; returns the JSON's path."""
+    return make_tiny_set
+
+
+@pytest.fixture(scope="session")
 def tiny_set(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """(train.json, val.json) of a set that trains in seconds; the last image of each has no annotation."""
     folder = tmp_path_factory.mktemp("tiny")

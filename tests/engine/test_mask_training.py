@@ -13,7 +13,6 @@ import torch.distributed
 from safetensors.torch import load_file
 
 import tailfin
-from conftest import make_tiny_set
 from tailfin import checkpoint
 from tailfin.config import check_recipe, load_recipe
 from tailfin.data.dataset import TrainingDataset, open_source
@@ -49,15 +48,15 @@ def outlined(path: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def masked_set(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def masked_set(tmp_path_factory: pytest.TempPathFactory, make_set: Any) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("masked")
-    return outlined(make_tiny_set(folder / "train", 26, 0)), outlined(make_tiny_set(folder / "val", 9, 1))
+    return outlined(make_set(folder / "train", 26, 0)), outlined(make_set(folder / "val", 9, 1))
 
 
 @pytest.fixture(scope="module")
-def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def few(tmp_path_factory: pytest.TempPathFactory, make_set: Any) -> Path:
     """Eight pictures with objects and one without."""
-    return outlined(make_tiny_set(tmp_path_factory.mktemp("few") / "train", 9, 3))
+    return outlined(make_set(tmp_path_factory.mktemp("few") / "train", 9, 3))
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:

@@ -11,7 +11,6 @@ import torch
 from torchvision.ops import box_iou
 
 import tailfin
-from conftest import make_tiny_set
 from tailfin import engine, losses
 from tailfin.config import check_recipe
 from tailfin.models import build_detector
@@ -280,8 +279,8 @@ def test_knowledge_transfer(name, shared):
 
 
 @pytest.fixture(scope="module")
-def sixteen(tmp_path_factory):
-    return make_tiny_set(tmp_path_factory.mktemp("sixteen") / "train", 17, 3)  # the last one has no object
+def sixteen(tmp_path_factory, make_set):
+    return make_set(tmp_path_factory.mktemp("sixteen") / "train", 17, 3)  # the last one has no object
 
 
 def trained(name, data, out, loss="focal", epochs=40, **overrides):
