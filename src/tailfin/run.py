@@ -6,6 +6,7 @@ RUN/model.safetensors  results.bbox.json  (results.segm.json)  metrics.json  rep
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any, cast
@@ -281,7 +282,7 @@ def batch_plan(recipe: Recipe, dataset: TrainingDataset, stats: ClassStats) -> B
 def run_folder(out: str | Path | None, recipe: Recipe, *, overwrite: bool = False) -> Path:
     """The folder of a new run: `out`, new or emptied with `overwrite`; without it a free name under `runs/`."""
     if out is None:
-        stem = recipe.name.replace("/", "_") or "run"
+        stem = re.sub(r"[/:]", "_", recipe.name) or "run"
         taken = (Path("runs") / f"{stem}-{number}" for number in range(1, 10_000))
         return next(path for path in taken if not path.exists())
     path = Path(out)
