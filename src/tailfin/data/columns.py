@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from operator import attrgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -21,9 +21,6 @@ from tailfin.data import cache as _cache
 from tailfin.data.box_forms import to_xywh
 from tailfin.errors import UserError
 from tailfin.files import json_bytes
-
-if TYPE_CHECKING:
-    pass
 
 
 class Category(msgspec.Struct, frozen=True):
