@@ -1,4 +1,4 @@
-"""`--stage1 RUN`: a second stage on the finished first stage of another run, and what keeps it from being taken."""
+"""`--stage1 RUN` and `--reuse RUN`: finished stages of another run, and what keeps them from being taken."""
 
 from __future__ import annotations
 
@@ -131,3 +131,143 @@ def test_every_key_counts_but_those_that_cannot_matter(tiny_recipe):
     other = stages(load_recipe(tiny_recipe, [*BACL, "loss.name=focal", "loss.focal_gamma=1"]))[0].inputs
     found = differences(other, keys)
     assert found == [("loss.name", "focal", "objectness"), ("loss.focal_gamma", 1.0, None)]
+
+
+# ---- any stage: --reuse ----------------------------------------------------------------------------------------------
+
+STEPWISE = """\
+method: stepwise
+weights: none
+detector:
+  {name: deformable_detr, norm: bn, frozen_layers: 0, widths: [32, 32, 32, 32, 32], blocks: [1, 1, 1, 1], levels: 2,
+   channels: 32, encoder_layers: 1, decoder_layers: 2, heads: 4, points: 2, feedforward: 32, queries: 12}
+loss: focal
+schedule: {epochs: 0.5, batch: 4, optimizer: adamw, lr: 1e-3, warmup: 0, milestones: [], clip: 0.1}
+stepwise:
+  division: [10]
+  head: {per_head_class: 8, per_tail_class: 2, lr: 1e-3}
+  tail: {per_head_class: 4, lr: 1e-3, epochs: 1, milestones: []}
+data: {resize: square, sizes: [64], workers: 0}
+evaluation: {max_dets: 20, batch: 2}
+"""
+PRETRAINING = """\
+pretraining:
+  preset: moco_v2
+  views: {resize: square, sizes: [64]}
+  image: {queue: 24, hidden: 32, dim: 16}
+  schedule: {epochs: 0.5, batch: 4, lr: 0.01, warmup: 0, milestones: []}
+"""
+
+
+def same(one: Path, other: Path, name: str) -> bool:
+    return (one / name).read_bytes() == (other / name).read_bytes()
+
+
+def reused(run: Path) -> list[str]:
+    return [facts["stage"] for facts in json.loads((run / "environment.json").read_text()).get("reused", [])]
+
+
+def test_all_stages_that_fit_are_taken(tmp_path, train, base, capsys):
+    whole = train(tmp_path / "whole", reuse=base)
+    assert reused(whole) == ["representation", "classifier"]
+    before, after = load_file(base / "model.safetensors"), load_file(whole / "model.safetensors")
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    capsys.readouterr()
+    arm = train(tmp_path / "arm", "second.loss.alpha=0", reuse=base)
+    assert reused(arm) == ["representation"]
+    said = " ".join("".join(capsys.readouterr()).split())
+    assert "stage classifier is not taken" in said and "second.loss.alpha is null there, 0 here" in said
+    assert not same(arm, base, "stages/2-classifier/model.safetensors")
+    again = train(tmp_path / "again", "second.loss.alpha=0", reuse=arm)  # a stage may have been taken before
+    assert reused(again) == ["representation", "classifier"] and same(
+        again, arm, "stages/2-classifier/model.safetensors"
+    )
+
+
+def test_a_stage_whose_start_has_changed_is_not_taken(tmp_path, train, base):
+    """Stage 2 is that of the stage 1 beside it, by the hash in its model file, or it is trained again."""
+    mixed = tmp_path / "mixed"
+    shutil.copytree(base, mixed)
+    other = train(tmp_path / "other", "seed=3")
+    shutil.copy(other / STAGE, mixed / STAGE)
+    shutil.copy(other / "recipe.yaml", mixed / "recipe.yaml")
+    assert reused(train(tmp_path / "run", "seed=3", reuse=mixed)) == ["representation"]
+
+
+@pytest.fixture(scope="module")
+def steps(tmp_path_factory, tiny_set):
+    recipe = tmp_path_factory.mktemp("recipe") / "steps.yaml"
+    recipe.write_text(STEPWISE)
+
+    def run(out: Path, *changes: str, **options) -> Path:
+        return tailfin.train(recipe, train=tiny_set[0], out=out, overrides=changes, **options)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def expert(tmp_path_factory, steps) -> Path:
+    return steps(tmp_path_factory.mktemp("steps") / "run")
+
+
+def test_step_0_exemplars_and_expert(tmp_path, steps, expert):
+    """Arms of step 2 share all before it; exemplars chosen otherwise leave step 0 alone."""
+    arm = steps(tmp_path / "arm", "stepwise.tail.distillation.classes=0", reuse=expert)
+    assert reused(arm) == ["base", "head"]
+    for name in ("stages/1-base/model.safetensors", "stages/2-head/model.safetensors", "exemplars.json"):
+        assert same(arm, expert, name), name
+    assert not same(arm, expert, "stages/3-tail/model.safetensors")
+    other = steps(tmp_path / "other", "stepwise.exemplars.score=gt_class", "stepwise.tail=null", reuse=expert)
+    assert reused(other) == ["base"] and not same(other, expert, "exemplars.json")
+    first = steps(tmp_path / "first", "stepwise.tail=null", stage1=expert)
+    assert reused(first) == ["base"] and same(first, expert, "exemplars.json")
+    assert same(first, expert, "stages/2-head/model.safetensors") is False  # another file, since it was trained here
+    before, after = (load_file(run / "stages/2-head/model.safetensors") for run in (expert, first))
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_an_expert_of_a_given_detector(tmp_path, steps, expert):
+    given = ["stepwise.base=given", "stepwise.tail=null"]
+    weights = tmp_path / "weights.safetensors"
+    shutil.copy(expert / "stages/1-base/model.safetensors", weights)
+    first = steps(tmp_path / "first", *given, weights=weights)
+    second = steps(tmp_path / "second", *given, weights=weights, reuse=first)
+    assert reused(second) == ["base", "head"] and same(first, second, "stages/1-head/model.safetensors")
+    shutil.copy(expert / "model.safetensors", weights)
+    with pytest.raises(UserError, match="nothing can be taken: .*is another file by now"):
+        steps(tmp_path / "third", *given, weights=weights, reuse=first)
+
+
+def test_a_pretraining(tmp_path, tiny_set, tiny_recipe):
+    """The method after it may differ in everything but what pre-training sees of it."""
+    recipe = tmp_path / "pretrained.yaml"
+    recipe.write_text(tiny_recipe.read_text() + PRETRAINING)
+
+    def run(name: str, *changes: str, **options) -> Path:
+        short = ["schedule.epochs=0.3", "schedule.milestones=[]"]
+        return tailfin.train(recipe, train=tiny_set[0], out=tmp_path / name, overrides=[*short, *changes], **options)
+
+    first = run("first")
+    arm = run("arm", "loss=seesaw", "sampler.threshold=0.3", reuse=first)
+    assert reused(arm) == ["pretrain"]
+    for name in ("stages/1-pretrain/model.safetensors", "stages/1-pretrain/pictures.npz"):
+        assert same(arm, first, name), name
+    before, after = load_file(first / "pretrained.safetensors"), load_file(arm / "pretrained.safetensors")
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert reused(run("demanded", "loss=seesaw", stage1=first)) == ["pretrain"]
+    with pytest.raises(UserError, match=r"nothing can be taken.*pretraining.image.temperature is 0.2 there, 0.1 here"):
+        run("other", "pretraining.image.temperature=0.1", reuse=first)
+    with pytest.raises(UserError, match="that run's stage is a pre-training, this recipe's is train"):
+        run("none", "pretraining=null", reuse=first)
+    with pytest.raises(UserError, match="is not the model of a first stage, but of pretrain"):
+        lone = tmp_path / "lone" / "model.safetensors"
+        lone.parent.mkdir()
+        shutil.copy(first / "stages/1-pretrain/model.safetensors", lone)
+        run("file", "pretraining=null", reuse=lone)
+
+
+def test_one_option_at_a_time(tmp_path, train, base):
+    with pytest.raises(UserError, match="give one of them"):
+        train(tmp_path / "run", stage1=base, reuse=base)
+    with pytest.raises(UserError, match="is not the model of a first stage|is stage 2 of its run"):
+        train(tmp_path / "run", stage1=base / "stages" / "2-classifier" / "model.safetensors")

@@ -14,7 +14,7 @@ it starts from: with the same inputs, all the way up, a finished stage of anothe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -162,11 +162,15 @@ def _check_two(recipe: Any) -> None:
         second_recipe(recipe)
     except ValidationError as error:
         raise ValueError(explain(error, "second.data", Data)) from None
-    for name in recipe.second.trains:
-        if name not in recipe.detector.PARTS:
-            choices = nearest(name, recipe.detector.PARTS)
-            raise ValueError(f'second.trains: {recipe.detector.name} has no part "{name}"{choices}')
+    _check_parts("second.trains", recipe.second.trains, recipe.detector)
     one_precision(recipe, "second")
+
+
+def _check_parts(key: str, names: Sequence[str], detector: Any, more: tuple[str, ...] = ()) -> None:
+    known = (*detector.PARTS, *more)
+    for name in names:
+        if name not in known:
+            raise ValueError(f'{key}: {detector.name} has no part "{name}"{nearest(name, known)}')
 
 
 def one_precision(recipe: Any, section: str) -> None:
@@ -250,15 +254,16 @@ def step_recipe(recipe: R, step: Step) -> R:
 
 def _check_steps(recipe: Any) -> None:
     settings: Stepwise = recipe.stepwise
+    if recipe.detector.name == "localizer":
+        raise ValueError("method stepwise needs a detector with classes: detector.name localizer has none")
     for name in ("head", "tail", "both"):
         step = getattr(settings, name)
         try:
             if step is not None:
+                _check_parts(f"stepwise.{name}.trains", step.trains, recipe.detector, (EVERYTHING,))
                 step_recipe(recipe, step)
         except ValidationError as error:
             raise ValueError(explain(error, f"stepwise.{name}.data", Data)) from None
-    if recipe.detector.name == "localizer":
-        raise ValueError("method stepwise needs a detector with classes: detector.name localizer has none")
     if settings.base == "given" and recipe.pretraining is not None:
         raise ValueError("stepwise.base given is a trained detector: pretraining has no place before it")
     if settings.base == "head" and recipe.sampler.name != "plain":
