@@ -64,12 +64,12 @@ def test_counts_are_those_of_the_layers(tiny_recipe):
 
 def test_the_final_stage_counts(tiny_recipe):
     """A two-stage recipe costs what its second stage's detector does: the same where only the loss differs."""
-    second = ["method=bacl", "loss=objectness", "second.loss=fcbl", "second.hallucination={}"]
+    second = ["method=bacl", "loss=objectness", "second.loss=fcbl", "second.features=hallucination"]
     (plain,) = cost([tiny_recipe], classes=5, speed=False)
     (bacl,) = cost([tiny_recipe], classes=5, speed=False, overrides=second)
     assert (bacl.gmacs, bacl.parameters) == (plain.gmacs, plain.parameters)
     (wider,) = cost(
-        [tiny_recipe], classes=5, speed=False, overrides=[*second, "second.loss=seesaw", "second.hallucination=null"]
+        [tiny_recipe], classes=5, speed=False, overrides=[*second, "second.loss=seesaw", "second.features=null"]
     )
     assert wider.parameters - plain.parameters == 32 + 1  # one more logit on 32 channels
 

@@ -8,10 +8,9 @@ import shlex
 from pathlib import Path
 
 import pytest
-import typer.main
 
 from tailfin import losses, recipes
-from tailfin.cli.main import app
+from tailfin.cli.main import verb
 from tailfin.config import load_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -93,7 +92,8 @@ def commands(page: Path) -> list[list[str]]:
 def test_commands_are_right(page):
     """Verbs and options exist, arguments parse, and a recipe takes the overrides beside it."""
     for words in commands(page):
-        command, rest = typer.main.get_command(app), [word for word in words if word != "..."]
+        rest = [word for word in words if word != "..."]
+        command = verb(rest.pop(0))
         while hasattr(command, "commands"):
             command = command.commands[rest.pop(0)]
         values = command.make_context("tailfin", list(rest)).params

@@ -3,7 +3,7 @@
 import tailfin
 tailfin.train("fod/faster_rcnn_r18_softmax", train="train.json", val="val.json", out="RUN")
 detector = tailfin.load("RUN/model.safetensors")
-detections = detector.predict(["photo.jpg"])      # [{"boxes", "scores", "labels"}]
+detections = detector.predict(["photo.jpg"])      # [{"boxes", "scores", "labels"(, "masks")}]
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ from tailfin.data.dataset import Source, to_test_size
 from tailfin.data.images import read_image, to_rgb
 from tailfin.data.index import image_folder, open_index
 from tailfin.errors import UserError
-from tailfin.evaluation.results import merge_shards
+from tailfin.evaluation.results import merge_shards, result_files
 from tailfin.files import existing_file
 from tailfin.inference import counts_by_id
+from tailfin.mask_encoding import decode_masks, encode_masks
 from tailfin.schema.recipe import Recipe
 from tailfin.stats import ClassStats
 from tailfin.weights import load_whole
@@ -51,7 +52,6 @@ class Detector:
         """Class names, index = label."""
         return list(self.stats.names)
 
-    @torch.inference_mode()
     def predict(
         self,
         images: Picture | Sequence[Picture],
@@ -67,11 +67,31 @@ class Detector:
             score_threshold, max_dets: instead of the recipe's; `max_dets` -1 = no limit.
 
         Returns:
-            Per picture: boxes float32 [D, 4] (xyxy, pixels of the picture), scores float32 [D], labels int64 [D].
+            Per picture: boxes float32 [D, 4] (xyxy, pixels of the picture), scores float32 [D], labels int64 [D]; of a
+            detector with masks also masks bool [D, H, W] of the whole picture. `results` has them as RLEs, in a
+            fraction of the memory.
+        """
+        found = self.results(images, score_threshold=score_threshold, max_dets=max_dets, batch=batch)
+        for output in found:
+            if "rles" in output:
+                output["masks"] = decode_masks(output.pop("rles"), output.pop("size"))
+        return found
+
+    @torch.inference_mode()
+    def results(
+        self,
+        images: Picture | Sequence[Picture],
+        *,
+        score_threshold: float | None = None,
+        max_dets: int | None = None,
+        batch: int = 8,
+    ) -> list[dict[str, Any]]:
+        """As `predict`, with `rles` in the place of masks: D dicts of COCO's compressed RLE; `size` is the picture's
+        (H, W).
         """
         if isinstance(images, str | Path | Image.Image | np.ndarray) or isinstance(images, Tensor) and images.ndim == 3:
             images = [images]
-        results = []
+        results: list[dict[str, Any]] = []
         limits = self.limits(score_threshold, max_dets)
         for start in range(0, len(images), batch):
             pictures = [_to_tensor(image, self.recipe.data.max_pixels) for image in images[start : start + batch]]
@@ -80,8 +100,11 @@ class Detector:
             for picture, small, output in zip(pictures, resized, outputs, strict=True):
                 across, down = picture.shape[-1] / small.shape[-1], picture.shape[-2] / small.shape[-2]
                 boxes = output["boxes"].float().cpu() * torch.tensor([across, down, across, down])
-                rest = {key: value.cpu() for key, value in output.items() if key != "boxes"}
+                rest = {key: value.cpu() for key, value in output.items() if key not in ("boxes", "masks")}
                 results.append({"boxes": boxes, **rest})
+                if "masks" in output:
+                    size = (picture.shape[-2], picture.shape[-1])
+                    results[-1].update(rles=encode_masks(output["masks"], boxes, size), size=size)
         return results
 
     def limits(self, score_threshold: float | None = None, max_dets: int | None = None) -> Limits:
@@ -205,13 +228,19 @@ def predict_to_results(
     *,
     max_dets: int | None = None,
     device: str | None = None,
+    kinds: Sequence[str] | None = None,
 ) -> dict[str, Path]:
-    """Run a model over an annotation file's images; returns the results files by IoU type (`bbox`)."""
-    from tailfin.inference import infer
+    """Run a model over an annotation file's images; returns the results files by IoU type.
+
+    `kinds` (`bbox`, `segm`) are what is needed; by default all that the detector gives.
+    """
+    from tailfin.inference import check_kinds, infer
     from tailfin.processes import new_accelerator, on_main
 
     detector = load(model_path, "cpu")
     limits = detector.limits(None, max_dets)
+    kinds = tuple(detector.model.kinds if kinds is None else kinds)
+    check_kinds(detector.model, kinds, str(model_path))
     accelerator = new_accelerator(detector.recipe.schedule.precision, cpu=device == "cpu")
     detector.model.to(accelerator.device)
     index = open_index(annotations)
@@ -228,12 +257,13 @@ def predict_to_results(
         accelerator=accelerator,
         batch=detector.recipe.evaluation.batch,
         limits=limits,
+        masks="segm" in kinds,
     )
     accelerator.wait_for_everyone()
     results = out / "results.bbox.json"
     on_main(accelerator, lambda: merge_shards(shards, results, ranks=accelerator.num_processes))
     on_main(accelerator, lambda: shutil.rmtree(shards))
-    return {"bbox": results}
+    return result_files(results, kinds)
 
 
 def validation_files(run: str | Path) -> tuple[Path, Path | None]:

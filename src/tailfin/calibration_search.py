@@ -1,6 +1,6 @@
 """NorCal's strength for a trained detector (`tailfin calibrate`): a model file in, a model file out.
 
-Only the recipe in the file changes (`evaluation.norcal`), the weights are the same; the class counts are those of its
+Only the recipe in the file changes (`calibration`), the weights are the same; the class counts are those of its
 training, which the file carries. The strength gamma is given, or the one with the best AP on training pictures, as in
 the paper.
 """
@@ -25,9 +25,10 @@ from tailfin.evaluation.results import ResultWriter
 from tailfin.files import existing_file, write_json
 from tailfin.inference import category_ids_for, counts_by_id, picture_scale
 from tailfin.models.detector import Detector
-from tailfin.models.heads import NorCal
+from tailfin.models.rescoring import NorCal
 from tailfin.progress import Progress
 from tailfin.samplers.class_aware import class_aware_order
+from tailfin.schema.calibration import NorCal as Calibration
 from tailfin.schema.data import Data
 from tailfin.schema.recipe import Evaluation
 from tailfin.stats import ClassStats
@@ -68,12 +69,12 @@ def calibrate(
     plain = detector.model
     if plain.loss is None:
         raise UserError(f"model {path}: {detector.recipe.detector.name} has no softmax scores to calibrate")
-    NorCal(detector.stats, plain.loss, 0.0)  # refuses other scores before any work is done
+    NorCal(detector.stats, plain.loss, gamma=0.0)  # refuses other scores before any work is done
     tried: dict[float, float] = {}
     if gamma is None:
         assert train is not None
         limits = detector.recipe.evaluation
-        candidates = {value: NorCal(detector.stats, plain.loss, value).to(detector.device) for value in GAMMAS}
+        candidates = {value: NorCal(detector.stats, plain.loss, gamma=value).to(detector.device) for value in GAMMAS}
         with tempfile.TemporaryDirectory() as folder:
             annotations = _some_images(train, max_images, detector.recipe.seed, Path(folder))
             source = Source(open_index(annotations), image_folder(train, train_images))
@@ -83,8 +84,7 @@ def calibrate(
             }
         gamma = max(tried, key=lambda value: (tried[value], -value))
     file = load_model_file(path)
-    changed = file.recipe.evaluation.model_copy(update={"norcal": gamma})
-    recipe = file.recipe.model_copy(update={"evaluation": changed})
+    recipe = file.recipe.model_copy(update={"calibration": Calibration(gamma=gamma)})
     target.parent.mkdir(parents=True, exist_ok=True)
     save_model(target, plain, recipe, file.stats, parents=[file_hash(path)])
     return gamma, tried

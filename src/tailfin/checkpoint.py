@@ -22,7 +22,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from tailfin.config import check_recipe, dump_recipe, parse_yaml
+from tailfin.config import dump_recipe, parse_yaml, stored_recipe
 from tailfin.errors import UserError
 from tailfin.files import existing_file, ordinary_mode, read_json, write_json
 from tailfin.schema.recipe import Recipe
@@ -90,7 +90,7 @@ def load_model_file(path: str | Path) -> ModelFile:
     if metadata.get("format") != FORMAT:
         raise UserError(f"model {path} was not written by tailfin (no recipe in its metadata)")
     try:
-        recipe = check_recipe(parse_yaml(metadata["recipe"], f"the recipe in {path}"), f"the recipe in {path}")
+        recipe = stored_recipe(parse_yaml(metadata["recipe"], f"the recipe in {path}"), f"the recipe in {path}")
         stats = ClassStats.from_dict(json.loads(metadata["categories"]))
     except (KeyError, ValueError) as error:
         raise UserError(f"model {path}: its metadata is damaged ({error})") from None

@@ -7,12 +7,14 @@ an error that names its path and the nearest key that exists. Overrides are `a.b
     recipe = load_recipe("fod/losses:seesaw", ["schedule.epochs=4"])
     recipe = load_recipe("fod/faster_rcnn_r18_softmax", ["schedule.epochs=4", "loss=focal", "loss.focal_gamma=1.5"])
 
-A section that is chosen by name (`loss`, `sampler`, `detector.classifier`) may be given as the bare name; a new name
-drops the options of the old one.
+A section that is chosen by name (`loss`, `sampler`, `features`, `detector.classifier`, ...) may be given as the bare
+name; a new name drops the options of the old one.
 """
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,10 +26,19 @@ from tailfin import recipes
 from tailfin.errors import UserError
 from tailfin.files import existing_file
 from tailfin.recipe_values import assign, parse_recipe, parse_yaml, read_text, split_override
+from tailfin.schema.presets import PRESETS, change_preset, own_terms
 from tailfin.schema.problems import explain
 from tailfin.schema.recipe import Recipe
 
-__all__ = ["check_recipe", "dump_recipe", "load_recipe", "parse_yaml", "recipe_from_file", "split_override"]
+__all__ = [
+    "check_recipe",
+    "dump_recipe",
+    "load_recipe",
+    "parse_yaml",
+    "recipe_from_file",
+    "split_override",
+    "stored_recipe",
+]
 
 
 def load_recipe(name: str | Path, overrides: Iterable[str] | Mapping[str, Any] = ()) -> Recipe:
@@ -38,17 +49,30 @@ def load_recipe(name: str | Path, overrides: Iterable[str] | Mapping[str, Any] =
     """
     found = recipes.find(str(name))
     values = found.values()
-    given = overrides.items() if isinstance(overrides, Mapping) else [split_override(text) for text in overrides]
+    given = list(overrides.items() if isinstance(overrides, Mapping) else map(split_override, overrides))
+    _change_preset(values, dict(given).get("pretraining.preset"), found.label)
     for key, value in given:
         assign(values, key, value)
     return check_recipe(values, found.label)
 
 
 def recipe_from_file(path: str | Path) -> Recipe:
-    """A recipe from one YAML file, for example `RUN/recipe.yaml`."""
+    """The recipe that a run has stored, `RUN/recipe.yaml`."""
     path = existing_file(path, "recipe")
     values, _ = parse_recipe(read_text(path), str(path))
-    return check_recipe(values, str(path))
+    return stored_recipe(values, str(path))
+
+
+def stored_recipe(values: Mapping[str, Any], source: str) -> Recipe:
+    """A resolved recipe of a run or model file; those of before 0.1 have options of terms that a preset lacks."""
+    section = values.get("pretraining")
+    if isinstance(section, dict) and (preset := section.get("preset")) in PRESETS:
+        own, _ = own_terms(section, preset)
+        weights = section.get("weights") or {}
+        if lost := [term for term, weight in weights.items() if weight and term not in own.get("weights", {})]:
+            _say(f"{source}: it was pre-trained with {', '.join(lost)} too, which preset {preset} does not have")
+        values = {**values, "pretraining": own}
+    return check_recipe(values, source)
 
 
 def check_recipe(values: Mapping[str, Any], source: str) -> Recipe:
@@ -63,3 +87,20 @@ def dump_recipe(recipe: Recipe) -> str:
     """The fully resolved recipe as YAML text that loads to the same recipe."""
     values = recipe.model_dump(mode="json")
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)
+
+
+def _change_preset(values: dict[str, Any], preset: Any, source: str) -> None:
+    """Let the pre-training preset of an override take the place of the file's, and say what goes with that."""
+    section = values.get("pretraining")
+    if preset not in PRESETS or not isinstance(section, dict) or section.get("preset", "drcl") == preset:
+        return
+    values["pretraining"], dropped = change_preset(section, preset)
+    if dropped:
+        keys = ", ".join(f"pretraining.{key}" for key in dropped)
+        _say(f"{source}: preset {preset} in the place of {section.get('preset', 'drcl')}, without {keys}")
+
+
+def _say(text: str) -> None:
+    """A line for the user, from one process."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(text, file=sys.stderr)

@@ -153,8 +153,7 @@ def counted(subject: Subject, picture: Tensor) -> Cost:
     root = type(model).__name__
     macs, parameters = {}, {}
     for name, child in _parts(model):
-        inside = [name] if f"{root}.{name}" in counts else [f"{name}.{key}" for key, _ in child.named_children()]
-        macs[name] = sum(sum(counts.get(f"{root}.{key}", {}).values()) for key in inside) / 2e9
+        macs[name] = _operations(counts, f"{root}.{name}", child) / 2e9
         parameters[name] = sum(parameter.numel() for parameter in child.parameters())
     return Cost(
         subject.name,
@@ -168,6 +167,22 @@ def counted(subject: Subject, picture: Tensor) -> Cost:
         {name: value for name, value in macs.items() if value},
         {name: value for name, value in parameters.items() if value},
     )
+
+
+def _operations(counts: dict[str, Any], name: str, module: nn.Module) -> int:
+    """Those of a module, or of what is called inside one that is never called as a whole."""
+    if name in counts:
+        return sum(counts[name].values())
+    return sum(_operations(counts, f"{name}.{key}", child) for key, child in module.named_children())
+
+
+def _timed_modules(part: nn.Module) -> Iterator[nn.Module]:
+    """A part and what a detector may call one by one in its place: its children, and theirs below one that has no
+    `forward`."""
+    yield part
+    called = type(part).forward is not nn.Module.forward
+    for child in part.children():
+        yield from (child,) if called else _timed_modules(child)
 
 
 def _parts(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -236,7 +251,7 @@ def _timed(subject: Subject, pictures: Sequence[Tensor], seen: list[int]) -> dic
 
     handles = []
     for name, child in _parts(subject.model):
-        for module in (child, *child.children()):  # a detector may call a part's children one by one
+        for module in _timed_modules(child):
             handles.append(module.register_forward_pre_hook(lambda _, __, name=name: begin(name)))
             handles.append(module.register_forward_hook(lambda *_: end()))
     with _post_processing(subject, begin, end, seen):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from torch import nn
 from tailfin.data.dataset import TrainingDataset, open_source
 from tailfin.data.smooth_tail import ALL, PlannedStep, divide, planned_steps
 from tailfin.errors import UserError
+from tailfin.inference import check_kinds
 from tailfin.models import build_detector
 from tailfin.report.draw import draw_detections
 from tailfin.run import batch_plan
@@ -35,6 +37,10 @@ def show_plan(recipe: Recipe, out: Path | None) -> None:
     dataset = TrainingDataset(train, recipe.data, recipe.seed)
     plan = batch_plan(recipe, dataset, stats)
     model, _ = build_detector(recipe, stats, start=False)
+    kinds: Any = model.kinds
+    check_kinds(model, recipe.evaluation.iou, "evaluation.iou")
+    if "segm" in kinds:
+        dataset = dataset.with_masks()
     first = [dataset.sample(*key) for key in next(plan.keys(0, slice(0, 1), 1))]
 
     table = Table("", "", title=f"plan of {recipe.name}", title_justify="left", show_header=False)
@@ -43,6 +49,8 @@ def show_plan(recipe: Recipe, out: Path | None) -> None:
     milestones = [plan.iteration_at(epoch) for epoch in schedule.milestones]
     lengths = np.diff(plan.boundaries)
     table.add_row("training images", f"{len(dataset.rows())} of {len(train.index)} in {train.index.path}")
+    if note := dataset.missing_masks():
+        table.add_row("masks", note.removeprefix("masks: "))
     table.add_row("classes", f"{stats.num_classes} (rare {groups['r']}, common {groups['c']}, frequent {groups['f']})")
     planned = planned_stages(recipe, dataset, stats, model.class_specific())
     table.add_row("method", f"{recipe.method}: {len(planned)} stage{'s' * (len(planned) > 1)}")
@@ -145,13 +153,14 @@ def memory_estimate(
 
 
 def _batch_picture(samples: list[tuple[torch.Tensor, dict[str, torch.Tensor]]], names: list[str]) -> Image.Image:
-    """The augmented pictures of a batch with their boxes, in a grid."""
+    """The augmented pictures of a batch with their boxes, and masks where they are learnt, in a grid."""
     drawn = [
         draw_detections(
             image.permute(1, 2, 0).numpy(),
             target["boxes"].numpy(),
             target["labels"].numpy(),
             names,
+            masks=target["masks"].bool() & target["mask_valid"][:, None, None] if "masks" in target else None,
             size=max(SMALLEST_DRAWING, *image.shape[-2:]),
         )
         for image, target in samples[:SHOWN]

@@ -1,7 +1,12 @@
-"""Safe files: writes go to a temporary name and are renamed, reads fail with one clear message."""
+"""Safe files: writes go to a temporary name and are renamed, reads fail with one clear message.
+
+Text is UTF-8, with or without a byte order mark, or UTF-16 or UTF-32 with one; JSON also without. Anything else is one
+message that names the file and the first byte that does not fit: a guessed encoding would give wrong class names.
+"""
 
 from __future__ import annotations
 
+import codecs
 import os
 import tempfile
 from pathlib import Path
@@ -18,7 +23,9 @@ def existing_file(path: str | os.PathLike[str], what: str = "file") -> Path:
     if path.is_file():
         return path
     if path.is_dir():
-        raise UserError(f"{what} {path} is a folder, a file is needed")
+        inside = sorted(p.name for p in path.glob("*.json") if not p.name.startswith("."))
+        listed = ", ".join(inside[:5]) + (", ..." if len(inside) > 5 else "")
+        raise UserError(f"{what} {path} is a folder, a file is needed" + (f" (it holds {listed})" if inside else ""))
     hint = ""
     if path.parent.is_dir():
         near = nearest(path.name, sorted(p.name for p in path.parent.iterdir() if p.suffix == path.suffix))
@@ -55,13 +62,75 @@ def write_json(path: str | os.PathLike[str], value: Any, *, indent: int = 0) -> 
 def read_json(path: str | os.PathLike[str], what: str = "JSON file") -> Any:
     """Parse a JSON file into plain Python values; a missing or broken file is a `UserError` that names the position."""
     path = existing_file(path, what)
-    data = path.read_bytes()
+    data = json_bytes(path.read_bytes(), f"{what} {path}")
     if not data.strip():
         raise UserError(f"{what} {path} is empty")
     try:
         return msgspec.json.decode(data)
-    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError:
+        raise UserError(not_utf8(data, f"{what} {path}")) from None
+    except (msgspec.DecodeError, RecursionError) as error:
         raise UserError(f"{what} {path} is not valid JSON: {error}") from None
+
+
+_MARKS = (  # the longer first: UTF-32's begins with UTF-16's
+    (codecs.BOM_UTF8, "utf-8"),
+    (codecs.BOM_UTF32_LE, "utf-32-le"),
+    (codecs.BOM_UTF32_BE, "utf-32-be"),
+    (codecs.BOM_UTF16_LE, "utf-16-le"),
+    (codecs.BOM_UTF16_BE, "utf-16-be"),
+)
+
+
+def read_text(path: str | os.PathLike[str], what: str = "file") -> str:
+    """The text of a file in UTF-8, or in UTF-16 or UTF-32 with a byte order mark; anything else is a `UserError`."""
+    path = existing_file(path, what)
+    return decode_text(path.read_bytes(), f"{what} {path}")
+
+
+def decode_text(data: bytes, label: str) -> str:
+    """Bytes as text, see `read_text`; `label` names them in the message."""
+    mark, encoding = next(((mark, name) for mark, name in _MARKS if data.startswith(mark)), (b"", "utf-8"))
+    try:
+        return data[len(mark) :].decode(encoding)
+    except UnicodeDecodeError as error:
+        if not mark:
+            raise UserError(not_utf8(data, label)) from None
+        raise UserError(f"{label} begins as {encoding.upper()} text but is not, at byte {error.start}") from None
+
+
+def json_bytes(data: bytes, label: str) -> bytes:
+    """JSON text in UTF-8 without a mark, from UTF-8, UTF-16 or UTF-32 (JSON's first two characters tell which)."""
+    if data[:3] == codecs.BOM_UTF8:
+        return data[3:]
+    if not data or (data[0] not in (0xFE, 0xFF) and 0 not in data[:4]):
+        return data
+    if any(data.startswith(mark) for mark, _ in _MARKS):
+        return decode_text(data, label).encode("utf-8", "surrogatepass")
+    zeros = tuple(byte == 0 for byte in data[:4])
+    encodings = {
+        (True, True, True, False): "utf-32-be",
+        (False, True, True, True): "utf-32-le",
+        (True, False, True, False): "utf-16-be",
+        (False, True, False, True): "utf-16-le",
+    }
+    try:
+        return data.decode(encodings[zeros]).encode() if zeros in encodings else data
+    except UnicodeError:
+        return data
+
+
+def not_utf8(data: bytes, label: str) -> str:
+    """The message about bytes that are no UTF-8: where they stop being it, and in which line."""
+    try:
+        data.decode()
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        return (
+            f"{label} is not UTF-8 text: byte {error.start} (line {line}) is 0x{data[error.start]:02x}; "
+            "it seems to be in a legacy encoding (Latin-1, CP1252, GBK, ...): save it as UTF-8"
+        )
+    return f"{label} is not UTF-8 text"
 
 
 def ordinary_mode() -> int:

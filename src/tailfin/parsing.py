@@ -16,8 +16,9 @@ from typing import Any, TypeVar
 import msgspec
 import numpy as np
 
+from tailfin.data import annotation_json
 from tailfin.errors import UserError
-from tailfin.files import existing_file
+from tailfin.files import existing_file, json_bytes, not_utf8
 
 T = TypeVar("T")
 
@@ -40,16 +41,21 @@ def load_typed(source: Any, kind: type[T], what: str) -> tuple[T, str]:
     """
     if isinstance(source, (str, os.PathLike)):
         path = existing_file(source, what)
-        label, data = f"{what} {path}", path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+        label = f"{what} {path}"
+        data = json_bytes(path.read_bytes(), label)
         if not data.strip():
             raise UserError(f"{label} is empty")
     else:
         label, data = what, _encode(source)
     try:
         return _decode(data, kind, label), label
+    except RecursionError:
+        raise UserError(f"{label} is not valid JSON: it is nested too deeply") from None
     except msgspec.DecodeError as error:
         try:
             value = json.loads(data)
+        except UnicodeDecodeError:
+            raise UserError(not_utf8(data, label)) from None
         except (ValueError, RecursionError):
             raise UserError(f"{label} is not valid JSON: {error}") from None
         return _decode(_encode(value), kind, label), label
@@ -109,7 +115,9 @@ def _text_counts(entry: Any) -> Any:
 
 def _decode(data: bytes, kind: type[T], label: str) -> T:
     try:
-        return msgspec.json.decode(data, type=kind)
+        return annotation_json.decode(data, kind, label)
+    except OverflowError:
+        raise UserError(f"{label} holds a number that does not fit 64 bits") from None
     except msgspec.ValidationError as error:
         raise UserError(f"{label}: {_explain(str(error))}") from None
 

@@ -11,32 +11,40 @@ from pathlib import Path
 
 import numpy as np
 
-from tailfin.data.images import read_image
+from tailfin.data.images import is_hidden, picture_suffixes, read_header, read_image
 from tailfin.errors import UserError, nearest
 
-IMAGES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".ppm", ".pgm"}
 VIDEOS = {".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg"}
 
 
 def find_pictures(paths: Sequence[str | Path]) -> list[Path]:
-    """Files that the paths, folders (recursively) and globs stand for, each once, in order."""
+    """Files that the paths, folders (recursively) and globs stand for, each once, in order.
+
+    In folders and globs the ending decides, and hidden files are passed over; a file that is named is taken at its word
+    where Pillow knows what it is.
+    """
     found: dict[Path, None] = {}
     for given in paths:
         path = Path(given)
         if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGES | VIDEOS and p.is_file())
+            inside = sorted(p for p in path.rglob("*") if _is_input(p, path) and p.is_file())
             if not inside:
                 raise UserError(f"{path}: there is no picture or video in this folder")
             found.update(dict.fromkeys(inside))
         elif path.is_file():
-            if path.suffix.lower() not in IMAGES | VIDEOS:
-                raise UserError(
-                    f"{path}: neither a picture nor a video by its ending{nearest(path.suffix, IMAGES | VIDEOS)}"
-                )
+            if path.suffix.lower() not in picture_suffixes() | VIDEOS:
+                try:
+                    read_header(path)
+                except UserError:
+                    near = nearest(path.suffix, sorted(picture_suffixes() | VIDEOS))
+                    raise UserError(
+                        f"{path}: neither a picture nor a video, by its ending and by its content"
+                        f"{near if 'did you mean' in near else ''}"
+                    ) from None
             found[path] = None
         else:
             matches = sorted(Path(match) for match in glob.glob(str(given), recursive=True))  # noqa: PTH207
-            matches = [match for match in matches if match.suffix.lower() in IMAGES | VIDEOS and match.is_file()]
+            matches = [match for match in matches if _is_input(match, None) and match.is_file()]
             if not matches:
                 hint = ""
                 if path.parent.is_dir():
@@ -47,14 +55,28 @@ def find_pictures(paths: Sequence[str | Path]) -> list[Path]:
     return list(found)
 
 
-def read_pictures(files: Sequence[Path], max_pixels: int) -> Iterator[tuple[str, np.ndarray]]:
-    """(name, uint8 [H, W, 3]) of every picture and of every video frame (`clip.mp4#12`)."""
+def _is_input(path: Path, root: Path | None) -> bool:
+    return path.suffix.lower() in picture_suffixes() | VIDEOS and not is_hidden(path, root)
+
+
+def read_pictures(
+    files: Sequence[Path], max_pixels: int, bad: list[str] | None = None
+) -> Iterator[tuple[str, np.ndarray]]:
+    """(name, uint8 [H, W, 3]) of every picture and of every video frame (`clip.mp4#12`).
+
+    With a list in `bad` a file that cannot be read adds its message there, and the next one follows.
+    """
     for path in files:
-        if path.suffix.lower() in VIDEOS:
-            for number, frame in enumerate(_frames(path)):
-                yield f"{path}#{number}", frame
-        else:
-            yield str(path), read_image(path, max_pixels=max_pixels)
+        try:
+            if path.suffix.lower() in VIDEOS:
+                for number, frame in enumerate(_frames(path)):
+                    yield f"{path}#{number}", frame
+            else:
+                yield str(path), read_image(path, max_pixels=max_pixels)
+        except UserError as error:
+            if bad is None:
+                raise
+            bad.append(str(error))
 
 
 def _frames(path: Path) -> Iterator[np.ndarray]:

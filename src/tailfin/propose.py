@@ -25,7 +25,8 @@ from tailfin.api import load
 from tailfin.checkpoint import file_hash
 from tailfin.data.dataset import Source, by_aspect, evaluation_loader
 from tailfin.data.index import AnnotationIndex, image_folder, open_index
-from tailfin.data.proposals import selective_search, write_proposals
+from tailfin.data.proposal_search import selective_search
+from tailfin.data.proposals import write_proposals
 from tailfin.errors import UserError
 from tailfin.evaluation.results import ResultWriter, Shards
 from tailfin.files import read_json, write_json

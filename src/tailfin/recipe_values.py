@@ -22,6 +22,7 @@ import yaml
 
 from tailfin.errors import UserError, nearest
 from tailfin.schema.base import as_number
+from tailfin.schema.upgrade import former_keys
 
 # What `about` says of the base's own run: a variant states it itself or has none
 OWN_FACTS = ("title", "table", "published", "hours")
@@ -102,11 +103,20 @@ def split_override(text: str) -> tuple[str, Any]:
 
 
 def assign(values: dict[str, Any], key: str, value: Any) -> None:
+    """Set the key "a.b" of a recipe's plain values, in place; former keys mean what they meant then."""
+    try:
+        with former_keys(values, key):
+            _set(values, key, value)
+    except ValueError as error:
+        raise UserError(f"override {key}: {error}") from None
+
+
+def _set(values: dict[str, Any], key: str, value: Any) -> None:
     """Set the value at a dotted key, in place at the top level; sections on the way are copied or made."""
     *path, last = key.split(".")
     for depth, part in enumerate(path):
         inner = values.get(part)
-        if isinstance(inner, str) and part in ("loss", "sampler", "classifier"):
+        if isinstance(inner, str) and part in ("loss", "sampler", "classifier", "features", "calibration"):
             inner = {"name": inner}
         if inner is None:
             inner = {}

@@ -1,7 +1,7 @@
 """A run directory: what a method writes its stages into, and how it is measured at the end.
 
 RUN/recipe.yaml  environment.json  stages/<k>-<name>/{last/, model.safetensors, metrics.jsonl}
-RUN/model.safetensors  results.bbox.json  metrics.json  report.html
+RUN/model.safetensors  results.bbox.json  (results.segm.json)  metrics.json  report.html
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from tailfin.data.dataset import TrainingDataset, open_source
 from tailfin.engine import Stage as Optimisation
 from tailfin.engine import Step, check_shares, detector_step, fit
 from tailfin.errors import UserError
-from tailfin.evaluation.results import merge_shards
+from tailfin.evaluation.results import merge_shards, result_files
 from tailfin.files import read_json, write_atomic, write_json
-from tailfin.inference import category_ids_for, counts_by_id, infer
+from tailfin.inference import category_ids_for, check_kinds, check_masks, counts_by_id, infer
 from tailfin.models import build_detector
 from tailfin.models.detector import Detector
 from tailfin.processes import make_accelerator, on_main
@@ -48,10 +48,8 @@ class Run:
         self.stats = ClassStats.from_index(self.train.index, group_bounds=recipe.evaluation.group_bounds)
         if self.val is not None:
             category_ids_for(self.stats.names, self.val.index)
-        if "segm" in recipe.evaluation.iou:
-            raise UserError(
-                f"evaluation.iou: segm needs a detector with masks, {recipe.detector.name} gives boxes only"
-            )
+            if "segm" in recipe.evaluation.iou:
+                check_masks(self.val.index)
         data = Data(self.stats, self.train.index.fingerprint, self.val.index.fingerprint if self.val else "")
         self.reused = Reused()  # finished stages that take the place of training them
         if stage1 is not None:
@@ -107,6 +105,11 @@ class Run:
         planned = self.planned(name)
         recipe = self.final_recipe = recipe or planned.recipe
         dataset = dataset or TrainingDataset(self.train, recipe.data, recipe.seed)
+        detector: Any = model.get_submodule(product)
+        check_kinds(detector, self.recipe.evaluation.iou, "evaluation.iou")
+        if "segm" in detector.kinds:
+            dataset = dataset.with_masks()
+        about_masks = dataset.missing_masks()
         plan = plan or batch_plan(recipe, dataset, self.stats)
         check_shares(recipe.schedule, self.accelerator.num_processes)
         self.begin()  # not earlier: a mistake in data, weights or model leaves no half-begun run behind
@@ -123,6 +126,8 @@ class Run:
                 f"stage {name}: {len(dataset.rows())} images, {plan.iterations} iterations of {recipe.schedule.batch}, "
                 f"{self.stats.num_classes} classes, loss {recipe.loss.name}, sampler {recipe.sampler.name}"
             )
+            if about_masks:
+                self.say(about_masks)
             seeing: list[Any] = [module for module in model.modules() if hasattr(module, "see_annotations")]
             for module in seeing:  # what it takes from them is in its state, a resume point or model file brings it
                 module.see_annotations(self.train.index)
@@ -165,6 +170,7 @@ class Run:
             accelerator=self.accelerator,
             batch=recipe.evaluation.batch,
             title="evaluation",
+            masks="segm" in recipe.evaluation.iou,
         )
         self.accelerator.wait_for_everyone()
 
@@ -173,7 +179,7 @@ class Run:
             merge_shards(shards, results, ranks=self.accelerator.num_processes)
             metrics = evaluation.evaluate(
                 val.index.path,
-                results,
+                result_files(results, recipe.evaluation.iou),
                 recipe.evaluation.protocol,
                 recipe.evaluation.iou,
                 max_dets=recipe.evaluation.max_dets if recipe.evaluation.protocol == "lvis" else None,
@@ -181,8 +187,8 @@ class Run:
                 train_counts=counts_by_id(self.stats, val.index),
             )
             shutil.rmtree(shards, ignore_errors=True)
-            if not keep:
-                results.unlink()
+            for file in result_files(results, ("bbox", "segm")).values() if not keep else ():
+                file.unlink(missing_ok=True)
             return metrics
 
         return on_main(self.accelerator, score)

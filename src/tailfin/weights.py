@@ -8,11 +8,12 @@ load_whole(model, weights, "FILE")            # everything must fit
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from tailfin.class_rows import class_names, join_class_rows
 from tailfin.errors import UserError
 
 SHOWN = 3  # names in a line
@@ -54,15 +55,25 @@ def load_fitting(
     )
 
 
-def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str) -> list[str]:
-    """Copy the weights that fit by name and shape; returns lines that say what was loaded, left out and new."""
+def load_weights(
+    model: nn.Module, weights: Mapping[str, Tensor], source: str, names: Sequence[str] | None = None
+) -> list[str]:
+    """Copy the weights that fit by name and shape; returns lines that say what was loaded, left out and new.
+
+    With the model's class `names`, and where `source` is a model file of other classes, or of the same in another
+    order, rows of classes are joined by name (`class_rows.py`).
+    """
+    old = None if names is None else class_names(source)
+    said: list[str] = []
+    if names is not None and old is not None and tuple(old) != tuple(names):
+        weights, said = join_class_rows(model.state_dict(), weights, old, names)
     loaded = load_fitting(model, weights)
     if not loaded.names:
         raise UserError(f"{source}: none of its {len(weights)} weights fits this detector")
     own = len(loaded.names) + len(loaded.missing)
     lines = [f"{source}: {len(loaded.names)} of {own} weights loaded"]
     found = (("another shape", loaded.reshaped), ("not in this detector", loaded.unknown), ("start anew", loaded.new))
-    return lines + [f"  {what}: {_named(keys)}" for what, keys in found if keys]
+    return [*lines, *(f"  {what}: {_named(keys)}" for what, keys in found if keys), *said]
 
 
 def load_whole(model: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:

@@ -287,7 +287,7 @@ def pictures(tiny_set):
 
 def test_predict_files_folders_and_globs(tailfin, trained, pictures, tmp_path):
     def found(*paths):
-        outcome = tailfin("predict", trained, *paths, "--out", tmp_path / "found.json")
+        outcome = tailfin("predict", trained, *paths, "--out", tmp_path / "found.json", "--overwrite")
         assert outcome.code == 0, outcome.err
         return json.loads((tmp_path / "found.json").read_text())
 
@@ -332,7 +332,7 @@ def _row(entry: dict) -> list[float]:
 
 def test_predict_options(tailfin, trained, pictures, tmp_path):
     def found(*options):
-        outcome = tailfin("predict", trained, pictures, "--out", tmp_path / "found.json", *options)
+        outcome = tailfin("predict", trained, pictures, "--out", tmp_path / "found.json", "--overwrite", *options)
         assert outcome.code == 0, outcome.err
         return json.loads((tmp_path / "found.json").read_text())
 
@@ -352,7 +352,7 @@ def test_predict_draws(tailfin, trained, pictures, tmp_path):
     for name in ("1.png", "deeper/1.png", "deeper/2.JPG"):
         Image.open(pictures / Path(name).with_suffix(".png").name).save(tmp_path / "in" / name)
     drawn = tmp_path / "drawn"
-    words = ["predict", trained, tmp_path / "in", "--draw", drawn, "--out", tmp_path / "found.json"]
+    words = ["predict", trained, tmp_path / "in", "--draw", drawn, "--out", tmp_path / "found.json", "--overwrite"]
     assert tailfin(*words, "--score", 0).code == 0
     assert files(drawn) == {"1.jpg", "1_2.jpg", "2.jpg"}
     source = np.asarray(Image.open(pictures / "1.png").convert("RGB")).astype(int)

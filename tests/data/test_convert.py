@@ -15,7 +15,7 @@ from PIL import Image
 from tailfin.cli import data_make
 from tailfin.data.convert import convert, detect_layout
 from tailfin.data.index import open_index
-from tailfin.data.voc import parse_xml
+from tailfin.data.voc_xml import parse_xml
 from tailfin.data.yolo import label_file
 from tailfin.errors import UserError
 
@@ -74,9 +74,9 @@ names = st.lists(
 sets = names.flatmap(
     lambda given_: st.tuples(
         st.just(given_),
-        st.lists(
-            st.lists(st.tuples(st.integers(0, len(given_) - 1), inside), max_size=3), min_size=1, max_size=3
-        ).filter(any),
+        st.lists(st.lists(st.tuples(st.integers(0, len(given_) - 1), inside), max_size=3), min_size=1, max_size=3)
+        .filter(any)
+        .filter(lambda rows: all(max(max(box) for _, box in row) > 2 for row in rows if row)),  # not as fractions are
     )
 )
 

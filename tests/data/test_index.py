@@ -129,6 +129,7 @@ def documents(draw: st.DrawFn) -> dict[str, Any]:
         )
     )
     return {
+        "box_form": "xywh",  # however odd they look
         "images": [{"id": i, "width": 100, "height": 60, "file_name": f"{i}.jpg"} for i in image_ids],
         "categories": [{"id": c, "name": f"n{c}"} for c in category_ids],
         "annotations": [

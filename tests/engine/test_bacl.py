@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 import tailfin
 from tailfin import checkpoint
-from tailfin.models import extra_rows
+from tailfin.models.features import box_generator
 from tailfin.models.features.hallucination import FeatureHallucination, FeatureStatistics
 from tailfin.training_log import TrainingLog
 
@@ -23,7 +23,7 @@ BACL = [
     "loss=objectness",
     "schedule.epochs=1",
     "second.loss=fcbl",
-    "second.hallucination={sampled_num_classes: 4, sampled_num_features: 6}",
+    "second.features={name: hallucination, sampled_num_classes: 4, sampled_num_features: 6}",
     "second.sampler={name: rfs, threshold: 0.5}",
     "second.schedule={epochs: 2, batch: 4, lr: 0.01, warmup: 2, milestones: [1]}",
 ]
@@ -104,7 +104,7 @@ def number_all_draws(rank: int, world: int) -> None:
     """The same batch gives the same losses whoever has it: samplers take the first rows and anchors, boxes shift by a
     half, and the draws are numbered over all processes, each having its share."""
     torch.randperm = lambda n, **options: torch.arange(n)
-    shifted, sample, begin = extra_rows.perturbed_boxes, FeatureHallucination.sample, FeatureStatistics.__init__
+    shifted, sample, begin = box_generator.perturbed_boxes, FeatureHallucination.sample, FeatureStatistics.__init__
 
     def shifted_by_a_half(boxes, size, **options):
         return shifted(boxes, size, draws=torch.full((4, 16), 0.5))
@@ -119,7 +119,7 @@ def number_all_draws(rank: int, world: int) -> None:
         begin(self, *arguments, **options)
         self.used.fill_(True)  # no row is missing on one process only
 
-    extra_rows.perturbed_boxes = shifted_by_a_half
+    box_generator.perturbed_boxes = shifted_by_a_half
     FeatureHallucination.sample = numbered
     FeatureStatistics.__init__ = all_used
 
@@ -133,7 +133,7 @@ def test_two_processes_train_the_classifier_that_one_trains(
     def train(rank: int) -> None:
         world = int(os.environ["WORLD_SIZE"])
         number_all_draws(rank, world)
-        shared = [f"second.hallucination.sampled_num_classes={4 // world}", "second.schedule.epochs=1"]
+        shared = [f"second.features.sampled_num_classes={4 // world}", "second.schedule.epochs=1"]
         out = tmp_path / str(world)
         tailfin.train(tiny_recipe, train=tiny_set[0], out=out, overrides=[*BACL, *shared], stage1=stage_one)
 

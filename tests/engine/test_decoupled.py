@@ -81,7 +81,7 @@ def test_a_begun_run_goes_on_without_its_starting_weights(tmp_path, tiny_set, ti
 
 
 def test_bacl_hallucinates_and_loads(tmp_path, tiny_set, tiny_recipe):
-    bacl = [*SECOND, "method=bacl", "loss=objectness", "second.loss=fcbl", "second.hallucination={}"]
+    bacl = [*SECOND, "method=bacl", "loss=objectness", "second.loss=fcbl", "second.features=hallucination"]
     tailfin.train(tiny_recipe, train=tiny_set[0], val=tiny_set[1], out=tmp_path / "run", overrides=bacl)
     weights = load_file(tmp_path / "run" / "model.safetensors")
     used = weights["roi_heads.extra_rows.hallucination.statistics.used"]
@@ -102,7 +102,7 @@ def test_mistakes(tmp_path, tiny_set, tiny_recipe):
         load_recipe(tiny_recipe, [*SECOND, "schedule.precision=bf16"])
     with pytest.raises(UserError, match="set loss=fcbl"):
         tailfin.train(
-            tiny_recipe, train=tiny_set[0], out=tmp_path / "run", overrides=[*SECOND, "second.hallucination={}"]
+            tiny_recipe, train=tiny_set[0], out=tmp_path / "run", overrides=[*SECOND, "second.features=hallucination"]
         )
     with pytest.raises(UserError, match="data"):
         load_recipe(tiny_recipe, ["method=decoupled", "second.data.resise=square"])

@@ -13,13 +13,13 @@ import torch
 from safetensors.torch import load_file
 
 from tailfin import api, checkpoint
-from tailfin.config import load_recipe, recipe_from_file
+from tailfin.config import check_recipe, load_recipe, recipe_from_file
 from tailfin.data.index import open_index
 from tailfin.errors import UserError
 from tailfin.methods import drcl as method
 from tailfin.models import build_detector
 from tailfin.run import Run, batch_plan
-from tailfin.schema.pretraining import PRESETS
+from tailfin.schema.presets import PRESETS
 from tailfin.training_log import TrainingLog
 
 pytestmark = pytest.mark.usefixtures("quick_training")
@@ -30,7 +30,6 @@ pretraining:
   proposals: {source: gt_jitter}
   image: {queue: 24, hidden: 32, dim: 16}
   box: {queue: 50, hidden: 32, dim: 16}
-  dense: {queue: 24, hidden: 32, dim: 16}
   reconstruction: {widths: [16, 16, 8]}
   sampler: {threshold: 0.5}
   schedule: {epochs: 1.4, batch: 4, lr: 0.01, warmup: 4, milestones: [1]}
@@ -85,7 +84,7 @@ def test_exported_weights_hold_the_transferred_parts_alone(straight):
     whole, exported = load_file(out / "stages/1-pretrain/model.safetensors"), load_file(out / "pretrained.safetensors")
     assert {key.split(".")[0] for key in exported} == {"backbone", "rpn", "roi_heads"}
     assert {key.split(".")[1] for key in exported if key.startswith("roi_heads")} == {"head"}
-    assert not [key for key in whole if key.startswith(("queues", "average", "generator", "proj", "pred"))]
+    assert not [key for key in whole if key.startswith(("heads", "average", "terms"))]
     assert all(torch.equal(exported[key], whole[key]) for key in exported)
     assert {key for key in whole if key not in exported} == {
         f"roi_heads.predictor.{layer}.{kind}" for layer in ("cls_score", "bbox_pred") for kind in ("weight", "bias")
@@ -117,6 +116,27 @@ def test_other_recipes_start_from_the_exported_file(straight, tiny_recipe, tiny_
     assert notes[1].startswith("  start anew: 4 (roi_heads.predictor.bbox_pred.bias")
 
 
+def test_a_one_stage_detector_goes_on_from_its_pre_training(recipe, tiny_set, tmp_path):
+    """2DRCL on ATSS (table A.2): backbone, pyramid and towers are taken over; the boxes' layers are dropped."""
+    out = tmp_path / "run"
+    own = {"name": "atss", "norm": "bn", "frozen_layers": 0, "fpn_channels": 32, "head_convs": 1, "anchor_scales": [2]}
+    plain = load_recipe(recipe).model_dump(mode="json")
+    plain["detector"] = own
+    plain["pretraining"]["schedule"]["epochs"] = 0.5
+    plain["schedule"] |= {"epochs": 0.3, "milestones": []}
+    given = check_recipe(
+        {**plain, "loss": "focal", "pretraining": {**plain["pretraining"], "loss": {"name": "focal"}}}, "test"
+    )
+    api.train(given, train=tiny_set[0], out=out)
+    whole, exported = load_file(out / "stages/1-pretrain/model.safetensors"), load_file(out / "pretrained.safetensors")
+    assert {key for key in whole if key not in exported} == {
+        *(f"head.{layer}.{kind}" for layer in ("classifier", "box", "quality") for kind in ("weight", "bias")),
+        "head.scales",
+    }
+    assert not [key for key in whole if "trunk" in key] and any("class_tower" in key for key in exported)
+    assert (out / "pretrained.safetensors").exists() and api.load(out, "cpu").recipe.detector.name == "atss"
+
+
 def test_pictures_for_the_report(straight):
     out, _ = straight
     with np.load(out / "stages/1-pretrain/pictures.npz") as file:
@@ -144,7 +164,7 @@ def test_stopped_in_pretraining_and_resumed(straight, recipe, tiny_set, tmp_path
         patch.setattr(TrainingLog, "add", stopping)
         api.train(recipe, train=tiny_set[0], out=out, overrides=SHORT)
     state = checkpoint.load_resume_point(out / "stages/1-pretrain")
-    assert state is not None and {"queues.image.rows", "queues.box.place"} <= state["model"].keys()
+    assert state is not None and {"heads.queues.image.rows", "heads.queues.box.place"} <= state["model"].keys()
     api.train("", out=out, resume=True)
     for name in ("stages/1-pretrain/model.safetensors", "pretrained.safetensors", "model.safetensors"):
         first, second = load_file(reference / name), load_file(out / name)

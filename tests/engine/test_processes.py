@@ -32,10 +32,10 @@ from tailfin.models.faster_rcnn import FasterRCNN
 
 seen, forward = [], FasterRCNN.forward
 
-def noting(self, images, targets=None):
+def noting(self, images, targets=None, limits=None):
     if self.training:
         seen.append([int(target["image_id"]) for target in targets])
-    return forward(self, images, targets)
+    return forward(self, images, targets, limits)
 
 FasterRCNN.forward = noting
 folder = sys.argv.pop(1)

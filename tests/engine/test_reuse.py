@@ -19,7 +19,7 @@ from tailfin.schema.stages import differences, stages
 
 pytestmark = pytest.mark.usefixtures("quick_training")
 
-BACL = ["method=bacl", "loss=objectness", "schedule.epochs=0.5", "second.loss=fcbl", "second.hallucination={}"]
+BACL = ["method=bacl", "loss=objectness", "schedule.epochs=0.5", "second.loss=fcbl", "second.features=hallucination"]
 BACL += ["second.schedule={epochs: 0.5, batch: 4, lr: 0.01, warmup: 0, milestones: []}"]
 STAGE = Path("stages", "1-representation", "model.safetensors")
 
@@ -60,7 +60,7 @@ def test_the_same_second_stage_gives_the_same_bits(tmp_path, train, base):
 
 def test_arms_of_an_ablation_share_it(tmp_path, train, base):
     """The second stage may differ in everything; name, evaluation and logging too. A model file serves as well."""
-    changes = ["second.loss.alpha=0", "second.hallucination=null", "evaluation.max_dets=5", "logging.every=2"]
+    changes = ["second.loss.alpha=0", "second.features=null", "evaluation.max_dets=5", "logging.every=2"]
     margin = train(tmp_path / "margin", *changes, stage1=base / STAGE)
     weights = load_file(margin / "model.safetensors")
     assert parents(margin / "model.safetensors")[0] == file_hash(base / STAGE)

@@ -39,8 +39,10 @@ def api(files: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """A stand-in for the model side: it notes how it is called and "detects" what good.json holds."""
     calls: dict[str, Any] = {}
 
-    def predict_to_results(model: Path, annotations: Path, images: Any, out: Path, *, max_dets: int) -> dict[str, Path]:
-        calls.update(model=model, annotations=annotations, images=images, out=out, max_dets=max_dets)
+    def predict_to_results(
+        model: Path, annotations: Path, images: Any, out: Path, *, max_dets: int, kinds: tuple[str, ...]
+    ) -> dict[str, Path]:
+        calls.update(model=model, annotations=annotations, images=images, out=out, max_dets=max_dets, kinds=kinds)
         out.mkdir(parents=True, exist_ok=True)
         path = out / "results.bbox.json"
         path.write_bytes((files / "good.json").read_bytes())
@@ -137,7 +139,7 @@ def test_model_with_other_files(api: dict[str, Any], files: Path) -> None:
     arguments = ("--model", model, "--annotations", files / "val.json", "--images", files, "--max-dets", "50")
     out = files / "metrics.json"
     succeed(*arguments, "--save", files / "kept", "--train", files / "val.json", "--json", out)
-    assert (api["images"], api["max_dets"]) == (files, 50)
+    assert (api["images"], api["max_dets"], api["kinds"]) == (files, 50, ("bbox",))
     assert (files / "kept" / "results.bbox.json").is_file()
     assert [row["image_count"] for row in json.loads(out.read_text())["per_category"]] == [1, 1]
 
@@ -153,7 +155,6 @@ def test_mistakes(api: dict[str, Any], files: Path) -> None:
     assert 'rum is not a folder (did you mean "run"?)' in fail(files / "rum")
     assert "model.safetensors does not exist" in fail("--model", files / "model.safetensors", "--annotations", val)
     assert "vall.json does not exist" in fail(files / "run", "--annotations", files / "vall.json")
-    assert "gives no segm detections (it gives: bbox)" in fail(files / "run", "--iou", "segm")
     assert "--groups 10-100: two whole numbers" in fail("--results", good, "--annotations", val, "--groups", "10-100")
     assert "two ascending image counts" in fail("--results", good, "--annotations", val, "--groups", "100,10")
     missing = files / "goood.json"

@@ -168,7 +168,7 @@ def test_inputs_are_not_changed() -> None:
 BAD_RESULTS = [
     ({"image_id": 11}, "entry 1: image_id 11 is not in annotations (nearest: 10"),
     ({"category_id": 6}, "entry 1: category_id 6 is not in annotations (nearest: 5"),
-    ({"image_id": "10"}, "entry 1, image_id: Expected `int`, got `str`"),
+    ({"image_id": "10"}, 'entry 1: image_id is the text "10"'),
     ({"score": float("nan")}, "entry 1, score: Expected `float`, got `null` (missing, or not a finite number)"),
     ({"score": np.float32("inf")}, "entry 1, score"),
     ({"score": None}, "entry 1, score"),

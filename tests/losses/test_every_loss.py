@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tailfin import losses
+from tailfin.errors import UserError
 
 # every loss, and forms that take another path
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -116,3 +117,28 @@ def test_statistics_change_in_training_mode_only_and_are_saved(build):
     for key, value in state.items():
         assert torch.equal(loss.state_dict()[key], value) and torch.equal(fresh.state_dict()[key], value)
         assert fresh.state_dict()[key].dtype == value.dtype
+
+
+@pytest.mark.parametrize("name", losses.names())
+def test_a_loss_lists_the_facts_that_it_takes(name, stats_of):
+    """A detector fills what is listed in `row_facts` and nothing else."""
+    code = type(losses.build(name, stats_of(np.array([20, 10])))).loss.__code__
+    keywords = code.co_varnames[3 : code.co_argcount]  # after self, logits, labels
+    known = {"gt_index", "memory", "quality", "iter_id", "normalizer"}
+    assert set(losses.LOSSES[name].row_facts) == known & set(keywords)
+
+
+def test_options_are_the_keyword_only_arguments(monkeypatch, stats_of):
+    class Mine(losses.LOSSES["softmax"]):
+        def __init__(self, stats, scale=1, *, power, bias: float = 0.0):
+            unrelated = 3
+            super().__init__(stats)
+            self.power = power + bias * scale * unrelated
+
+    monkeypatch.setitem(losses.LOSSES, "mine", Mine)
+    assert losses.option_names("mine") == ["power", "bias"]
+    assert losses.build("mine", stats_of(np.array([20, 10])), power=2).power == 2
+    with pytest.raises(UserError, match=r'loss mine: the loss mine has no option "powr" \(did you mean "power"\?\)'):
+        losses.build("mine", stats_of(np.array([20, 10])), powr=2)
+    with pytest.raises(ValueError, match="power"):
+        losses.check_options("mine", {})

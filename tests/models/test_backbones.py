@@ -99,9 +99,9 @@ def test_a_frozen_body_keeps_half_precision_activations():
                 sizes[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
             return value
 
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
-            with torch.autocast("cpu", precision, enabled=precision != torch.float32):
-                held = body(pictures)["0"]
+        half = torch.autocast("cpu", precision, enabled=precision != torch.float32)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value), half:
+            held = body(pictures)["0"]
         assert held.grad_fn is not None
         return sum(sizes.values())
 

@@ -19,9 +19,10 @@ from tailfin.dry_run import show_plan
 from tailfin.errors import UserError
 from tailfin.models import build_detector
 from tailfin.models.deformable_attention import sample
-from tailfin.models.deformable_detr import FOCAL_BIAS, position_code, transformers_config, valid_mask
+from tailfin.models.deformable_detr import FOCAL_BIAS, transformers_config
 from tailfin.models.detector import Limits
 from tailfin.models.detr_criterion import SetCriterion
+from tailfin.models.detr_geometry import position_code, valid_mask
 from tailfin.models.images import batch_images
 from tailfin.schedule import build_optimizer
 from tailfin.schema.recipe import Recipe

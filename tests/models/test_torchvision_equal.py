@@ -125,7 +125,7 @@ def test_rows_drawn_for_the_box_head(benchmark, recipe, model):
         near = target["boxes"].repeat(8, 1) + 4 * torch.rand((8 * len(target["boxes"]), 4), generator=generator)
         proposals.append(torch.cat([near, torch.cat([corner, corner + 20], 1)]))
     torch.manual_seed(4)
-    boxes, labels, matched, _ = model.roi_heads.sample(proposals, wanted)
+    boxes, labels, matched, *_ = model.roi_heads.sample(proposals, wanted)
     torch.manual_seed(4)
     their_boxes, _, their_labels, their_deltas = twin.roi_heads.select_training_samples(
         list(proposals), benchmark.for_torchvision(wanted)

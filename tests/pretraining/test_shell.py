@@ -2,76 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from small_shell import DETECTION, dense_detector, detector, samples, section, shell, total
 from torch import Tensor, nn
 
-from tailfin.config import check_recipe
 from tailfin.errors import UserError
-from tailfin.models import build_detector
-from tailfin.models.faster_rcnn import FasterRCNN
+from tailfin.models.backbones import Body, pyramid_backbone, small_body
 from tailfin.models.images import batch_images
-from tailfin.pretraining.shell import PreTrainer, body_layers, pyramid
-from tailfin.schema.pretraining import PRESETS, Pretraining
-from tailfin.stats import ClassStats
-
-STATS = ClassStats(image_count=[30, 12, 3], instance_count=[50, 20, 4], num_images=40)
-DETECTION = {"loss_classifier", "loss_box_reg", "loss_rpn_objectness", "loss_rpn_box_reg"}
-SMALL: dict[str, Any] = {
-    "image": {"queue": 20, "hidden": 16, "dim": 8},
-    "box": {"queue": 30, "hidden": 16, "dim": 8},
-    "dense": {"queue": 20, "hidden": 16, "dim": 8},
-    "reconstruction": {"widths": [16, 8, 8]},
-}
-
-
-def section(**values: Any) -> Pretraining:
-    merged = {key: {**SMALL.get(key, {}), **values.get(key, {})} for key in SMALL}
-    return Pretraining.model_validate({**merged, **{k: v for k, v in values.items() if k not in SMALL}})
-
-
-def shell(layers: tuple[int, ...] = (2, 3, 4), norm: str = "bn", **values: Any) -> PreTrainer:
-    torch.manual_seed(0)
-    recipe = check_recipe(
-        {
-            "backbone": "resnet18",
-            "detector": {
-                "norm": norm, "frozen_layers": 0, "fpn_channels": 8, "fpn_layers": list(layers), "fpn_pool": False,
-                "anchor_sizes": [12, 24, 40][: len(layers)], "rpn_batch": 16, "rpn_pre_nms": [60, 60],
-                "rpn_post_nms": [30, 30], "roi_size": 3, "roi_batch": 16, "head_channels": 16,
-            },
-        },
-        "test",
-    )  # fmt: skip
-    detector, _ = build_detector(recipe, STATS)
-    assert isinstance(detector, FasterRCNN)
-    return PreTrainer(detector, section(**values), iterations=10).train()
-
-
-def samples(count: int = 2, seed: int = 0, boxes: int = 3, width: int = 64) -> tuple[list[Tensor], list[dict]]:
-    rng = np.random.default_rng(seed)
-
-    def picture(across: int = 64) -> Tensor:
-        return torch.from_numpy(rng.integers(0, 255, (3, 64, across), dtype=np.uint8))
-
-    def some(n: int) -> Tensor:
-        corner, side = rng.uniform(0, 24, (n, 2)), rng.uniform(10, 36, (n, 2))
-        return torch.from_numpy(np.concatenate([corner, corner + side], 1).astype(np.float32))
-
-    targets = [
-        {"boxes": some(1), "labels": torch.tensor([number % 3]), "view": picture(), "proposals": some(boxes),
-         "view_proposals": some(boxes), "third": picture(), "third_proposals": some(boxes)}
-        for number in range(count)
-    ]  # fmt: skip
-    return [picture(width) for _ in range(count)], targets
-
-
-def total(losses: dict[str, Tensor]) -> Tensor:
-    return torch.stack(list(losses.values())).sum()
-
+from tailfin.pretraining.image import pooled
+from tailfin.pretraining.shell import PreTrainer
+from tailfin.pretraining.term import Features, View
+from tailfin.schema.presets import PRESETS, TERMS, terms
 
 # ---- terms -----------------------------------------------------------------------------------------------------------
 
@@ -97,10 +42,11 @@ def test_each_switch_gives_its_subset_and_costs_nothing_more(name):
     own = shell(weights=ABLATION[name])
     wanted = set(name.split("+"))
     assert own(*samples()).keys() == DETECTION | {f"loss_{term}" for term in wanted}
-    assert hasattr(own, "generator") == bool(wanted & {"ar", "sr"})
+    assert ("reconstruction" in own.terms) == bool(wanted & {"ar", "sr"})
     assert bool(own.average) == bool(wanted & {"hcl", "lcl"}), "no momentum network without contrast"
-    assert set(own.projectors) == {part for part, term in (("image", "hcl"), ("box", "lcl")) if term in wanted}
-    assert set(own.queues) == set(own.projectors)
+    contrasts = {part for part, term in (("image", "hcl"), ("box", "lcl")) if term in wanted}
+    assert set(own.heads.projectors) == set(own.terms) - {"detection", "reconstruction"} == contrasts
+    assert set(own.heads.queues) == set(own.heads.projectors)
 
 
 def test_weights_scale_their_terms():
@@ -131,9 +77,50 @@ def test_every_preset_trains_all_that_it_leaves_trainable(preset):
     assert parts["classifier"] == (preset == "drcl")
 
 
+@pytest.mark.parametrize("name", ["retinanet", "atss"])
+@pytest.mark.parametrize("preset", ["drcl", "soco", "moco_v2"])
+def test_a_one_stage_detector(name, preset):
+    """Boxes pass pooled cells of every level and two layers that belong to the term; nothing is left without gradient,
+    and the momentum network has a copy of these layers."""
+    for boxes in (3, 0):
+        own = PreTrainer(dense_detector(name), section(preset=preset, freeze_backbone=False), iterations=10).train()
+        before = set(own.detector.state_dict())
+        losses = own(*samples(boxes=boxes))
+        assert all(torch.isfinite(value) for value in losses.values())
+        total(losses).backward()
+        assert not [key for key, p in own.named_parameters() if p.requires_grad and p.grad is None]
+    assert set(own.detector.state_dict()) == before
+    if preset == "moco_v2":
+        return
+    term = own.terms["box"]
+    assert "trunk" in own.average and "head" not in own.average
+    assert {"p6", "p7"} < set(term.pool.featmap_names)
+    if preset == "drcl":
+        assert {"loss_classifier", "loss_box_reg", "loss_hcl", "loss_lcl", "loss_ar", "loss_sr"} <= losses.keys()
+        assert all(p.requires_grad for p in own.detector.parts()["classifier"].parameters())
+    copied = own.average["trunk"].fc6.weight.clone()
+    with torch.no_grad():
+        term.trunk.fc6.weight.add_(1.0)
+    own(*samples())
+    moved = own.average["trunk"].fc6.weight - copied
+    torch.testing.assert_close(moved, torch.full_like(moved, 1 - own.config.momentum), rtol=0.05, atol=1e-6)
+
+
+LOSSES = {"hcl": {"loss_hcl"}, "lcl": {"loss_lcl"}, "dense": {"loss_dense"}, "ar": {"loss_ar"}, "sr": {"loss_sr"}}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_each_preset_trains_exactly_its_terms(preset):
+    own = shell(preset=preset, freeze_backbone=False)
+    detection = DETECTION - ({"loss_classifier"} if preset == "aligndet" else set())
+    wanted = set().union(*({**LOSSES, "det": detection}[term] for term in terms(preset)))
+    assert own(*samples()).keys() == wanted
+    assert {term for term in TERMS if getattr(own.config.weights, term)} == set(terms(preset))
+
+
 def test_aligndet_freezes_the_backbone_and_has_no_copy_of_it():
     own = shell(preset="aligndet", freeze_backbone=True)
-    assert set(own.average) == {"fpn", "head", "rpn", "box_projector"}
+    assert set(own.average.copies) == {"fpn", "head", "rpn", "box_projector"}
     before = {key: value.clone() for key, value in own.detector.backbone.body.state_dict().items()}
     total(own(*samples())).backward()
     after = own.detector.backbone.body.state_dict()
@@ -143,7 +130,7 @@ def test_aligndet_freezes_the_backbone_and_has_no_copy_of_it():
 
 def test_simclr_has_neither_queue_nor_momentum_network():
     own = shell(preset="simclr")
-    assert not own.queues and not own.average and not own.predictors
+    assert not own.heads.queues and not own.average and not own.heads.predictors
 
 
 def test_detection_losses_are_the_detectors_own_on_shared_features(monkeypatch):
@@ -184,7 +171,7 @@ def test_reconstruction_reaches_generator_and_backbone(term):
     losses = own(*samples())
     assert losses.keys() == {f"loss_{term}"}
     total(losses).backward()
-    for part in (own.generator, own.detector.backbone.body):
+    for part in (own.terms["reconstruction"].generator, own.detector.backbone.body):
         assert all(p.grad is not None and p.grad.any() for p in part.parameters())
 
 
@@ -192,10 +179,10 @@ def test_sr_of_a_perfect_reconstruction_without_mask_is_zero(monkeypatch):
     own = shell(weights={"hcl": 0, "lcl": 0, "det": 0, "ar": 0}, reconstruction={"mask_fraction": 0.0})
     images, targets = samples(width=50)  # padded to 64
     pictures = batch_images(images).tensors
-    monkeypatch.setattr(own.generator, "forward", lambda features: pictures)
+    monkeypatch.setattr(own.terms["reconstruction"].generator, "forward", lambda features: pictures)
     assert own(images, targets)["loss_sr"].item() == 0
     masked = shell(weights={"hcl": 0, "lcl": 0, "det": 0, "ar": 0})
-    monkeypatch.setattr(masked.generator, "forward", lambda features: pictures)
+    monkeypatch.setattr(masked.terms["reconstruction"].generator, "forward", lambda features: pictures)
     assert masked(images, targets)["loss_sr"].item() > 0
 
 
@@ -223,23 +210,23 @@ def test_the_momentum_network_moves_before_its_keys_and_keys_enter_after_the_los
     own = shell(momentum=0.5, weights={"lcl": 0, "ar": 0, "sr": 0, "det": 0})
     images, targets = samples()
     with torch.no_grad():
-        own.projectors["image"].out.bias.add_(1.0)
+        own.heads.projectors["image"].out.bias.add_(1.0)
     before = own.average["image_projector"].out.bias.clone()
-    queue = own.queues["image"].rows.clone()
+    queue = own.heads.queues["image"].rows.clone()
     seen: list[Tensor] = []
     own.average["image_projector"].register_forward_hook(
         lambda module, inputs, output: seen.append(nn.functional.normalize(output, dim=1).clone())
     )
     loss = own(images, targets)["loss_hcl"]
     torch.testing.assert_close(own.average["image_projector"].out.bias, before + 0.5)
-    rows = own.queues["image"].rows
+    rows = own.heads.queues["image"].rows
     torch.testing.assert_close(rows[:2], seen[0])
-    assert torch.equal(rows[2:], queue[2:]) and int(own.queues["image"].place) == 2
+    assert torch.equal(rows[2:], queue[2:]) and int(own.heads.queues["image"].place) == 2
     # the loss saw the queue as it was before: recompute it from the hooks
     again = shell(momentum=0.5, weights={"lcl": 0, "ar": 0, "sr": 0, "det": 0})
     with torch.no_grad():
-        again.projectors["image"].out.bias.add_(1.0)
-    again.queues["image"].enqueue = lambda keys: None
+        again.heads.projectors["image"].out.bias.add_(1.0)
+    again.heads.queues["image"].enqueue = lambda keys: None
     torch.testing.assert_close(again(images, targets)["loss_hcl"], loss, atol=0, rtol=0)
 
 
@@ -259,21 +246,18 @@ def test_the_momentum_network_moves_once_per_optimiser_step(accumulation, expect
     own = shell(momentum_schedule="cosine")
     own.accumulation = accumulation
     moved = []
-    monkeypatch.setattr("tailfin.pretraining.shell.follow", lambda *args: moved.append(args))
+    monkeypatch.setattr("tailfin.pretraining.momentum.follow", lambda *args: moved.append(args))
     for _ in range(3):
         own(*samples())
     assert len(moved) == expected * len(own.average)
 
 
 def test_padding_does_not_count_in_the_holistic_feature():
-    own = shell(weights={"lcl": 0, "ar": 0, "sr": 0, "det": 0}, norm="gn")
     feature = torch.randn(2, 512, 2, 2)
-    from tailfin.pretraining.shell import Features, View
-
     view = View(batch_images([torch.zeros(3, 64, 64), torch.zeros(3, 64, 30)]), [])
-    pooled = own.pooled(Features({"layer4": feature}, {}), view)
-    torch.testing.assert_close(pooled[0], feature[0].mean((1, 2)))
-    torch.testing.assert_close(pooled[1], feature[1, :, :, :1].mean((1, 2)))
+    means = pooled(Features({"layer3": torch.zeros(2, 8, 4, 4), "layer4": feature}, {}), view)
+    torch.testing.assert_close(means[0], feature[0].mean((1, 2)))
+    torch.testing.assert_close(means[1], feature[1, :, :, :1].mean((1, 2)))
 
 
 # ---- options ---------------------------------------------------------------------------------------------------------
@@ -290,7 +274,7 @@ def test_padding_does_not_count_in_the_holistic_feature():
         {"box": {"levels": "all"}, "image": {"loss": "cosine"}},
         {"det_loss": "class_agnostic"},
         {"image": {"loss": "nt_xent"}, "momentum_schedule": "cosine"},
-        {"weights": {"dense": 1.0}},
+        {"preset": "densecl", "symmetric": True},
     ],
 )
 @pytest.mark.parametrize("width", [64, 50])
@@ -312,10 +296,45 @@ def test_layers_and_pyramid_are_the_backbones_own():
     own = shell().eval()
     pictures = batch_images(samples()[0]).tensors
     body = own.detector.backbone.body
-    layers = body_layers(body, pictures)
-    assert list(layers) == ["layer1", "layer2", "layer3", "layer4"]
+    layers = own.detector.backbone.layers(pictures)
+    assert list(layers) == body.layer_names == ["layer1", "layer2", "layer3", "layer4"]
     for name, value in own.detector.backbone(pictures).items():
-        assert torch.equal(pyramid(own.detector.backbone.fpn, body, layers)[name], value)
+        assert torch.equal(own.detector.backbone.pyramid(layers)[name], value)
+
+
+def test_any_body_is_pre_trained_by_what_it_states():
+    """Another width, depth and naming than a ResNet's, and pictures of another mean and deviation."""
+    small = small_body((6, 8, 10, 12, 14), (1, 1, 1, 1), norm="bn")
+    names = {name: name.replace("layer", "block") for name in small}
+    stated = ({names[name]: value for name, value in own.items()} for own in (small.channels, small.strides))
+    body = Body({names[name]: part for name, part in small.items()}, *stated, mean=(0.5,) * 3, std=(0.25,) * 3)
+    model = detector()
+    model.backbone = pyramid_backbone(body, layers=(2, 3, 4), channels=8, pool=False)
+    model.mean, model.std = body.mean, body.std
+    for preset in ("drcl", "densecl"):
+        own = PreTrainer(model, section(preset=preset)).train()
+        assert own.heads.projectors["image"].hidden.in_features == 14
+        images, targets = samples(width=50)
+        seen = own.look_at(images, targets)
+        torch.testing.assert_close(seen.view(0).batch.tensors[0, :, :, :50], (images[0] / 255 - 0.5) / 0.25)
+        losses = own(images, targets)
+        total(losses).backward()
+        assert all(torch.isfinite(value) for value in losses.values())
+    generator = PreTrainer(model, section()).terms["reconstruction"].generator
+    assert generator.layers[0].in_channels == 14
+
+
+def test_a_copy_of_the_shell_follows_its_own_detector():
+    """An average of the weights over training copies the shell."""
+    own = shell(momentum=0.5)
+    other = copy.deepcopy(own)
+    images, targets = samples()
+    with torch.no_grad():
+        other.heads.projectors["image"].out.bias.add_(1.0)
+    other(images, targets)
+    moved = other.average["image_projector"].out.bias - own.average["image_projector"].out.bias
+    torch.testing.assert_close(moved, torch.full_like(moved, 0.5))
+    assert int(other.heads["image"].queue.place) == 2 and int(own.heads["image"].queue.place) == 0
 
 
 def test_bf16_autocast():
@@ -324,55 +343,7 @@ def test_bf16_autocast():
         losses = own(*samples())
     assert all(value.dtype == torch.float32 for value in losses.values())
     total(losses).backward()
-    assert own.queues["image"].rows.dtype == torch.float32
-
-
-# ---- the section -----------------------------------------------------------------------------------------------------
-
-
-def test_a_preset_fills_what_is_not_given():
-    moco = Pretraining.model_validate({"preset": "moco_v2", "image": {"queue": 64}, "sampler": {"threshold": 0.1}})
-    assert (moco.image.queue, moco.image.dim, moco.image.predictor) == (64, 128, False)
-    assert (moco.weights.hcl, moco.weights.lcl, moco.det_loss) == (1, 0, "none")
-    assert (moco.sampler.name, moco.sampler.threshold) == ("plain", 0.1)
-    given = Pretraining.model_validate({"preset": "moco_v2", "weights": {"lcl": 0.5}, "momentum": 0.9})
-    assert (given.weights.hcl, given.weights.lcl, given.momentum) == (1, 0.5, 0.9)
-    assert Pretraining.model_validate(moco.model_dump(mode="json")) == moco
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"weights": {"hcl": 0, "lcl": 0, "ar": 0, "sr": 0, "det": 0}}, "every weight is 0"),
-        ({"weights": {"hcl": 0, "lcl": 0, "ar": 0, "sr": 0}, "det_loss": "none"}, "every weight is 0"),
-        ({"box": {"rois": "assigned"}}, "needs box.loss nt_xent"),
-        ({"box": {"rois": "assigned", "loss": "nt_xent"}}, "det_loss class_agnostic"),
-        ({"box": {"loss": "nt_xent"}}, 'needs box.rois "assigned"'),
-        ({"preset": "aligndet", "symmetric": True}, "one way"),
-        ({"keep_predictor": True, "det_loss": "class_agnostic"}, "keep_predictor needs det_loss class_aware"),
-        ({"preset": "moco_v2", "freeze_backbone": True}, "leaves nothing to train"),
-        ({"reconstruction": {"layers": [4, 3]}}, "must ascend"),
-        ({"weights": {"dense": 1}, "dense": {"loss": "cosine"}}, "dense.loss cannot be cosine"),
-    ],
-)
-def test_refused_sections(values, message):
-    with pytest.raises(UserError, match=message.replace(".", r"\.")):
-        check_recipe({"detector": {"norm": "bn", "frozen_layers": 0}, "pretraining": values}, "test")
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"pretraining": {"preset": "aligndet"}}, "cannot freeze the backbone"),
-        ({"pretraining": {"schedule": {"precision": "bf16"}}}, "a run has one precision"),
-        ({"pretraining": {"preset": "moco"}}, 'pretraining.preset: "moco" is not a choice'),
-        ({"pretraining": {"wieghts": {}}}, 'did you mean "weights"'),
-    ],
-)
-def test_refused_recipes(values, message):
-    with pytest.raises(UserError) as caught:
-        check_recipe({"detector": {"norm": "bn", "frozen_layers": 0}, **values}, "test")
-    assert message in str(caught.value)
+    assert own.heads.queues["image"].rows.dtype == torch.float32
 
 
 # ---- several processes -----------------------------------------------------------------------------------------------
@@ -387,12 +358,14 @@ def _train_on_rank(rank: int) -> dict[str, Any]:
         total(model(images, targets)).backward()
         optimizer.step()
         optimizer.zero_grad()
-    state = {key: value.numpy() for key, value in own.state_dict().items() if key.startswith(("queues", "average"))}
+    state = {
+        key: value.numpy() for key, value in own.state_dict().items() if key.startswith(("heads.queues", "average"))
+    }
     return {key: value for key, value in state.items() if "running" not in key and "num_batches" not in key}
 
 
 def test_two_processes_keep_identical_queues_and_momentum_networks(run_on_ranks):
     one, two = run_on_ranks(_train_on_rank)
     assert all((one[key] == two[key]).all() for key in one)
-    assert one["queues.image.place"] == 3 * 4
-    assert one["queues.box.place"] == 2 * 2 * 2 + 3 * 2 * 3, "all boxes of both, none of rank 0 in one step"
+    assert one["heads.queues.image.place"] == 3 * 4
+    assert one["heads.queues.box.place"] == 2 * 2 * 2 + 3 * 2 * 3, "all boxes of both, none of rank 0 in one step"

@@ -45,6 +45,7 @@ LOSSES = {
     "bacl": ("objectness", "fcbl"),
     "bacl_end_to_end": ("fcbl",),
     "drcl": ("softmax",),
+    "efl_baseline": ("focal",),
 }
 COSINE = ("seesaw", "ecm", "ldam")  # methods that are made for a cosine classifier
 
@@ -71,11 +72,15 @@ def named(name: str) -> tuple[str, str, str]:
     """(detector, depth, method) of a recipe's address; a file without a method in its name is the plain baseline."""
     file, _, variant = name.partition(":")
     own = file.split("/")[1]
-    full = re.fullmatch(r"(faster_rcnn|deformable_detr)_r(\d+)_?([a-z0-9_]*)", own)
+    kinds = "faster_rcnn|mask_rcnn|cascade_faster_rcnn|cascade_mask_rcnn|deformable_detr|retinanet|atss"
+    full = re.fullmatch(rf"({kinds})_r(\d+)_?([a-z0-9_]*)", own)
     detector, depth, method = full.groups() if full else ("faster_rcnn", "18", own.removesuffix("_r18"))
     if own in ("losses", "classifiers", "features"):
         method = ""
-    plain = "softmax" if detector == "faster_rcnn" else "focal"
+    detector = "cascade_rcnn" if detector.startswith("cascade") else detector
+    plain = "softmax" if detector.endswith("_rcnn") else "focal"
+    if variant == "masks":
+        return detector, depth, method or plain
     if variant == "balms" and method == "decoupled":
         return detector, depth, "balms_decoupled"
     return detector, depth, variant or method or plain
@@ -97,14 +102,17 @@ def test_recipe(name):
     assert recipe.backbone == f"resnet{depth}"
     assert stage_losses(recipe) == LOSSES[method]
     assert (recipe.method == "bacl") == (method == "bacl")
-    repeats = method in ("rfs", "rio", "balms_decoupled") or (method == "ecm" and name.startswith("lvis"))
+    repeats = method in ("rfs", "rio", "balms_decoupled") or (method == "ecm" and name.startswith(("lvis", "coco_lt")))
+    repeats = repeats or (name.startswith("lvis") and detector in ("retinanet", "atss"))
     repeats = repeats or (method == "drcl" and not name.startswith("coco"))
     assert (recipe.pretraining is not None) == ("drcl" in name)
     assert (recipe.sampler.name == "rfs") == repeats
+    masks = detector == "mask_rcnn" or getattr(recipe.detector, "masks", False)
+    assert (recipe.evaluation.iou == ("bbox", "segm")) == masks
     classifier = getattr(recipe.detector, "classifier", None)  # a choice of two-stage detectors
-    assert (classifier is not None and classifier.name == "cosine") == (method in COSINE)
-    hallucinates = recipe.second.hallucination if recipe.second else recipe.hallucination
-    assert (hallucinates is not None) == method.startswith("bacl")
+    assert (classifier is not None and classifier.name == "cosine") == (method in COSINE and classifier is not None)
+    features = recipe.second.features if recipe.second else recipe.features
+    assert (features is not None and features.name == "hallucination") == method.startswith("bacl")
     assert recipe.data.synthesize or (recipe.data.train.annotations and recipe.data.val.annotations)
     assert recipe.about.title and recipe.about.hardware
     assert f"tailfin train {name}" in recipe.about.command
@@ -128,10 +136,22 @@ def test_small_recipes_differ_in_their_method_alone():
     """The comparison on FOD31-LT is fair: one detector, one set of pictures, one measure, 14 epochs in all."""
     for family in ("demo", "fod", "road12"):
         family_names = [name for name in SMALL if name.startswith(f"{family}/")]
-        plain = load_recipe(f"{family}/faster_rcnn_r18_softmax")
         assert len(family_names) >= 2
         for name in family_names:
             recipe, method = load_recipe(name), named(name)[2]
+            dense = named(name)[0] in ("retinanet", "atss")  # one detector per file, half the rate
+            masks = "mask_rcnn" in name
+            plain = load_recipe(name.split(":")[0] if dense or masks else f"{family}/faster_rcnn_r18_softmax")
+            other = load_recipe(f"{family}/faster_rcnn_r18_softmax")
+            if dense:
+                assert recipe.schedule == other.schedule.model_copy(update={"lr": 0.01}) and recipe.data == other.data
+            if masks:
+                assert plain.schedule == other.schedule and plain.data == other.data
+                shared = plain.detector.model_dump(include=set(other.detector.model_dump()) - {"name"})
+                own = {"box_regression", "box_loss", "box_loss_beta"} if plain.detector.CASCADE else set()
+                assert {key: value for key, value in shared.items() if key not in own} == other.detector.model_dump(
+                    exclude={"name", *own}
+                )
             same = {"seed", "weights", "backbone", "evaluation", "logging"}
             assert recipe.model_dump(include=same) == plain.model_dump(include=same), name
             heads = method in (*COSINE, "rio") or name.startswith("fod/classifiers:")
@@ -139,6 +159,7 @@ def test_small_recipes_differ_in_their_method_alone():
             free |= {"rpn_nms_resampling"} if method == "forest" else set()
             smaller = recipe.pretraining is not None and family == "fod"  # 12 epochs at 128 px: its arms are its own
             free |= {"anchor_sizes"} if smaller else set()
+            free |= {"mask_predictor"} if masks and method == "seesaw" else set()
             assert recipe.detector.model_dump(exclude=free) == plain.detector.model_dump(exclude=free), name
             changed = {"copy_paste": True} if recipe.method == "bacl" and family != "fod" else {}
             changed |= {"sizes": (128,)} if smaller else {}
@@ -164,7 +185,9 @@ def test_small_recipe_takes_a_step(name):
     stats = ClassStats(image_count=[400, 60, 5], instance_count=[600, 60, 5], num_images=450)
     picture = torch.rand(3, 96, 96, generator=torch.Generator().manual_seed(0))
     boxes = torch.tensor([[8.0, 8.0, 60.0, 60.0], [30.0, 20.0, 90.0, 90.0]])
-    target = {"boxes": boxes, "labels": torch.tensor([0, 2])}
+    target = {"boxes": boxes, "labels": torch.tensor([0, 2]), "masks": torch.zeros(2, 96, 96, dtype=torch.uint8)}
+    for mask, (left, top, right, bottom) in zip(target["masks"], boxes.int().tolist(), strict=True):
+        mask[top:bottom, left:right] = 1
     for stage in [recipe, second_recipe(recipe)] if recipe.second else [recipe]:
         torch.manual_seed(0)
         model, _ = build_detector(stage, stats, start=False)
@@ -316,9 +339,9 @@ def test_show_tells_what_a_row_is():
 
 
 def test_show_of_a_blocked_row_gives_its_facts_and_reason():
-    result = run("show", "bacl/XII/bacl/lvis_v1/r50/cascade_faster_rcnn")
+    result = run("show", "2drcl/1/slotcon/coco/r50")
     assert result.exit_code == 0
-    assert "cannot be run, not yet: needs Cascade Faster R-CNN" in result.output
+    assert "cannot be run, not yet: needs SlotCon pre-training" in result.output
     assert all(line.startswith("#") for line in result.output.splitlines())
 
 
@@ -366,7 +389,7 @@ def test_copy_refuses(tmp_path, monkeypatch):
     assert path.read_text() == "old"
     assert run("copy", "fod/losses:focal", "mine.yaml", "--overwrite").exit_code == 0
     assert path.read_text() != "old"
-    blocked = "bacl/XII/bacl/lvis_v1/r50/cascade_faster_rcnn"
+    blocked = "2drcl/1/slotcon/coco/r50"
     for name, told in (("fod/losses:fokal", "did you mean"), (blocked, "not yet")):
         result = run("copy", name, "new.yaml")
         assert isinstance(result.exception, UserError) and told in str(result.exception)

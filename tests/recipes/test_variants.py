@@ -44,7 +44,7 @@ variants:
   short:
     about: {title: short one, notes: Its own.}
     overrides: {schedule.epochs: 1, loss: seesaw, detector.classifier: cosine}
-  other: {about: {published: {AP: 2.0}}, overrides: {loss.focal_gamma: 1, hallucination: null}}
+  other: {about: {published: {AP: 2.0}}, overrides: {loss.focal_gamma: 1, features: null}}
 """
 
 

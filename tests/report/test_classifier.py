@@ -24,7 +24,7 @@ DETECTOR = {"norm": "bn", "frozen_layers": 0}
 BACL = {
     "method": "bacl",
     "loss": "objectness",
-    "second": {"loss": {"name": "fcbl"}, "hallucination": {}},
+    "second": {"loss": {"name": "fcbl"}, "features": "hallucination"},
     "detector": DETECTOR,
 }
 

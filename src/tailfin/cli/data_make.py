@@ -70,7 +70,13 @@ def split(
     """
     from tailfin.data.document import load_document, with_train_counts
     from tailfin.data.index import image_folder
-    from tailfin.data.split import absent_classes, long_tail_subsample, split_train_val, unlabelled
+    from tailfin.data.split import (
+        absent_classes,
+        long_tail_subsample,
+        same_pictures,
+        split_train_val,
+        unlabelled,
+    )
     from tailfin.files import write_json
 
     long_tail = long_tail or imbalance is not None or counts is not None
@@ -87,8 +93,13 @@ def split(
     if len({path.resolve() for path in targets}) < len(targets):
         raise UserError(f"--out-train and --out-val are both {out_train}")
     document = load_document(file)
-    train, val_part = split_train_val(document, val, seed) if val is not None else (document, None)
     notes = []
+    train, val_part = document, None
+    if val is not None:
+        groups = same_pictures(document, image_folder(file, images))
+        repeated = len(groups) - len(set(groups.tolist()))
+        notes.append(f"{repeated} pictures are there more than once (name or bytes): on one side each" * (repeated > 0))
+        train, val_part = split_train_val(document, val, seed, groups=groups)
     if val_part is not None:
         notes.append(
             _listing("too few images to be in both parts, only in training", absent_classes(document, val_part))
@@ -149,6 +160,8 @@ def convert(
     ):
         if number:
             typer.echo(f"  {number} {what}")
+    for note in report.notes:
+        typer.echo(f"  {note}")
 
 
 def merge(
@@ -168,9 +181,18 @@ def merge(
     federated: Annotated[
         bool, typer.Option("--federated", help="List per image which classes its file knows, as LVIS does.")
     ] = False,
+    classes_of: Annotated[
+        Path | None,
+        typer.Option(help="File whose classes and ids OUT takes, joined by name; missing ones are added (for val)."),
+    ] = None,
+    box_form: Annotated[
+        str | None,
+        typer.Option(help="Form of the boxes, which OUT has as xywh: xyxy, cxcywh, xywh-fractions, ..."),
+    ] = None,
     overwrite: _OVERWRITE = False,
 ) -> None:
-    """Merge annotation files; rename, join and drop classes."""
+    """Merge annotation files; rename, join, add and drop classes; mend boxes of another form."""
+    from tailfin.data.box_forms import check_form
     from tailfin.data.merge import merge_files, read_mapping
 
     mapping = read_mapping(map_) if map_ is not None else {}
@@ -184,9 +206,11 @@ def merge(
     report = merge_files(
         files, out, mapping=mapping, prefixes=file_prefix or None, images=images or None,
         placing="copy" if copy else "link" if link else "none", counts_from=counts_from, federated=federated,
-        overwrite=overwrite,
+        box_form=check_form(box_form) if box_form is not None else None, classes_of=classes_of, overwrite=overwrite,
     )  # fmt: skip
     typer.echo(f"{out}: {report.images} pictures, {report.annotations} objects, {report.classes} classes")
+    if report.added:
+        typer.echo(f"  {_listing(f'of {classes_of} added, none of their objects in these pictures', report.added)}")
     if report.dropped:
         typer.echo(f"  {report.dropped} objects of dropped classes left out")
     for name, number in report.lacking.items():
@@ -198,7 +222,7 @@ def merge(
 
 def read_counts(path: Path) -> dict[str, int]:
     """Class counts from JSON ({"name": n}) or from `name: n` lines."""
-    from tailfin.data.yolo import load_plain_yaml
+    from tailfin.data.yolo_yaml import load_plain_yaml
     from tailfin.files import read_json
 
     value = read_json(path, "counts file") if path.suffix == ".json" else load_plain_yaml(path)

@@ -29,8 +29,9 @@ CORE = (
     "hotcoco",
     "pycocotools",
     "scipy",
+    "transformers",
 )
-EXTRAS = {"transformers": "detr", "timm": "timm", "onnx": "onnx", "tensorboard": "track", "av": "video"}
+EXTRAS = {"tensorboard": "track", "av": "video"}
 
 
 def doctor() -> None:

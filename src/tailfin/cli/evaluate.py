@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 
 from tailfin.config import recipe_from_file
+from tailfin.data.box_forms import check_form
 from tailfin.errors import UserError, nearest
 from tailfin.evaluation import (
     IOU_TYPES,
@@ -45,7 +46,9 @@ def evaluate(
     protocol: Annotated[
         str | None, typer.Option(help=f"One of {', '.join(PROTOCOLS)}; a run has its own, else lvis.")
     ] = None,
-    iou: Annotated[list[str] | None, typer.Option(help="bbox (default) or segm; repeat for both.")] = None,
+    iou: Annotated[
+        list[str] | None, typer.Option(help="bbox or segm, repeat for both; a run has its own, else bbox.")
+    ] = None,
     max_dets: Annotated[
         int | None, typer.Option(help="Detections per image, -1 = no limit (lvis 300, coco and groups 100).")
     ] = None,
@@ -55,6 +58,10 @@ def evaluate(
     train: Annotated[Path | None, typer.Option(help="Training file whose counts make the frequency groups.")] = None,
     groups: Annotated[
         str | None, typer.Option(help="Largest training image count of a rare and of a common class, e.g. 10,100.")
+    ] = None,
+    box_form: Annotated[
+        str | None,
+        typer.Option(help="Form of the --results boxes: xywh, xyxy or cxcywh, with -fractions for fractions."),
     ] = None,
     no_cats: Annotated[bool, typer.Option("--no-cats", help="Pool all classes (coco only).")] = False,
     per_category: Annotated[bool, typer.Option("--per-category", help="Show every class too.")] = False,
@@ -66,8 +73,10 @@ def evaluate(
     given = [name for name, value in sources if value is not None]
     if len(given) != 1:
         raise UserError(f"give one of RUN, --model and --results ({' and '.join(given) or 'none'} given)")
+    own = None if run is None else _evaluation_of(run)
+    if own is not None:
+        iou = iou or list(own.iou)
     if protocol is None:
-        own = None if run is None else _evaluation_of(run)
         protocol = "lvis" if own is None else own.protocol
         if own is not None and protocol == "lvis" and max_dets is None:
             max_dets = own.max_dets
@@ -84,6 +93,10 @@ def evaluate(
         "group_bounds": _bounds(groups),
         "train_counts": TrainCounts.from_json(train) if train else None,
     }
+    if box_form is not None:
+        if not results:
+            raise UserError("--box-form goes with --results: a detector of tailfin gives boxes in pixels")
+        options["box_form"] = check_form(box_form)
 
     with ExitStack() as stack:
         found: dict[str, Any]
@@ -160,11 +173,7 @@ def _predict(
     from tailfin.api import predict_to_results
 
     limit = IMAGE_LIMITS[protocol] if max_dets is None else max_dets
-    found = predict_to_results(checkpoint, annotations, images, folder, max_dets=limit)
-    missing = [kind for kind in kinds if kind not in found]
-    if missing:
-        raise UserError(f"{checkpoint} gives no {missing[0]} detections (it gives: {', '.join(found)})")
-    return found
+    return predict_to_results(checkpoint, annotations, images, folder, max_dets=limit, kinds=kinds)
 
 
 def _bounds(text: str | None) -> tuple[int, ...] | None:

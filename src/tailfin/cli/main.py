@@ -6,7 +6,8 @@ import os
 import sys
 import warnings
 from importlib import import_module
-from typing import Any
+from pathlib import Path
+from typing import Any, TextIO
 
 import typer
 from typer.core import TyperCommand, TyperGroup
@@ -53,6 +54,8 @@ def verb(name: str) -> Any:
     return typer.main.get_command(alone)
 
 
+PACKAGE = Path(__file__).resolve().parents[1]
+
 app = typer.Typer(
     cls=Verbs,
     name="tailfin",
@@ -82,6 +85,7 @@ def main() -> None:
     """Run the command line; a user's mistake is one message and exit code 2, an internal error a traceback and 1."""
     # pictures have a bound of their own, with a message of its own
     warnings.filterwarnings("ignore", message="Image size .* exceeds limit")
+    warnings.showwarning = _show_warning
     try:
         code = app(prog_name="tailfin", standalone_mode=False)
     except UserError as error:
@@ -102,6 +106,18 @@ def main() -> None:
             raise
         code = _usage(error)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _show_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, file: TextIO | None = None,
+    line: str | None = None,
+) -> None:  # fmt: skip
+    """Warnings of tailfin to its user are one line; those of other packages keep Python's form."""
+    if category is UserWarning and PACKAGE in Path(filename).parents:
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(f"warning: {message}", file=sys.stderr)
+    else:
+        print(warnings.formatwarning(message, category, filename, lineno, line), end="", file=file or sys.stderr)
 
 
 def _usage(error: Any) -> int:

@@ -133,7 +133,7 @@ def _plain_list() -> list[str]:
     for file in recipes.files():
         found = recipes.find_file(file)
         title = found.values()["about"]["title"] if found is not None else ""
-        lines += [f"  {file:<36}{textwrap.shorten(title, WIDTH - 38, placeholder=' ...')}"]
+        lines += [f"  {file:<38}{textwrap.shorten(title, WIDTH - 40, placeholder=' ...')}"]
         names = " ".join(f":{variant}" for variant in recipes.variants(file))
         lines += textwrap.wrap(names, WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6)
     count = f"{len(recipes.names())} recipes in {len(recipes.files())} files, {len(recipes.rows())} published rows"

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-FORMAT = 1  # part of every stamp: raise it when the meaning of a column changes
+FORMAT = 2  # part of every stamp: raise it when the meaning of a column changes
 SAMPLE = 1 << 16  # bytes hashed at the head, in the middle and at the tail of the source
 
 _DTYPES = {"F64": "<f8", "F32": "<f4", "I64": "<i8", "I32": "<i4", "I8": "|i1", "U8": "|u1", "BOOL": "|b1"}

@@ -16,14 +16,19 @@ from pathlib import Path
 
 import numpy as np
 
-from tailfin.data.images import MAX_PIXELS, Header, read_header, read_image, size_problem
-from tailfin.data.index import AnnotationIndex, RawColumns, from_columns, image_folder, image_path, parse
+from tailfin.data.box_forms import FORMS, guess
+from tailfin.data.columns import RawColumns, parse
+from tailfin.data.images import MAX_PIXELS, Header, depth, read_header, read_image, size_problem, value_range
+from tailfin.data.index import AnnotationIndex, from_columns, image_folder, image_path
+from tailfin.data.masks import BOX_AS_POLYGON
 from tailfin.data.problems import unsafe_path
 from tailfin.errors import UserError
 from tailfin.files import existing_file
+from tailfin.joins import listed
 
 PLAIN_MODES = ("RGB", "L")
 SHOWN = 5  # names in a list
+DECODED = 8  # 16-bit pictures whose values are looked at
 Track = Callable[[Iterable, int], Iterable]
 
 
@@ -74,11 +79,15 @@ def check_file(
         return _unusable(path, None, annotation_problems, [], sum(map(len, findings)), all_problems)
     folder = image_folder(path, images)
     headers, bad = _pictures(path, raw, folder, decode, max_pixels, track)
+    index = None if findings else from_columns(path, raw, fingerprint)
+    masks = "" if index is None else _mask_problem(index)
+    if masks.endswith(BOX_AS_POLYGON):
+        bad.insert(0, masks)
     if findings or bad:
         total = sum(map(len, findings)) + len(bad)
         return _unusable(path, folder, annotation_problems, bad, total, all_problems)
-    index = from_columns(path, raw, fingerprint)
-    return CheckReport(path, folder, [], 0, list(_notes(index, raw, headers)), _summary(index))
+    assert index is not None
+    return CheckReport(path, folder, [], 0, list(_notes(index, raw, headers, folder, masks)), _summary(index))
 
 
 def _unusable(
@@ -125,10 +134,20 @@ def _pictures(
 # ---- notes and summary -----------------------------------------------------------------------------------------------
 
 
-def _notes(index: AnnotationIndex, raw: RawColumns, headers: list[Header]) -> Iterator[str]:
+def _notes(index: AnnotationIndex, raw: RawColumns, headers: list[Header], folder: Path, masks: str) -> Iterator[str]:
     clean = index.clean()
     if not len(index.labels):
         yield "there are no annotations"
+    for left_out, stays in raw.doubles.items():
+        name = index.names[int(np.searchsorted(index.category_ids, stays))]
+        yield f'category {left_out} has the name of category {stays}, "{name}", and no annotation: left out'
+    if crowds := crowd_note(index):
+        yield crowds
+    if lists := negative_lists_note(index):
+        yield lists
+    sizes = np.stack([index.widths, index.heights], 1)[index.image_of].astype(np.float64)
+    if not raw.form_stated and (form := guess(index.boxes, sizes)) is not None:
+        yield f"{form.reason}: are they {FORMS[form.form]}?"
     if clean.dropped:
         yield f"{_many(clean.dropped, 'box')} without area inside the image: dropped in training, kept in evaluation"
     if clean.clipped:
@@ -147,19 +166,84 @@ def _notes(index: AnnotationIndex, raw: RawColumns, headers: list[Header]) -> It
         yield f"{_many(gaps, 'unused number')} between the category ids: they become labels 0..{len(ids) - 1}"
     unused = np.flatnonzero(np.bincount(index.labels, minlength=len(ids)) == 0)
     if len(unused):
-        listed = ", ".join(index.names[label] for label in unused[:SHOWN]) + (", ..." if len(unused) > SHOWN else "")
-        yield f"{_many(len(unused), 'class')} without annotations: {listed}"
+        first = ", ".join(index.names[label] for label in unused[:SHOWN]) + (", ..." if len(unused) > SHOWN else "")
+        yield f"{_many(len(unused), 'class')} without annotations: {first}"
     groups = {str(category.frequency) for category in index.categories} - {"None", "r", "c", "f"}
     if groups:
         yield f'category frequency "{min(groups)}" is none of r, c and f: such groups come from the counts'
+    if roots := _roots(index):
+        yield (
+            f"{listed(roots)}: no annotations, and the supercategory of other classes: a root that would be a class of "
+            f'its own (`tailfin data merge FILE --rename "{roots[0]}=" --out NEW` drops it)'
+        )
     yield from _picture_notes(index, headers)
-    try:
-        kinds = index.segmentations().kinds
-    except UserError as error:
-        yield f"masks cannot be used: {error}"
+    yield from _deep_pictures(index, headers, folder)
+    if masks:
+        yield f"masks cannot be used, boxes can: {masks}"
     else:
+        kinds = index.segmentations().kinds
         if 0 < (without := int(np.count_nonzero(kinds == 0))) < len(kinds):
             yield f"{_many(without, 'annotation')} without segmentation, though others have one: the mask is empty"
+
+
+def crowd_note(index: AnnotationIndex) -> str | None:
+    """What to say of a file half of whose annotations, or more, are crowd regions."""
+    crowds, total = int(np.count_nonzero(index.crowd)), len(index.crowd)
+    if not crowds or 2 * crowds < total:
+        return None
+    which = f"all {total}" if crowds == total else f"{crowds} of {total}"
+    return f"{which} annotations are crowd regions (iscrowd 1): not trained, and ignored in evaluation"
+
+
+def negative_lists_note(index: AnnotationIndex) -> str | None:
+    """What to say of an LVIS file in which no image names a class that it lacks."""
+    if not index.federated or len(index.neg_labels):
+        return None
+    return (
+        "every neg_category_ids is empty: no image lists a negative class, so that the lvis protocol does not count "
+        "false positives in images without the class (leave the lists out where all classes are annotated)"
+    )
+
+
+def _roots(index: AnnotationIndex) -> list[str]:
+    """Classes without annotations that are the supercategory of other classes of the file."""
+    above = {category.supercategory for category in index.categories if category.supercategory != category.name}
+    used = np.bincount(index.labels, minlength=len(index.categories))
+    return [name for name, count in zip(index.names, used.tolist(), strict=True) if not count and name in above]
+
+
+def _mask_problem(index: AnnotationIndex) -> str:
+    """Why the masks of the file cannot be read; empty where they can, or there are none."""
+    try:
+        index.segmentations()
+    except UserError as error:
+        return str(error).removeprefix(f"{index.path}: ")
+    return ""
+
+
+def _deep_pictures(index: AnnotationIndex, headers: list[Header], folder: Path) -> Iterator[str]:
+    """Which values 16-bit pictures have, by some of them, and how they are read."""
+    deep = [row for row, header in enumerate(headers) if header.mode.startswith("I;16") or header.mode == "I"]
+    ranges = []
+    for row in deep[:: max(1, len(deep) // DECODED)][:DECODED]:
+        try:
+            ranges.append(value_range(image_path(folder, index.file_name(row))))
+        except UserError:  # damaged: --decode finds it
+            continue
+    if ranges:
+        low, high = min(found[0] for found in ranges), max(found[1] for found in ranges)
+        bits = sorted({depth(found[1]) for found in ranges})
+        shown = str(bits[0]) if len(bits) == 1 else f"{bits[0]} to {bits[-1]}"
+        yield (
+            f"values of the 16-bit pictures reach {high:,} of 65,535 (from {low:,}; {len(ranges)} of {len(deep)} looked"
+            f" at): read as {shown}-bit, each picture by its own largest value, which gives {shades(low, high)} of 255"
+        )
+
+
+def shades(low: int, high: int) -> str:
+    """What the smallest and the largest value of a 16-bit picture become."""
+    scale = 255 / (2 ** depth(high) - 1)
+    return f"{round(low * scale)}..{round(high * scale)}"
 
 
 def _picture_notes(index: AnnotationIndex, headers: list[Header]) -> Iterator[str]:

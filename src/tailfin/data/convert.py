@@ -17,10 +17,12 @@ from pathlib import Path
 
 from tailfin.data.document import Document, file_name, load_document, with_train_counts
 from tailfin.data.folders import Placing, place_image, staged_folder
+from tailfin.data.images import is_hidden
 from tailfin.data.index import image_folder, image_path
 from tailfin.data.parts import SPLITS, Layout, Part, Report, common_folder
 from tailfin.data.voc import read_voc, write_voc
 from tailfin.data.yolo import read_yolo, write_yolo
+from tailfin.data.yolo_yaml import CLASS_LISTS
 from tailfin.errors import UserError
 from tailfin.files import write_json
 
@@ -66,6 +68,7 @@ def convert(
     if split is not None and origin != "coco":
         parts = [_named(parts, split, source)]
     report = Report(target, out, classes=len(parts[0].document["categories"]))
+    report.notes = [note for part in parts for note in part.notes]
     if out.suffix == ".json" and target == "coco":
         _write_single(parts, out, report, overwrite)
         return report
@@ -86,15 +89,20 @@ def detect_layout(path: Path) -> Layout:
         if path.suffix.lower() in layouts:
             return layouts[path.suffix.lower()]
         raise UserError(f"{path} is neither a COCO .json nor a YOLO .yaml file")
-    if any(path.glob("*.yaml")) or any(path.glob("*.yml")):
+    if _any(path, "*.yaml", "*.yml") or _any(path, *CLASS_LISTS) or _any(path / "labels", "*.txt", "*/*.txt"):
         return "yolo"
-    if any(any(path.glob(pattern)) for pattern in ("Annotations/*.xml", "*.xml", "*/*.xml")):
+    if _any(path, "Annotations/**/*.xml", "*.xml", "*/*.xml"):
         return "voc"
-    if any(path.glob("*.json")) or any(path.glob("annotations/*.json")):
+    if _any(path, "*.json", "annotations/*.json"):
         return "coco"
     raise UserError(
-        f"{path} has no data set that is known: a YOLO data.yaml, VOC Annotations/*.xml or COCO *.json was looked for"
+        f"{path} has no data set that is known: a YOLO data.yaml or classes.txt, VOC Annotations/*.xml or COCO *.json "
+        "was looked for"
     )
+
+
+def _any(folder: Path, *patterns: str) -> bool:
+    return any(not is_hidden(found) for pattern in patterns for found in folder.glob(pattern))
 
 
 def read_coco(source: Path, *, images: str | os.PathLike[str] | None = None, split: str | None = None) -> list[Part]:
@@ -102,7 +110,7 @@ def read_coco(source: Path, *, images: str | os.PathLike[str] | None = None, spl
     files = [source]
     if source.is_dir():
         patterns = ("*.json", "annotations/instances_*.json", "annotations/*.json")
-        files = next((found for pattern in patterns if (found := sorted(source.glob(pattern)))), [])
+        files = next((found for pattern in patterns if (found := _visible(source, pattern))), [])
         if not files:
             raise UserError(f"{source} has no COCO *.json file")
     names = _split_names(files)
@@ -115,10 +123,25 @@ def read_coco(source: Path, *, images: str | os.PathLike[str] | None = None, spl
     for name, path in zip(names, files, strict=True):
         document = load_document(path)
         folder = _pictures_of(path, source, images)
-        parts.append(Part(name, document, [image_path(folder, file_name(image)) for image in document["images"]]))
+        parts.append(Part(name, *_with_pictures(document, folder)))
     _same_classes(parts, files)
     # train first: its categories and counts lead
     return sorted(parts, key=lambda part: SPLITS.index(part.name) if part.name in SPLITS else len(SPLITS))
+
+
+def _visible(folder: Path, pattern: str) -> list[Path]:
+    return sorted(path for path in folder.glob(pattern) if not is_hidden(path))
+
+
+def _with_pictures(document: Document, folder: Path) -> tuple[Document, list[Path]]:
+    """The document with the names that its pictures have in `folder` (see `image_path`), and their paths."""
+    images, files = [], []
+    for image in document["images"]:
+        name = file_name(image)
+        file = image_path(folder, name)
+        files.append(file)
+        images.append(image if file == folder / name else {**image, "file_name": file.relative_to(folder).as_posix()})
+    return {**document, "images": images}, files
 
 
 def write_coco(parts: Sequence[Part], folder: Path, placing: Placing, report: Report) -> None:
@@ -190,5 +213,6 @@ def _same_classes(parts: Sequence[Part], files: Sequence[Path]) -> None:
         if odd is not None:
             raise UserError(
                 f'{file}: class "{odd}" has id {own.get(odd, "none")} here and {first.get(odd, "none")} in {files[0]}; '
-                "the files of one data set need the same categories"
+                "the files of one data set need the same categories (`tailfin data merge FILE --classes-of "
+                f"{files[0]} --out NEW` gives a file those of another)"
             )

@@ -2,24 +2,33 @@
 
 A training sample's key is (epoch, image row, repeat); its augmentation is drawn from a generator seeded by that key
 alone. A broken picture stops training with a message that names the file.
+
+Where a detector learns masks (`TrainingDataset(..., masks=True)`), targets have `masks` uint8 [M, H, W] of the
+augmented picture and `mask_valid` bool [M]. An object whose mask is missing, cannot be read or has no pixel left counts
+for its box alone: its row of `masks` is its box, or empty, and `mask_valid` is false.
 """
 
 from __future__ import annotations
 
 import signal
+import warnings
 from collections.abc import Generator, Iterator, Sequence
+from copy import copy as shallow_copy
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from tailfin.data.check import crowd_note
 from tailfin.data.copy_paste import box_paste, copy_paste
 from tailfin.data.images import read_image
 from tailfin.data.index import AnnotationIndex, image_folder, image_path, open_index
+from tailfin.data.masks import BROKEN
 from tailfin.data.transforms import augment, resize, shortest_edge_size
 from tailfin.errors import UserError
 from tailfin.samplers.plan import BatchPlan, Key
@@ -49,11 +58,18 @@ def open_source(files: DataFiles, root: str, what: str) -> Source:
     annotations = Path(root) / files.annotations
     images = Path(root) / files.images if files.images else None
     index = open_index(annotations)
+    if what == "train" and (crowds := crowd_note(index)):
+        if index.crowd.all():
+            raise UserError(f"{annotations}: {crowds}: there is nothing to train on")
+        warnings.warn(f"{annotations}: {crowds}", UserWarning, stacklevel=2)
     return Source(index, image_folder(annotations, images))
 
 
 class TrainingDataset(Dataset):
-    """Augmented samples by key; `kept` (bool, a value per annotation of the index) hides all other annotations."""
+    """Augmented samples by key; `kept` (bool, a value per annotation of the index) hides all other annotations.
+
+    `masks` adds `masks` and `mask_valid` to the targets; no mask is decoded where neither it nor copy-paste asks.
+    """
 
     def __init__(
         self, source: Source, config: Data, seed: int, *, masks: bool = False, kept: np.ndarray | None = None
@@ -63,7 +79,39 @@ class TrainingDataset(Dataset):
         self.seed = seed
         self.masks = masks
         self.clean = source.index.clean(kept)
-        self.paste_masks = masks or (config.copy_paste and self._segmented())
+
+    @cached_property
+    def paste_masks(self) -> bool:
+        """Whether objects are cut out along their masks: where these are learnt, or all objects have one."""
+        return self.masks or (self.config.copy_paste and self._segmented())
+
+    def with_masks(self) -> Self:
+        """The same samples, with masks in their targets; a file without any mask is a `UserError`."""
+        index = self.source.index
+        if len(self.clean.rows) and not index.readable_segmentations.drawable()[self.clean.rows].any():
+            raise UserError(f"{index.path}: no object has a mask (segmentation), and the detector learns masks")
+        other = shallow_copy(self)
+        other.masks = other.paste_masks = True
+        return other
+
+    def missing_masks(self) -> str:
+        """How many objects have no usable mask, and the first of them; empty where all have one or none is asked for.
+
+        For copy-paste without masks to learn, one that cannot be read is a `UserError`.
+        """
+        if not (self.masks or self.paste_masks):
+            return ""
+        index = self.source.index
+        parts, own = index.readable_segmentations, self.clean.rows
+        without = own[~parts.drawable()[own]]
+        if not len(without):
+            return ""
+        broken = int(np.count_nonzero(parts.kinds[without] == BROKEN))
+        unread = f"; {broken} of them cannot be read: {parts.problem}" if broken else ""
+        return (
+            f"masks: {len(without)} of {len(own)} objects have none, first annotation "
+            f"{index.annotation_ids[without].min()}, and count for their box alone{unread}"
+        )
 
     def rows(self) -> np.ndarray:
         """Image rows that train: all, or those with a usable annotation."""
@@ -78,7 +126,7 @@ class TrainingDataset(Dataset):
             return error
 
     def sample(self, epoch: int, row: int, copy: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Augmented picture uint8 [3, H, W] and target (boxes, labels, image_id, masks where asked) of a key."""
+        """Augmented picture uint8 [3, H, W] and target (boxes, labels, image_id; masks, mask_valid) of a key."""
         rng = np.random.default_rng([self.seed, 3, epoch, row, copy])
         image, target = self._augmented(row, rng)
         if self.config.copy_paste:
@@ -86,7 +134,10 @@ class TrainingDataset(Dataset):
             partner = self._augmented(int(rows[rng.integers(len(rows))]), rng)
             paste = copy_paste if self.paste_masks else box_paste
             image, target = paste(image, target, *partner, rng)
-        if not self.masks:
+        if self.masks:
+            target["masks"] = target["masks"].contiguous()  # a crop would keep the whole picture's in memory
+            target["mask_valid"] = target["mask_valid"] & seen_masks(target["masks"])
+        else:
             target = {key: value for key, value in target.items() if key != "masks"}
         return image.contiguous(), {**target, "image_id": torch.tensor(row)}
 
@@ -98,13 +149,33 @@ class TrainingDataset(Dataset):
             "boxes": torch.from_numpy(np.array(clean.boxes[own], dtype=np.float32)),
             "labels": torch.from_numpy(index.labels[clean.rows[own]].astype(np.int64)),
         }
-        if self.paste_masks:
+        if self.masks:
+            target |= self.mask_targets(row)
+        elif self.paste_masks:
             target["masks"] = torch.from_numpy(index.segmentations().masks(clean.rows[own], row))
         return augment(image, target, self.config, rng)
+
+    def mask_targets(self, row: int) -> dict[str, Tensor]:
+        """Masks uint8 [M, H, W] of an image's objects in pixels of the file, and `mask_valid`: which are the object's.
+
+        The others are filled boxes: transforms and copy-paste then treat the object as it is seen.
+        """
+        own = slice(int(self.clean.offsets[row]), int(self.clean.offsets[row + 1]))
+        masks = self.source.index.readable_segmentations.masks(self.clean.rows[own], row)
+        valid = masks.view(bool).any(axis=(1, 2))
+        for place in np.flatnonzero(~valid):
+            left, top, right, bottom = self.clean.boxes[own][place]
+            masks[place, int(top) : int(np.ceil(bottom)), int(left) : int(np.ceil(right))] = 1
+        return {"masks": torch.from_numpy(masks), "mask_valid": torch.from_numpy(valid)}
 
     def _segmented(self) -> bool:
         """Whether every object that trains has a mask."""
         return bool((self.source.index.segmentations().kinds[self.clean.rows] > 0).all())
+
+
+def seen_masks(masks: Tensor) -> Tensor:
+    """bool [M]: masks [M, H, W] with a pixel."""
+    return masks.view(torch.bool).flatten(1).any(dim=1)
 
 
 class EvaluationDataset(Dataset):

@@ -10,22 +10,59 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from tailfin.data import annotation_json
+from tailfin.data.columns import doubled_categories, parse
 from tailfin.data.index import open_index
 from tailfin.data.problems import unsafe_path
 from tailfin.errors import UserError
+from tailfin.files import existing_file
 from tailfin.stats import frequency_groups
 
 Document = dict[str, Any]
+_LISTS = ("neg_category_ids", "not_exhaustive_category_ids")
 
 
-def load_document(path: str | Path) -> Document:
-    """The parsed file, after the checks of `open_index`: what is returned has ids, boxes and links in order."""
-    open_index(path)
-    return msgspec.json.decode(Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf"))
+def load_document(path: str | Path, *, box_form: str | None = None, same_names: bool = False) -> Document:
+    """The parsed file, after the checks of `open_index`: what is returned has ids, boxes and links in order.
+
+    `box_form` turns boxes of one of `box_forms.FORMS` into [x, y, width, height]. `same_names` lets several annotated
+    categories of one name pass, which every other caller refuses.
+    """
+    path = existing_file(path, "annotation file")
+    boxes = None
+    if box_form is None and not same_names:
+        open_index(path)
+    else:
+        raw, _, findings = parse(path, box_form)
+        findings = [finding for finding in findings if not (same_names and finding.kind == "names")]
+        if raw is None or findings:
+            raise UserError(f"{path}: {next(findings[0].messages())}")
+        boxes = raw.boxes if box_form is not None else None
+    document = annotation_json.decode_plain(annotation_json.read_bytes(path), f"annotation file {path}")
+    if boxes is not None:
+        for annotation, box in zip(document["annotations"], boxes.tolist(), strict=True):
+            annotation["bbox"] = [round(value, 4) for value in box]
+            if not annotation.get("segmentation"):
+                annotation["area"] = round(box[2] * box[3], 4)
+        document["box_form"] = "xywh"
+    return _without_doubles(document)
+
+
+def _without_doubles(document: Document) -> Document:
+    """Without the unannotated categories that bear another's name, as `open_index` reads the file."""
+    categories = [(entry["id"], entry["name"], entry.get("supercategory")) for entry in document["categories"]]
+    doubles = doubled_categories(categories, {annotation["category_id"] for annotation in document["annotations"]})
+    if not doubles:
+        return document
+    images = []
+    for image in document["images"]:
+        lists = {key: image[key] for key in _LISTS if image.get(key)}
+        images.append({**image, **{key: [doubles.get(n, n) for n in values] for key, values in lists.items()}})
+    kept = [category for category in document["categories"] if category["id"] not in doubles]
+    return {**document, "images": images, "categories": kept}
 
 
 def file_name(image: Mapping[str, Any]) -> str:

@@ -1,8 +1,12 @@
 """Pictures from files: every mode of Pillow becomes 8-bit RGB, turned as its EXIF tag says, with a bound on its size.
 
-How modes are read: alpha is dropped (the colour below it stays), as common readers do; 16-bit grey is scaled by 1/257;
-32-bit integers are 16-bit values where all of them fit, else the full 31-bit range; floats are 0..1 where all of them
-fit, else 0..255. Only the first frame of an animation counts.
+How modes are read: alpha is dropped (the colour below it stays), as common readers do; 16-bit grey is scaled by the
+bits that the picture's largest value needs (a sensor of 12 bits fills 4,095 of 65,535 values), at least 8; 32-bit
+integers are 16-bit values where all of them fit, else the full 31-bit range; floats are 0..1 where all of them fit,
+else 0..255. Only the first frame of an animation counts.
+
+Which files are pictures is decided by what Pillow can read (`picture_suffixes`), with the HEIC plugin where it is
+installed (`pip install pillow-heif`); hidden files, such as the `._name.jpg` of macOS, are none.
 
 Boxes belong to the picture as it is shown, after its EXIF rotation. A picture whose size fits the annotation file only
 without the rotation was annotated by a tool that ignores the tag: it is then read without it, so that boxes and pixels
@@ -11,6 +15,7 @@ agree either way. (TIFF files are always turned.)
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +28,7 @@ from tailfin.errors import UserError
 from tailfin.files import existing_file
 
 MAX_PIXELS = 64_000_000
+HEIC = (".heic", ".heif", ".hif")
 ORIENTATION = 0x0112  # EXIF tag: 1 upright, 2-4 mirrored or upside down, 5-8 turned by 90 degrees
 TIFF_WIDTH, TIFF_HEIGHT = 256, 257  # tags
 
@@ -40,6 +46,54 @@ class Header:
     def shown_size(self) -> tuple[int, int]:
         """(width, height) after the EXIF rotation."""
         return (self.height, self.width) if self.orientation >= 5 else (self.width, self.height)
+
+
+STUBS = {
+    "BUFR",
+    "EPS",
+    "GRIB",
+    "HDF5",
+    "IPTC",
+    "MPEG",
+    "PCD",
+    "WMF",
+}  # known to Pillow, not read without other programs
+
+
+@functools.cache
+def picture_suffixes() -> frozenset[str]:
+    """Endings, in small letters, of the files that Pillow reads here."""
+    _init_pillow()
+    readable = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    known = {suffix for suffix in readable if Image.registered_extensions()[suffix] not in STUBS}
+    return frozenset({suffix.lower() for suffix in known} | {".mpo"})
+
+
+def is_picture(path: Path, root: Path | None = None) -> bool:
+    """Whether a file is a picture by its name; nothing hidden is, nor what lies in a hidden folder below `root`."""
+    return path.suffix.lower() in picture_suffixes() and not is_hidden(path, root)
+
+
+def is_hidden(path: Path, root: Path | None = None) -> bool:
+    """Whether a name begins with a dot (macOS writes `._name` beside each file), or lies in `__MACOSX` or such a folder
+    below `root`."""
+    parts = (path.relative_to(root) if root is not None else Path(path.name)).parts
+    return any(part.startswith(".") or part == "__MACOSX" for part in parts)
+
+
+def pictures_below(folder: Path) -> list[Path]:
+    """All pictures in a folder and its folders, sorted."""
+    return sorted(path for path in folder.rglob("*") if is_picture(path, folder) and path.is_file())
+
+
+@functools.cache
+def _init_pillow() -> None:
+    """Load all readers of Pillow, and the HEIC plugin where there is one."""
+    Image.init()
+    with contextlib.suppress(ImportError):
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
 
 
 def read_image(
@@ -95,13 +149,16 @@ def size_problem(header: Header, width: int, height: int) -> str | None:
 
 def _open(path: str | Path, max_pixels: int) -> Image.Image:
     try:
+        if Path(path).suffix.lower() in HEIC:
+            _init_pillow()
         image = Image.open(path)
     except (FileNotFoundError, IsADirectoryError):
         existing_file(path, "image")
         raise UserError(f"image {path} cannot be opened") from None
     except UnidentifiedImageError:
         empty = not Path(path).stat().st_size
-        raise UserError(f"image {path} is {'empty' if empty else 'no picture that can be read'}") from None
+        plugin = " without pillow-heif (pip install pillow-heif)" if Path(path).suffix.lower() in HEIC else ""
+        raise UserError(f"image {path} is {'empty' if empty else f'no picture that can be read{plugin}'}") from None
     except Image.DecompressionBombError:
         raise UserError(f"image {path} is larger than the bound of {max_pixels:,} pixels") from None
     except OSError as error:
@@ -151,8 +208,26 @@ def _grey(values: np.ndarray) -> np.ndarray:
         scale = 255.0 if values.size and values.min() >= 0 and values.max() <= 1 else 1.0
     else:
         sixteen = values.dtype.itemsize == 2 or not values.size or (values.min() >= 0 and values.max() < 2**16)
-        scale = 1 / 257 if sixteen else 255 / (2**31 - 1)
+        bits = depth(int(values.max(initial=0))) if sixteen else 31
+        scale = 255 / (2**bits - 1)
     return np.clip(np.rint(values * scale), 0, 255).astype(np.uint8)
+
+
+def depth(largest: int) -> int:
+    """Bits that a picture's largest value needs, 8 to 16."""
+    return min(max(int(largest).bit_length(), 8), 16)
+
+
+def value_range(path: str | Path, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """Smallest and largest value of a grey picture as stored; errors as `read_image` has them."""
+    with _open(path, max_pixels) as image:
+        try:
+            values = np.asarray(image)
+        except MemoryError:
+            raise
+        except Exception as error:  # a decoder of Pillow may raise anything on damaged bytes
+            raise UserError(f"image {path} is damaged: {_reason(error)}") from None
+        return int(values.min()), int(values.max())
 
 
 @functools.cache

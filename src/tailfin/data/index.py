@@ -11,21 +11,20 @@ workers and ranks share one copy. Everything else in the package (dataset, sampl
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import chain
-from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote
 
 import msgspec
 import numpy as np
 
 from tailfin.data import cache as _cache
 from tailfin.data import problems
+from tailfin.data.columns import Category, RawColumns, parse, places_of
 from tailfin.errors import UserError
 from tailfin.files import existing_file
 
@@ -34,17 +33,6 @@ if TYPE_CHECKING:
 
 _COCO_2014 = re.compile(r"COCO_(?:train|val)2014_(\d{12}\.\w+)")
 BORDER = 0.05  # pixels by which a box may pass the border before it counts as clipped: files round to 2 decimals
-
-
-class Category(msgspec.Struct, frozen=True):
-    """One class as the file has it; counts and group are None where the file is silent."""
-
-    id: int
-    name: str
-    frequency: str | None = None
-    image_count: int | None = None
-    instance_count: int | None = None
-    supercategory: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,11 +127,17 @@ class AnnotationIndex:
         return CleanBoxes(boxes, rows, offsets, dropped, clipped, crowd, self, kept)
 
     def segmentations(self) -> Segmentations:
-        """Polygons and RLEs of the same rows: a second parse at the first call, then memory-mapped likewise."""
-        return self._segmentations
+        """Polygons and RLEs of the same rows: a second parse at the first call, then memory-mapped likewise.
+
+        One that cannot be read is a `UserError` that names the annotation.
+        """
+        if problem := self.readable_segmentations.problem:
+            raise UserError(f"{self.path}: {problem}")
+        return self.readable_segmentations
 
     @cached_property
-    def _segmentations(self) -> Segmentations:
+    def readable_segmentations(self) -> Segmentations:
+        """The same where some cannot be read: these have kind BROKEN and an empty mask."""
         from tailfin.data.masks import open_segmentations
 
         return open_segmentations(self)
@@ -163,7 +157,7 @@ def open_index(path: str | Path, *, cache: bool = True, needs_names: bool = True
     stamp = _cache.stamp(path) if cache else ""
     bundle = _cache.load(path, stamp, "index") if cache else None
     if bundle is None:
-        raw, fingerprint, findings = parse(path, needs_names)
+        raw, fingerprint, findings = parse(path, needs_names=needs_names)
         if raw is None or findings:
             message = f"{path}: {next(findings[0].messages())}"
             others = sum(map(len, findings)) - 1
@@ -194,150 +188,32 @@ def image_folder(annotations: str | Path, images: str | Path | None = None) -> P
 
 
 def image_path(folder: Path, name: str) -> Path:
-    """Where a picture lies. LVIS v0.5 names its pictures as COCO 2014 did (`COCO_val2014_000000000139.jpg`), while
-    COCO 2017's folders hold `000000000139.jpg`: such a name is also looked for there.
-    """
+    """Where a picture lies: `name` below `folder`, or as `other_names` has it where there is no such file."""
     path = folder / name
-    old = _COCO_2014.fullmatch(name)
-    if old is None or path.is_file():
+    others = other_names(name)
+    if not others or path.is_file():
         return path
-    candidates = (folder / sub / old[1] for sub in ("", "train2017", "val2017"))
-    return next((candidate for candidate in candidates if candidate.is_file()), path)
+    return next((candidate for other in others if (candidate := folder / other).is_file()), path)
+
+
+def other_names(name: str) -> list[str]:
+    """What a `file_name` may mean beside itself.
+
+    Programs on Windows write `folder\\picture.jpg`, web tools `my%20picture.jpg`. LVIS v0.5 names its pictures as COCO
+    2014 did (`COCO_val2014_000000000139.jpg`), while COCO 2017's folders hold `000000000139.jpg`.
+    """
+    names = []
+    if "\\" in name:
+        names.append(name.replace("\\", "/"))
+    if "%" in name:
+        names += [plain for known in [name, *names] if (plain := unquote(known)) != known]
+    old = _COCO_2014.fullmatch(name)
+    if old is not None:
+        names += [f"{sub}{old[1]}" for sub in ("", "train2017/", "val2017/")]
+    return [other for other in names if problems.unsafe_path(other) is None]
 
 
 # ---- parsing ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class RawColumns:
-    """The file's own ids and values in file order, before any check of the whole table."""
-
-    image_ids: np.ndarray  # int64 [I]
-    widths: np.ndarray  # float64 [I]
-    heights: np.ndarray  # float64 [I]
-    file_names: list[str]
-    exhaustive: np.ndarray  # bool [I]
-    negatives: np.ndarray  # int64, category ids
-    negative_offsets: np.ndarray  # int64 [I + 1]
-    not_exhaustive: np.ndarray  # int64, category ids
-    not_exhaustive_offsets: np.ndarray  # int64 [I + 1]
-    category_ids: np.ndarray  # int64 [C]
-    category_names: list[str]
-    categories_json: str
-    annotation_ids: np.ndarray  # int64 [A]
-    image_of: np.ndarray  # int64 [A], image ids
-    category_of: np.ndarray  # int64 [A], category ids
-    boxes: np.ndarray  # float64 [A, 4]
-    areas: np.ndarray  # float64 [A], NaN where the file has none
-    crowd: np.ndarray  # bool [A]
-    crowd_given: np.ndarray  # bool [A], the annotation has iscrowd
-    unnamed: bool = False  # some file names are made up
-
-
-def parse(path: Path, needs_names: bool = True) -> tuple[RawColumns | None, str, list[problems.Finding]]:
-    """One pass over the file: columns (None where types are wrong), hash of its bytes, and all problems found."""
-    data = path.read_bytes()
-    fingerprint = _cache.digest(data)
-    data = data.removeprefix(b"\xef\xbb\xbf")  # a byte order mark, as some editors write it
-    if not data.strip():
-        raise UserError(f"annotation file {path} is empty")
-    try:
-        raw = _raw(msgspec.json.decode(data, type=_File), needs_names)
-    except (msgspec.MsgspecError, OverflowError, RecursionError) as error:
-        return None, fingerprint, _explain(path, data, error)
-    if not len(raw.image_ids) or not len(raw.category_ids):
-        return None, fingerprint, problems.structure({"images": raw.file_names, "categories": [], "annotations": []})
-    return raw, fingerprint, problems.columns(raw)
-
-
-class _Image(msgspec.Struct, gc=False):
-    id: int
-    width: int | float
-    height: int | float
-    file_name: str | None = None
-    coco_url: str | None = None
-    neg_category_ids: list[int] | None = None
-    not_exhaustive_category_ids: list[int] | None = None
-
-
-class _Annotation(msgspec.Struct, gc=False):
-    id: int
-    image_id: int
-    category_id: int
-    bbox: tuple[float, float, float, float]
-    area: float | None = None
-    iscrowd: bool | int | float | None = None
-
-
-class _File(msgspec.Struct, gc=False):
-    images: list[_Image]
-    categories: list[Category]
-    annotations: list[_Annotation]
-
-
-def _raw(file: _File, needs_names: bool) -> RawColumns:
-    images, annotations = file.images, file.annotations
-    categories = sorted(file.categories, key=attrgetter("id"))
-    unnamed = [] if needs_names else [image for image in images if image.file_name is None and image.coco_url is None]
-    for image in unnamed:
-        image.file_name = f"unnamed-{image.id}"
-    names = [image.file_name if image.file_name is not None else _from_url(image) for image in images]
-    negatives = [image.neg_category_ids for image in images]
-    crowd = list(map(attrgetter("iscrowd"), annotations))
-    return RawColumns(
-        image_ids=_column(images, "id", np.int64),
-        widths=_column(images, "width", np.float64),
-        heights=_column(images, "height", np.float64),
-        file_names=names,
-        exhaustive=np.array([values is None for values in negatives], bool),
-        negatives=_flat(negatives),
-        negative_offsets=_lengths(negatives),
-        not_exhaustive=_flat([image.not_exhaustive_category_ids for image in images]),
-        not_exhaustive_offsets=_lengths([image.not_exhaustive_category_ids for image in images]),
-        category_ids=_column(categories, "id", np.int64),
-        category_names=[category.name for category in categories],
-        categories_json=msgspec.json.encode(categories).decode(),
-        annotation_ids=_column(annotations, "id", np.int64),
-        image_of=_column(annotations, "image_id", np.int64),
-        category_of=_column(annotations, "category_id", np.int64),
-        boxes=np.fromiter(
-            chain.from_iterable(map(attrgetter("bbox"), annotations)), np.float64, 4 * len(annotations)
-        ).reshape(-1, 4),
-        areas=np.array(list(map(attrgetter("area"), annotations)), np.float64),  # None becomes NaN
-        crowd=np.fromiter(map(bool, crowd), bool, len(crowd)),
-        crowd_given=np.fromiter((value is not None for value in crowd), bool, len(crowd)),
-        unnamed=bool(unnamed),
-    )
-
-
-def _from_url(image: _Image) -> str:
-    if image.coco_url is None:
-        raise msgspec.ValidationError("no file_name")  # the slow check names the image
-    return "/".join(image.coco_url.split("/")[-2:])
-
-
-def _column(entries: Sequence[Any], name: str, dtype: type) -> np.ndarray:
-    return np.fromiter(map(attrgetter(name), entries), dtype, len(entries))
-
-
-def _flat(lists: list[list[int] | None]) -> np.ndarray:
-    return np.fromiter(chain.from_iterable(values or () for values in lists), np.int64)
-
-
-def _lengths(lists: list[list[int] | None]) -> np.ndarray:
-    return np.concatenate([[0], np.cumsum([len(values or ()) for values in lists], dtype=np.int64)])
-
-
-def _explain(path: Path, data: bytes, error: Exception) -> list[problems.Finding]:
-    """The problems behind a failed typed parse; JSON that is none is raised at once."""
-    try:
-        document = json.loads(data)  # knows NaN and Infinity, so the annotation that has them can be named
-    except (ValueError, RecursionError) as worse:
-        raise UserError(problems.syntax(path, data, worse)) from None
-    findings = problems.structure(document)
-    if not findings:
-        raise UserError(problems.syntax(path, data, error)) from None
-    return findings
 
 
 # ---- columns ---------------------------------------------------------------------------------------------------------
@@ -345,7 +221,7 @@ def _explain(path: Path, data: bytes, error: Exception) -> list[problems.Finding
 
 def _columns(raw: RawColumns) -> dict[str, np.ndarray]:
     """Checked values to the columns of the index."""
-    positions = _positions(raw.image_ids, raw.image_of)
+    positions = places_of(raw.image_ids, raw.image_of)
     order = np.argsort(positions, kind="stable")
     image_of = positions[order].astype(np.int32)
     widths, heights = raw.widths.astype(np.int32), raw.heights.astype(np.int32)
@@ -378,12 +254,6 @@ def _columns(raw: RawColumns) -> dict[str, np.ndarray]:
     for column in columns.values():
         column.setflags(write=False)
     return columns
-
-
-def _positions(ids: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """Position in `ids` (unique, any order) of each wanted id; every one is there."""
-    sorter = np.argsort(ids)
-    return sorter[np.searchsorted(ids, wanted, sorter=sorter)]
 
 
 def _offsets(image_of: np.ndarray, images: int) -> np.ndarray:

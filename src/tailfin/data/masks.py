@@ -5,6 +5,9 @@ kept as COCO's compressed bytes. Like the boxes they are parsed once and memory-
 
     parts = index.segmentations()
     masks = parts.image_masks(7)  # uint8 [n, H, W], the annotations of the eighth image
+
+A segmentation that cannot be read is an error there; `index.readable_segmentations()` has the others, for training,
+where such an object still counts for its box.
 """
 
 from __future__ import annotations
@@ -19,13 +22,27 @@ import msgspec
 import numpy as np
 from pycocotools import mask as coco_mask
 
+from tailfin.data import annotation_json
 from tailfin.data import cache as _cache
 from tailfin.errors import UserError
+from tailfin.files import json_bytes
 
 if TYPE_CHECKING:
     from tailfin.data.index import AnnotationIndex
 
-NONE, POLYGONS, RLE = 0, 1, 2
+NONE, POLYGONS, RLE, BROKEN = 0, 1, 2, 3
+LEAST = 6  # numbers of a polygon: parts of fewer than three points enclose nothing and are passed over
+TOO_SHORT = "a polygon has {} numbers, three points [x1, y1, x2, y2, x3, y3, ...] are needed at least"
+BOX_AS_POLYGON = f"{TOO_SHORT.format(4)}: is it a box?"
+
+
+def short_polygons(polygons: Sequence[Sequence[float]]) -> str:
+    """What is wrong with a mask none of whose parts has three points; others read four numbers as a box, as nothing, or
+    not at all. Empty where a part encloses something, or there is none."""
+    lengths = [len(part) for part in polygons]
+    if not lengths or max(lengths) >= LEAST:
+        return ""
+    return BOX_AS_POLYGON if 4 in lengths else TOO_SHORT.format(max(lengths))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -33,7 +50,7 @@ class Segmentations:
     """Columns beside an index's rows (A annotations). All arrays are read-only; pickling passes paths."""
 
     index: AnnotationIndex
-    kinds: np.ndarray  # int8 [A]: NONE, POLYGONS or RLE
+    kinds: np.ndarray  # int8 [A]: NONE, POLYGONS, RLE or BROKEN (cannot be read)
     polygons_of: np.ndarray  # int64 [A + 1]: row r has polygons polygons_of[r] : polygons_of[r + 1]
     polygon_offsets: np.ndarray  # int64 [P + 1] into coordinates
     coordinates: np.ndarray  # float64, x y x y ... in pixels of the file
@@ -41,6 +58,15 @@ class Segmentations:
     rle_bytes: np.ndarray  # uint8, COCO's compressed counts
     rle_sizes: np.ndarray  # int32 [A, 2], the RLE's own (height, width)
     _bundle: _cache.Bundle
+
+    @property
+    def problem(self) -> str:
+        """What is wrong with the first segmentation that cannot be read, with the annotation's id; else empty."""
+        return self._bundle.metadata.get("problem", "")
+
+    def drawable(self) -> np.ndarray:
+        """bool [A]: an RLE, or a polygon of three points or more."""
+        return (self.kinds == RLE) | (np.diff(self.polygons_of) > 0)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _restore, (self.index, self._bundle if self._bundle.file is None else self._bundle.file)
@@ -83,12 +109,13 @@ class Segmentations:
 
 
 def open_segmentations(index: AnnotationIndex) -> Segmentations:
-    """Parse or map the segmentations of an index. A malformed one is a `UserError` that names the annotation."""
+    """Parse or map the segmentations of an index; malformed ones are marked, and the first told in `problem`."""
     cached = index._bundle.file is not None
     stamp = _cache.stamp(index.path) if cached else ""
     bundle = _cache.load(index.path, stamp, "masks") if cached else None
     if bundle is None or bundle.metadata.get("fingerprint") != index.fingerprint:
-        columns, metadata = _parse(index), {"fingerprint": index.fingerprint}
+        columns, problem = _parse(index)
+        metadata = {"fingerprint": index.fingerprint, "problem": problem}
         if cached:
             bundle = _cache.store(index.path, stamp, "masks", columns, metadata)
         else:
@@ -116,12 +143,13 @@ class _Rle(msgspec.Struct, gc=False):
 _decode = msgspec.json.Decoder(list[list[float]] | _Rle | None).decode
 
 
-def _parse(index: AnnotationIndex) -> dict[str, np.ndarray]:
-    """Each segmentation is decoded on its own and becomes numbers at once, so the peak is the flat columns."""
+def _parse(index: AnnotationIndex) -> tuple[dict[str, np.ndarray], str]:
+    """Columns, and the first problem. Each segmentation becomes numbers at once, so the peak is the flat columns."""
     data = Path(index.path).read_bytes()
     if _cache.digest(data) != index.fingerprint:
         raise UserError(f"annotation file {index.path} has changed since it was opened")
-    annotations = msgspec.json.decode(data.removeprefix(b"\xef\xbb\xbf"), type=_File).annotations
+    label = f"annotation file {index.path}"
+    annotations = annotation_json.decode(json_bytes(data, label), _File, label).annotations
     total = len(annotations)
     by_id = np.argsort(np.fromiter((entry.id for entry in annotations), np.int64, total))
     in_row_order = np.empty(total, np.int64)
@@ -129,21 +157,28 @@ def _parse(index: AnnotationIndex) -> dict[str, np.ndarray]:
     kinds, sizes = np.zeros(total, np.int8), np.zeros((total, 2), np.int32)
     coordinates, ends, blob = array("d"), array("q", [0]), bytearray()
     polygons_of, rle_offsets = np.zeros(total + 1, np.int64), np.zeros(total + 1, np.int64)
+    problem = ""
     for row, position in enumerate(in_row_order.tolist()):
-        value = _segmentation(index, annotations[position])
-        if isinstance(value, _Rle):
-            kinds[row], sizes[row] = RLE, value.size
-            blob += _compressed(index, row, value)
-        elif value:
-            kinds[row] = POLYGONS
-            for polygon in value:
-                if len(polygon) % 2:
-                    raise _error(index, annotations[position].id, "a polygon has an odd number of coordinates")
-                if len(polygon) >= 6:  # fewer than three points enclose nothing
-                    coordinates.extend(polygon)
-                    ends.append(len(coordinates))
+        try:
+            value = _segmentation(annotations[position])
+            if isinstance(value, _Rle):
+                blob += _compressed(index, row, value)
+                kinds[row], sizes[row] = RLE, value.size
+            elif value:
+                if any(len(polygon) % 2 for polygon in value):
+                    raise _Malformed("a polygon has an odd number of coordinates")
+                if short := short_polygons(value):
+                    raise _Malformed(short)
+                kinds[row] = POLYGONS
+                for polygon in value:
+                    if len(polygon) >= LEAST:
+                        coordinates.extend(polygon)
+                        ends.append(len(coordinates))
+        except _Malformed as error:
+            kinds[row] = BROKEN
+            problem = problem or f"annotation {annotations[position].id}: segmentation: {error}"
         polygons_of[row + 1], rle_offsets[row + 1] = len(ends) - 1, len(blob)
-    return {
+    columns: dict[str, np.ndarray] = {
         "kinds": kinds,
         "polygons_of": polygons_of,
         "polygon_offsets": np.frombuffer(ends, np.int64),
@@ -152,34 +187,38 @@ def _parse(index: AnnotationIndex) -> dict[str, np.ndarray]:
         "rle_bytes": np.frombuffer(bytes(blob), np.uint8),
         "rle_sizes": sizes,
     }
+    return columns, problem
 
 
-def _segmentation(index: AnnotationIndex, entry: _Annotation) -> list[list[float]] | _Rle | None:
+class _Malformed(ValueError):
+    """What is wrong with one segmentation."""
+
+
+def _segmentation(entry: _Annotation) -> list[list[float]] | _Rle | None:
     if not len(memoryview(entry.segmentation)):
         return None
     try:
         return _decode(entry.segmentation)
     except msgspec.ValidationError as error:
         needed = "a list of polygons [[x, y, ...], ...] or an RLE {size, counts} is needed"
-        raise _error(index, entry.id, f"{needed} ({error})") from None
+        raise _Malformed(f"{needed} ({error})") from None
 
 
 def _compressed(index: AnnotationIndex, row: int, rle: _Rle) -> bytes:
     image = index.image_of[row]
     expected = (int(index.heights[image]), int(index.widths[image]))
-    number = int(index.annotation_ids[row])
     if rle.size != expected:
-        raise _error(index, number, f"the RLE's size (height, width) is {rle.size}, that of its image is {expected}")
+        raise _Malformed(f"the RLE's size (height, width) is {rle.size}, that of its image is {expected}")
     if isinstance(rle.counts, str):
         try:
             counts = rle.counts.encode("ascii")
         except UnicodeEncodeError:
-            raise _error(index, number, "the RLE's counts are no COCO RLE text") from None
+            raise _Malformed("the RLE's counts are no COCO RLE text") from None
         lengths = _run_lengths(counts)
     else:
         counts, lengths = b"", rle.counts
     if lengths is None or min(lengths, default=0) < 0 or sum(lengths) != expected[0] * expected[1]:
-        raise _error(index, number, f"the RLE's counts do not add up to {expected[0]} x {expected[1]} pixels")
+        raise _Malformed(f"the RLE's counts do not add up to {expected[0]} x {expected[1]} pixels")
     if isinstance(rle.counts, str):
         return counts
     return coco_mask.frPyObjects({"size": list(rle.size), "counts": rle.counts}, *expected)["counts"]
@@ -208,10 +247,6 @@ def _run_lengths(counts: bytes) -> list[int] | None:
         lengths.append(value)
         value = shift = 0
     return None if shift else lengths
-
-
-def _error(index: AnnotationIndex, annotation: int, problem: str) -> UserError:
-    return UserError(f"{index.path}: annotation {annotation}: segmentation: {problem}")
 
 
 _FIELDS = ("kinds", "polygons_of", "polygon_offsets", "coordinates", "rle_offsets", "rle_bytes", "rle_sizes")

@@ -16,9 +16,10 @@ from typing import Any
 from tailfin.data.document import Document, file_name, load_document, with_train_counts
 from tailfin.data.folders import Placing, leading_prefix, place_image, staged_folder
 from tailfin.data.index import image_folder, image_path
-from tailfin.data.yolo import load_plain_yaml
+from tailfin.data.yolo_yaml import load_plain_yaml
 from tailfin.errors import UserError, nearest
 from tailfin.files import write_json
+from tailfin.joins import join_classes
 
 Mapped = Mapping[str, str | None]
 _LISTS = ("neg_category_ids", "not_exhaustive_category_ids")
@@ -33,6 +34,7 @@ class MergeReport:
     classes: int = 0
     dropped: int = 0  # annotations of dropped classes
     lacking: dict[str, int] = field(default_factory=dict)  # per file: classes it does not know, while not federated
+    added: list[str] = field(default_factory=list)  # classes of `classes_of` that the files lack
 
 
 def merge_files(
@@ -45,6 +47,8 @@ def merge_files(
     placing: Placing = "none",
     counts_from: str | os.PathLike[str] | None = None,
     federated: bool = False,
+    box_form: str | None = None,
+    classes_of: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
 ) -> MergeReport:
     """Merge annotation files into the file `out`; see `merge_documents`.
@@ -52,7 +56,9 @@ def merge_files(
     `images` are the picture folders (default: the usual rule per file). With `placing` "copy" or "link" the pictures
     are put in the folder beside `out` that has its stem. Otherwise they stay, and where `prefixes` is None and all of
     them lie below `out`'s folder, the file names lead there, so that `out` can be used as it is. `counts_from` is the
-    merged training file whose class counts `out` takes over; without it they are counted in `out`.
+    merged training file whose class counts `out` takes over; without it they are counted in `out`. `box_form` is the
+    form of the files' boxes (`box_forms.FORMS`); `out` has [x, y, width, height]. `classes_of` is a file whose classes,
+    ids and class counts `out` takes: classes are joined by name, those that occur nowhere are added.
     """
     out = Path(out)
     paths = [Path(file) for file in files]
@@ -60,8 +66,9 @@ def merge_files(
         raise UserError(f"{len(images)} image folders are given for {len(paths)} files; one for each is needed")
     if out.exists() and not overwrite:
         raise UserError(f"{out} exists (--overwrite replaces it)")
-    documents = [load_document(path) for path in paths]
-    counted = load_document(Path(counts_from)) if counts_from is not None else None
+    documents = [load_document(path, box_form=box_form, same_names=True) for path in paths]
+    classes = load_document(Path(classes_of)) if classes_of is not None else None
+    counted = load_document(Path(counts_from)) if counts_from is not None else classes
     folders = [image_folder(path, Path(images[k]) if images else None) for k, path in enumerate(paths)]
     if prefixes is None:
         start = image_folder(out)
@@ -72,6 +79,8 @@ def merge_files(
     merged = merge_documents(
         documents, names=[str(p) for p in paths], mapping=mapping, prefixes=prefixes, federated=federated, report=report
     )
+    if classes is not None:
+        merged = _with_classes(merged, classes, str(classes_of), report)
     if counted is not None:
         merged = with_train_counts(merged, counted)
     if placing == "none":
@@ -165,6 +174,24 @@ def merge_documents(
         del merged["licenses"]
     _fill(report, documents, names, mapping, merged, federated)
     return with_train_counts(merged, merged)
+
+
+def _with_classes(merged: Document, other: Document, label: str, report: MergeReport) -> Document:
+    """The document with the categories of `other`, joined by name; a class that `other` lacks is a `UserError`."""
+    join = join_classes([c["name"] for c in merged["categories"]], [c["name"] for c in other["categories"]])
+    if join.missing:
+        raise UserError(
+            f"--classes-of {label}: it lacks the class {join.first_missing()}; rename or drop it (--rename)"
+        )
+    report.added, report.classes = join.unknown, len(other["categories"])
+    ids = [category["id"] for category in other["categories"]]
+    new = {c["id"]: ids[row] for c, row in zip(merged["categories"], join.rows.tolist(), strict=True)}
+    images = [
+        {**image, **{key: sorted(new[n] for n in image[key]) for key in _LISTS if image.get(key)}}
+        for image in merged["images"]
+    ]
+    annotations = [{**a, "category_id": new[a["category_id"]]} for a in merged["annotations"]]
+    return {**merged, "images": images, "annotations": annotations, "categories": other["categories"]}
 
 
 def read_mapping(path: str | os.PathLike[str]) -> dict[str, str | None]:

@@ -12,7 +12,6 @@ from tailfin.data.document import Document
 
 Layout = Literal["coco", "yolo", "voc"]
 SPLITS = ("train", "val", "test")
-IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".jp2"))
 
 
 @dataclass(frozen=True)
@@ -22,6 +21,7 @@ class Part:
     name: str
     document: Document
     files: list[Path]
+    notes: list[str] = field(default_factory=list)  # what the reader passed over or took for something
 
 
 @dataclass
@@ -38,6 +38,7 @@ class Report:
     clipped: int = 0  # boxes cut at the border
     empty: int = 0  # boxes without area in the picture, left out
     masks: int = 0  # masks left out
+    notes: list[str] = field(default_factory=list)  # of the parts
 
 
 def common_folder(files: Sequence[Path]) -> Path:

@@ -15,10 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tailfin.data.box_forms import FORMS, guess
 from tailfin.errors import nearest
+from tailfin.files import not_utf8
 
 if TYPE_CHECKING:
-    from tailfin.data.index import RawColumns
+    from tailfin.data.columns import RawColumns
 
 INT64 = 2**63
 
@@ -29,6 +31,7 @@ class Finding:
 
     rows: Sequence[int] | np.ndarray
     describe: Callable[[int], str]
+    kind: str = ""  # for callers that can mend it: "names" (several categories of one name)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -102,8 +105,10 @@ def columns(raw: RawColumns) -> list[Finding]:
             _repeated_names(names),
             lambda i: (
                 f'category {raw.category_ids[i]}: the name "{names[i]}" is already that of category'
-                f" {raw.category_ids[names.index(names[i])]}"
+                f" {raw.category_ids[names.index(names[i])]} and both are annotated"
+                " (`tailfin data merge FILE --out NEW` joins them)"
             ),
+            "names",
         ),
         Finding(_repeats(raw.annotation_ids), lambda i: f"annotation id {raw.annotation_ids[i]} is given twice"),
         Finding(
@@ -126,7 +131,23 @@ def columns(raw: RawColumns) -> list[Finding]:
         ("not_exhaustive_category_ids", raw.not_exhaustive, raw.not_exhaustive_offsets),
     ):
         findings.append(_list_finding(key, values, offsets, raw.image_ids, category_ids))
-    return [finding for finding in findings if len(finding)]
+    findings = [finding for finding in findings if len(finding)]
+    if not findings and not raw.form_stated and (form := _box_form(raw)):
+        findings.append(_one(form))
+    return findings
+
+
+def _box_form(raw: RawColumns) -> str | None:
+    """Why the boxes are surely of another form, None where they are not."""
+    order = np.argsort(raw.image_ids)
+    images = order[np.searchsorted(raw.image_ids, raw.image_of, sorter=order)]
+    found = guess(raw.boxes, np.stack([raw.widths, raw.heights], 1)[images])
+    if found is None or not found.sure:
+        return None
+    return (
+        f"{found.reason}: they look like {FORMS[found.form]}, and [x, y, width, height] in pixels is needed (`tailfin"
+        f" data merge FILE --box-form {found.form} --out NEW` rewrites them, --box-form xywh says that they are right)"
+    )
 
 
 def box_problem(box: Any) -> str | None:
@@ -158,7 +179,7 @@ def syntax(path: object, data: bytes, error: Exception) -> str:
     if isinstance(error, RecursionError):
         return f"{path} is not valid JSON: it is nested too deeply"
     if isinstance(error, UnicodeDecodeError):
-        return f"{path} is not valid JSON: it is not UTF-8 at byte {error.start}"
+        return not_utf8(data, str(path))
     if isinstance(error, json.JSONDecodeError):
         text, position = error.doc, error.pos
         if error.msg.startswith("Unterminated") or position >= len(text.rstrip()):
@@ -225,6 +246,8 @@ def _annotation(entry: dict[str, Any]) -> str | None:
 def _id(entry: dict[str, Any], key: str) -> str | None:
     if key not in entry:
         return f'has no "{key}"'
+    if isinstance(entry[key], int) and not isinstance(entry[key], bool) and not _is_id(entry[key]):
+        return f"{key} {_found(entry, key)}, which does not fit 64 bits"
     return None if _is_id(entry[key]) else f"{key} {_found(entry, key)}, a whole number is needed"
 
 

@@ -7,7 +7,6 @@ and memory-mapped afterwards.
 
 from __future__ import annotations
 
-import importlib
 import io
 import zipfile
 from dataclasses import dataclass
@@ -22,17 +21,16 @@ from torch import Tensor
 from tailfin.data import cache
 from tailfin.data.dataset import Source
 from tailfin.data.index import AnnotationIndex
+from tailfin.data.proposal_search import Boxes, opencv, selective_search
 from tailfin.errors import UserError
 from tailfin.files import existing_file, write_atomic, write_json
 from tailfin.parsing import Box, boxes_array, column, load_typed, nearest_id, rows_of
 from tailfin.schema.pretraining import Proposals
 
-Boxes = NDArray[np.float32]  # [N, 4] xyxy, pixels of the picture's file
 BORDER = 1.0  # pixels by which a box may pass the picture's border: files round
 ASPECT, SIZE = 2.0, (0.15, 0.8)  # random boxes: bound of the aspect, square root of the share of the picture
 INSTANCE_IOU = 0.5  # from which a proposal counts as an instance of an annotation's class
 PAIRS = 2_000_000  # pairs of a proposal and an annotation that are compared at a time
-EXTRA = "opencv-contrib-python-headless"
 
 
 @dataclass(frozen=True)
@@ -134,7 +132,7 @@ class ProposalSource:
 def open_proposals(config: Proposals, source: Source, root: str | Path = "") -> ProposalSource:
     """The source of proposals for a training set; a missing, unfit or foreign file is a `UserError`."""
     if config.source == "selective_search":
-        _opencv()
+        opencv()
     if config.source not in ("file", "rpn"):
         return ProposalSource(config)
     if not config.file:
@@ -231,21 +229,6 @@ def jittered_truth(truth: Boxes, size: tuple[int, int], config: Proposals, rng: 
     )
     boxes = np.clip(boxes, 0, np.concatenate([limit, limit])).astype(np.float32)
     return boxes[(boxes[:, 2:] - boxes[:, :2] >= 1).all(axis=1)]
-
-
-def selective_search(image: Tensor) -> Boxes:
-    """Boxes of OpenCV's selective search (fast mode) on a picture uint8 [3, H, W], largest first, each once.
-
-    About half a second for a small photo: write them once with `tailfin data proposals selective_search`.
-    """
-    cv2 = _opencv()
-    search = cv2.ximgproc.segmentation.createSelectiveSearchSegmentation()
-    search.setBaseImage(np.ascontiguousarray(image.permute(1, 2, 0).numpy()[:, :, ::-1]))
-    search.switchToSelectiveSearchFast()
-    found = np.unique(np.asarray(search.process(), dtype=np.float32).reshape(-1, 4), axis=0)  # it ranks at random
-    found = found[np.argsort(-found[:, 2] * found[:, 3], kind="stable")]
-    found[:, 2:] += found[:, :2]
-    return found
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
@@ -392,16 +375,3 @@ def _reopened(path: Path, starts: NDArray[np.int64], counts: NDArray[np.int64]) 
     return StoredProposals(
         path, starts, counts, columns.columns["boxes"], columns.columns["scores"], columns.metadata.get("made_by", "")
     )
-
-
-def _opencv() -> Any:
-    """OpenCV with its selective search, or how to get it."""
-    try:
-        cv2 = importlib.import_module("cv2")
-        cv2.ximgproc.segmentation.createSelectiveSearchSegmentation  # noqa: B018
-    except (ImportError, AttributeError):
-        raise UserError(
-            f"proposals by selective search need OpenCV with its contributed modules: pip install {EXTRA}; or take "
-            "proposals.source=gt_jitter"
-        ) from None
-    return cv2

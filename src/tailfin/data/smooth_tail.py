@@ -20,6 +20,7 @@ import msgspec
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from tailfin.data import annotation_json
 from tailfin.data.index import AnnotationIndex
 from tailfin.errors import UserError
 from tailfin.files import read_json, write_atomic
@@ -214,7 +215,7 @@ def write_subset(path: Path, index: AnnotationIndex, kept: NDArray[np.bool_]) ->
 
     Categories and all other top-level entries stay as they are.
     """
-    data = index.path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+    data = annotation_json.with_whole_ids(annotation_json.read_bytes(index.path))
     document = msgspec.json.decode(data, type=dict[str, msgspec.Raw])
     links = msgspec.json.decode(document["annotations"], type=list[_Link])
     images = msgspec.json.decode(document["images"], type=list[_Id])

@@ -8,24 +8,31 @@ images that rare classes need are there before frequent classes choose theirs.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tailfin.data.document import Document, positions, subset, with_train_counts
+from tailfin.data.document import Document, file_name, positions, subset, with_train_counts
+from tailfin.data.index import image_path
 from tailfin.errors import UserError, nearest
+from tailfin.joins import plain_name
 
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 
 
-def split_train_val(document: Document, fraction: float, seed: int = 0) -> tuple[Document, Document]:
+def split_train_val(
+    document: Document, fraction: float, seed: int = 0, *, groups: Ints | None = None
+) -> tuple[Document, Document]:
     """(train, val) with about `fraction` of the images, and of each class's images, in val.
 
     Every class with annotations is in train; a class on two images or more is in val too wherever that is possible (see
     `absent_classes` for the rest). Images without annotations are dealt out alike. The class counts of both parts are
-    those of train. The result depends on the document and `seed` alone.
+    those of train. `groups`, int64 [I], numbers images that must stay together (see `same_pictures`). The result
+    depends on the document, `groups` and `seed` alone.
     """
     if not 0 < fraction < 1:
         raise UserError(f"the validation fraction is {fraction}, it must be between 0 and 1")
@@ -33,12 +40,36 @@ def split_train_val(document: Document, fraction: float, seed: int = 0) -> tuple
     images, classes = len(document["images"]), len(document["categories"])
     if images < 2:
         raise UserError(f"{images} image cannot be split in two")
-    rows = _Rows(image_of, category_of, images, classes)
-    in_val = _deal(rows, fraction, np.random.default_rng([seed, 11]))
-    _mend(rows, in_val)
+    group_of = np.arange(images) if groups is None else np.unique(groups, return_inverse=True)[1]
+    if not group_of.any():
+        raise UserError(f"all {images} images are one picture, which cannot be split in two")
+    rows = _Rows(group_of[image_of], category_of, int(group_of.max()) + 1, classes)
+    group_in_val = _deal(rows, fraction, np.random.default_rng([seed, 11]))
+    _mend(rows, group_in_val)
+    in_val = group_in_val[group_of]
     train = subset(document, ~in_val, ~in_val[image_of])
     val = subset(document, in_val, in_val[image_of])
     return with_train_counts(train, train), with_train_counts(val, train)
+
+
+def same_pictures(document: Document, folder: Path) -> Ints:
+    """A number per image, int64 [I], equal where images are the same picture: by file name, or by the bytes of the
+    file in `folder`. Only files of equal size are read; one that is missing is told by its name alone."""
+    names = [file_name(image) for image in document["images"]]
+    number: dict[str, int] = {}
+    groups = np.array([number.setdefault(plain_name(name), len(number)) for name in names], np.int64)
+    by_size: dict[int, list[tuple[int, Path]]] = {}
+    for group, name in enumerate(dict.fromkeys(map(plain_name, names))):
+        file = image_path(folder, name)
+        if file.is_file():
+            by_size.setdefault(file.stat().st_size, []).append((group, file))
+    first = np.arange(len(number))
+    for equal in by_size.values():
+        owner: dict[bytes, int] = {}
+        for group, file in equal if len(equal) > 1 else ():
+            with file.open("rb") as opened:
+                first[group] = owner.setdefault(hashlib.file_digest(opened, "blake2b").digest(), group)
+    return first[groups]
 
 
 def absent_classes(whole: Document, part: Document) -> list[str]:

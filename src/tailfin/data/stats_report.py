@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from tailfin.data.check import crowd_note, negative_lists_note
 from tailfin.data.index import AnnotationIndex
 from tailfin.errors import UserError
 from tailfin.files import write_atomic
@@ -56,6 +57,7 @@ def summarize(index: AnnotationIndex, stats: ClassStats) -> dict[str, Any]:
         },
         "groups": {name: stats.frequency.count(group) for group, name in GROUP_NAMES.items()},
         "box_sizes": dict(zip(SIZE_NAMES, sizes.tolist(), strict=True)),
+        "notes": [note for note in (crowd_note(index), negative_lists_note(index)) if note],
         "advice": advice(stats),
         "per_class": [
             {
@@ -145,6 +147,8 @@ def print_summary(summary: dict[str, Any], console: Console, *, most: int | None
         for entry, image, instance in rows[-head:]:
             table.add_row(str(entry["id"]), str(image), str(instance), entry["frequency"], Text(entry["name"]))
     console.print(table)
+    for note in summary["notes"]:
+        console.print(Text(f"note: {note}"), soft_wrap=True)
     console.print(Text(f"advice: {summary['advice']}"), soft_wrap=True)
 
 

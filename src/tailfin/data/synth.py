@@ -27,7 +27,8 @@ from pycocotools import mask as coco_mask
 
 from tailfin.data.document import Document, count_classes, with_train_counts
 from tailfin.data.folders import staged_folder
-from tailfin.data.synth_draw import COLOURS, SHAPES, TEXTURES, Drawn, Look, draw_scene
+from tailfin.data.synth_draw import Drawn, draw_scene
+from tailfin.data.synth_shapes import COLOURS, SHAPES, TEXTURES, Look
 from tailfin.errors import UserError
 from tailfin.files import read_json, write_json
 

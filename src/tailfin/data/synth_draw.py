@@ -14,49 +14,30 @@ import colorsys
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
 from scipy.ndimage import gaussian_filter
 
-Array = NDArray[np.float32]
+from tailfin.data.synth_shapes import (
+    COLOURS,
+    OUTLINES,
+    SUPERSAMPLE,
+    Array,
+    Body,
+    Look,
+    polar_points,
+    rasterise,
+    rotation_matrix,
+    unit_vector,
+)
+
 Mask = NDArray[np.bool_]
 
-SHAPES = (
-    "disc", "square", "triangle", "star", "cross", "heart", "hexagon", "crescent",
-    "arrow", "drop", "bolt", "gear", "leaf", "house", "fish", "bottle",
-)  # fmt: skip
-TEXTURES = ("plain", "striped", "dotted", "checked", "ringed", "rimmed", "halved", "wavy")
 # hue, saturation, value
-COLOURS = {
-    "red": (0.99, 0.85, 0.80),
-    "green": (0.34, 0.75, 0.58),
-    "blue": (0.61, 0.80, 0.78),
-    "yellow": (0.14, 0.85, 0.92),
-    "purple": (0.78, 0.62, 0.66),
-    "cyan": (0.50, 0.70, 0.82),
-    "orange": (0.07, 0.90, 0.93),
-    "pink": (0.93, 0.42, 0.95),
-    "brown": (0.06, 0.62, 0.42),
-    "white": (0.12, 0.06, 0.93),
-}
 MIN_VISIBLE = 0.4  # objects with a smaller visible part are not annotated
-_SUPERSAMPLE = 4
 _TRIES = 16
-
-
-class Look(NamedTuple):
-    """What a class looks like."""
-
-    shape: str
-    texture: str
-    colour: str
-
-    @property
-    def name(self) -> str:
-        return f"{self.colour} {self.texture} {self.shape}"
 
 
 @dataclass(frozen=True)
@@ -77,7 +58,7 @@ def draw_scene(rng: np.random.Generator, looks: Sequence[Look], size: int) -> tu
 
     Returns the picture, uint8 [size, size, 3], and the objects whose visible part is large enough, in order.
     """
-    light = _unit(rng.uniform(0, 2 * math.pi))
+    light = unit_vector(rng.uniform(0, 2 * math.pi))
     bodies = _place(rng, looks, size)
     canvas = _ground(rng, size)
     for _ in range(rng.integers(2, 7)):
@@ -104,42 +85,12 @@ def draw_scene(rng: np.random.Generator, looks: Sequence[Look], size: int) -> tu
     return picture, drawn
 
 
-@dataclass
-class _Body:
-    """Geometry of one thing in the scene, with its coverage on a patch that may reach over the border."""
-
-    outline: NDArray[np.floating]  # pixels, [P, 2]
-    corner: tuple[int, int]  # x, y of the patch's first pixel
-    alpha: Array  # coverage, [h, w]
-    inverse: NDArray[np.floating]  # 2 x 2, pixels from the centre -> unit coordinates
-    centre: NDArray[np.floating]
-    radius: float
-    look: Look | None
-    size: int
-
-    @property
-    def pixels(self) -> int:
-        return int(np.count_nonzero(self.alpha >= 0.5))
-
-    @property
-    def window(self) -> tuple[slice, slice]:
-        """Where the patch lies on the canvas."""
-        (x, y), (h, w) = self.corner, self.alpha.shape
-        return slice(max(y, 0), min(y + h, self.size)), slice(max(x, 0), min(x + w, self.size))
-
-    @property
-    def inside(self) -> tuple[slice, slice]:
-        """The part of the patch that lies on the canvas."""
-        (x, y), (rows, columns) = self.corner, self.window
-        return slice(rows.start - y, rows.stop - y), slice(columns.start - x, columns.stop - x)
-
-
 # geometry
 
 
-def _place(rng: np.random.Generator, looks: Sequence[Look], size: int) -> list[_Body]:
+def _place(rng: np.random.Generator, looks: Sequence[Look], size: int) -> list[Body]:
     """Put the objects one on another so that, where possible, each keeps enough of itself in view."""
-    bodies: list[_Body] = []
+    bodies: list[Body] = []
     owner = np.full((size, size), -1, np.int32)
     for look in looks:
         best, best_visible = None, -1.0
@@ -159,51 +110,28 @@ def _place(rng: np.random.Generator, looks: Sequence[Look], size: int) -> list[_
     return bodies
 
 
-def _body(rng: np.random.Generator, look: Look, size: int, shrink: float) -> _Body:
+def _body(rng: np.random.Generator, look: Look, size: int, shrink: float) -> Body:
     radius = shrink * size * math.exp(rng.uniform(math.log(0.09), math.log(0.24)))
     centre = rng.uniform(0.55 * radius, size - 0.55 * radius, 2)
     turn, tilt = rng.normal(0, 0.5), rng.uniform(0, math.pi)
     squash = rng.uniform(0.72, 1.0)
-    matrix = radius * _rotation(tilt) @ np.diag([1.0, squash]) @ _rotation(turn - tilt)
-    return _rasterise(_OUTLINES[look.shape], matrix, centre, radius, look, size)
+    matrix = radius * rotation_matrix(tilt) @ np.diag([1.0, squash]) @ rotation_matrix(turn - tilt)
+    return rasterise(OUTLINES[look.shape], matrix, centre, radius, look, size)
 
 
-def _rasterise(
-    outline: NDArray[np.floating],
-    matrix: NDArray[np.floating],
-    centre: NDArray[np.floating],
-    radius: float,
-    look: Look | None,
-    size: int,
-) -> _Body:
-    points = outline @ matrix.T + centre
-    low = np.floor(points.min(0)).astype(int) - 2
-    high = np.ceil(points.max(0)).astype(int) + 2
-    alpha = _coverage(points - low, high - low)
-    return _Body(points, (int(low[0]), int(low[1])), alpha, np.linalg.inv(matrix), centre, radius, look, size)
-
-
-def _coverage(points: NDArray[np.floating], shape: NDArray[np.int_]) -> Array:
-    """Antialiased fill of a polygon (patch pixels) on a patch of (width, height)."""
-    patch = Image.new("L", (int(shape[0]) * _SUPERSAMPLE, int(shape[1]) * _SUPERSAMPLE))
-    # Pillow's integer points are pixel centres, and it fills the border too
-    ImageDraw.Draw(patch).polygon([tuple(p) for p in (points * _SUPERSAMPLE - 0.5).tolist()], fill=255)
-    return np.asarray(patch.reduce(_SUPERSAMPLE), np.float32) / np.float32(255)
-
-
-def _scrap(rng: np.random.Generator, size: int) -> _Body:
+def _scrap(rng: np.random.Generator, size: int) -> Body:
     """Clutter on the ground: a pebble, a shard or a stick, in no class's shape."""
     kind = rng.integers(3)
     if kind == 0:
         angle = np.linspace(0, 2 * math.pi, 14, endpoint=False)
-        outline = _polar(angle, rng.uniform(0.75, 1.0, 14))
+        outline = polar_points(angle, rng.uniform(0.75, 1.0, 14))
     elif kind == 1:
-        outline = _polar(np.sort(rng.uniform(0, 2 * math.pi, 5)), rng.uniform(0.6, 1.1, 5))
+        outline = polar_points(np.sort(rng.uniform(0, 2 * math.pi, 5)), rng.uniform(0.6, 1.1, 5))
     else:
         outline = np.array([[-1, -0.07], [1, -0.04], [1, 0.04], [-1, 0.07]]) * rng.uniform(1, 2)
     radius = size * rng.uniform(0.03, 0.09)
-    matrix = radius * _rotation(rng.uniform(0, 2 * math.pi)) @ np.diag([1.0, rng.uniform(0.6, 1.0)])
-    return _rasterise(outline, matrix, rng.uniform(0, size, 2), radius, None, size)
+    matrix = radius * rotation_matrix(rng.uniform(0, 2 * math.pi)) @ np.diag([1.0, rng.uniform(0.6, 1.0)])
+    return rasterise(outline, matrix, rng.uniform(0, size, 2), radius, None, size)
 
 
 def _strand(rng: np.random.Generator, size: int) -> tuple[Array, Array]:
@@ -212,13 +140,13 @@ def _strand(rng: np.random.Generator, size: int) -> tuple[Array, Array]:
     start, end = rng.uniform(0, size, 2), rng.uniform(0, size, 2)
     start[rng.integers(2)], end[rng.integers(2)] = -4, size + 4
     bow = rng.normal(0, 0.12 * size) * np.sin(math.pi * t)
-    across = _unit(math.atan2(end[1] - start[1], end[0] - start[0]) + math.pi / 2)
-    path = (start + t[:, None] * (end - start) + bow[:, None] * across) * _SUPERSAMPLE
-    patch = Image.new("L", (size * _SUPERSAMPLE, size * _SUPERSAMPLE))
-    width = max(1, round(size / 160 * rng.uniform(1.2, 2.6) * _SUPERSAMPLE))
+    across = unit_vector(math.atan2(end[1] - start[1], end[0] - start[0]) + math.pi / 2)
+    path = (start + t[:, None] * (end - start) + bow[:, None] * across) * SUPERSAMPLE
+    patch = Image.new("L", (size * SUPERSAMPLE, size * SUPERSAMPLE))
+    width = max(1, round(size / 160 * rng.uniform(1.2, 2.6) * SUPERSAMPLE))
     ImageDraw.Draw(patch).line([tuple(p) for p in path.tolist()], fill=255, width=width, joint="curve")
     colour = _hsv(rng.uniform(0.08, 0.35), rng.uniform(0.1, 0.5), rng.uniform(0.15, 0.5))
-    return np.asarray(patch.reduce(_SUPERSAMPLE), np.float32) / np.float32(255), colour
+    return np.asarray(patch.reduce(SUPERSAMPLE), np.float32) / np.float32(255), colour
 
 
 # ground
@@ -293,7 +221,7 @@ def _noise(rng: np.random.Generator, size: int, grids: Sequence[int], stretch: f
 # paint
 
 
-def _paint(canvas: Array, rng: np.random.Generator, body: _Body, light: NDArray[np.float64]) -> None:
+def _paint(canvas: Array, rng: np.random.Generator, body: Body, light: NDArray[np.float64]) -> None:
     """Cast the body's shadow on the canvas, then lay its shaded surface over it (in place)."""
     _shadow(canvas, rng, body, light)
     height, width = body.alpha.shape
@@ -318,19 +246,19 @@ def _paint(canvas: Array, rng: np.random.Generator, body: _Body, light: NDArray[
     region += alpha[body.inside][..., None] * (surface[body.inside] - region)
 
 
-def _shadow(canvas: Array, rng: np.random.Generator, body: _Body, light: NDArray[np.float64]) -> None:
+def _shadow(canvas: Array, rng: np.random.Generator, body: Body, light: NDArray[np.float64]) -> None:
     reach = math.ceil(0.35 * body.radius) + 3
     padded = np.pad(body.alpha, reach)
     soft = gaussian_filter(padded, 0.5 + 0.1 * body.radius * rng.uniform(0.5, 1.2), truncate=2)
     shift = np.rint(-light * body.radius * rng.uniform(0.08, 0.22)).astype(int)
-    cast = _Body(body.outline, (body.corner[0] - reach + int(shift[0]), body.corner[1] - reach + int(shift[1])),
+    cast = Body(body.outline, (body.corner[0] - reach + int(shift[0]), body.corner[1] - reach + int(shift[1])),
                  soft, body.inverse, body.centre, body.radius, None, body.size)  # fmt: skip
     rows, columns = cast.window
     if rows.start < rows.stop and columns.start < columns.stop:
         canvas[rows, columns] *= (1 - rng.uniform(0.3, 0.55) * soft[cast.inside])[..., None]
 
 
-def _surface(rng: np.random.Generator, body: _Body) -> Array:
+def _surface(rng: np.random.Generator, body: Body) -> Array:
     """Unshaded colours of the body, float32 [h, w, 3]."""
     if body.look is None:
         dark, bright = _earth(rng)
@@ -343,7 +271,7 @@ def _surface(rng: np.random.Generator, body: _Body) -> Array:
     return _blend(base, other.astype(np.float32), _texture(rng, body))
 
 
-def _texture(rng: np.random.Generator, body: _Body) -> Array:
+def _texture(rng: np.random.Generator, body: Body) -> Array:
     """Share of the second colour, 0..1, [h, w]; edges are about one pixel wide."""
     assert body.look is not None
     height, width = body.alpha.shape
@@ -363,7 +291,7 @@ def _texture(rng: np.random.Generator, body: _Body) -> Array:
         case "ringed":
             wave, rate = np.sin(two_pi * 1.7 * np.hypot(u + p, v + q)), two_pi * 1.7
         case "rimmed":
-            inner = _rasterise(0.66 * _OUTLINES[body.look.shape], np.linalg.inv(body.inverse), body.centre,
+            inner = rasterise(0.66 * OUTLINES[body.look.shape], np.linalg.inv(body.inverse), body.centre,
                                body.radius, None, body.size)  # fmt: skip
             rim = np.ones((height, width), np.float32)
             dx, dy = inner.corner[0] - body.corner[0], inner.corner[1] - body.corner[1]
@@ -397,67 +325,9 @@ def _camera(rng: np.random.Generator, canvas: Array, light: NDArray[np.float64])
 # small pieces
 
 
-def _unit(angle: float) -> NDArray[np.float64]:
-    return np.array([math.cos(angle), math.sin(angle)])
-
-
-def _rotation(angle: float) -> NDArray[np.float64]:
-    c, s = math.cos(angle), math.sin(angle)
-    return np.array([[c, -s], [s, c]])
-
-
 def _blend(first: Array, second: Array, share: Array) -> Array:
     return first + np.asarray(share, np.float32)[..., None] * (second - first)
 
 
 def _hsv(hue: float, saturation: float, value: float) -> Array:
     return np.array(colorsys.hsv_to_rgb(hue % 1, min(max(saturation, 0), 1), min(max(value, 0), 1)), np.float32)
-
-
-def _polar(angle: NDArray[np.float64], radius: NDArray[np.float64] | float) -> NDArray[np.float64]:
-    return np.stack([radius * np.cos(angle), radius * np.sin(angle)], 1)
-
-
-def _outlines() -> dict[str, NDArray[np.float64]]:
-    """Unit outlines, float64 [P, 2], y downwards."""
-    up = -math.pi / 2
-
-    def ring(count: int, start: float = up) -> NDArray[np.float64]:
-        return start + np.linspace(0, 2 * math.pi, count, endpoint=False)
-
-    def points(*xy: float) -> NDArray[np.float64]:
-        return np.array(xy, np.float64).reshape(-1, 2)
-
-    t = ring(36, 0.0)
-    heart = np.stack(
-        [16 * np.sin(t) ** 3, -(13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t))], 1
-    )
-    outer = _polar(np.linspace(0.7, 2 * math.pi - 0.7, 24), 1.0)
-    bite = np.array([0.62, 0.0]) + _polar(np.linspace(2 * math.pi - 1.52, 1.52, 18), 0.66)
-    drop_angle = np.linspace(-0.62, math.pi + 0.62, 22)
-    leaf_x = np.linspace(-1, 1, 14)
-    leaf_y = 0.52 * (1 - leaf_x**2) ** 0.8
-    return {
-        "disc": 0.92 * _polar(ring(36), 1.0),
-        "square": 0.8 * points(-1, -1, 1, -1, 1, 1, -1, 1),
-        "triangle": points(0, -1, 0.98, 0.75, -0.98, 0.75),
-        "star": 1.1 * _polar(ring(10), np.tile([1.0, 0.45], 5)),
-        "cross": points(-0.34, -1, 0.34, -1, 0.34, -0.34, 1, -0.34, 1, 0.34, 0.34, 0.34,
-                        0.34, 1, -0.34, 1, -0.34, 0.34, -1, 0.34, -1, -0.34, -0.34, -0.34),
-        "heart": heart / 16.5,
-        "hexagon": 0.95 * _polar(ring(6, 0.0), 1.0),
-        "crescent": np.concatenate([outer, bite]) + [0.1, 0],
-        "arrow": points(-1, -0.3, 0.1, -0.3, 0.1, -0.8, 1.05, 0, 0.1, 0.8, 0.1, 0.3, -1, 0.3),
-        "drop": np.concatenate([points(0, -1.1), points(0, 0.3) + 0.72 * _polar(drop_angle, 1.0)]),
-        "bolt": points(0.15, -1.1, -0.75, 0.15, -0.12, 0.15, -0.35, 1.1, 0.75, -0.3, 0.1, -0.3, 0.55, -1.1),
-        "gear": _polar(ring(40) - math.pi / 40, np.tile([1.0, 1.0, 0.74, 0.74], 10)),
-        "leaf": 1.1 * np.concatenate([np.stack([leaf_x, -leaf_y], 1), np.stack([leaf_x, leaf_y], 1)[-2:0:-1]]),
-        "house": points(0, -1.05, 1, -0.2, 0.75, -0.2, 0.75, 0.9, -0.75, 0.9, -0.75, -0.2, -1, -0.2),
-        "fish": np.concatenate([points(-1.1, -0.55), points(0.25, 0) + points(0.85, 0.58) * _polar(
-            np.linspace(math.pi + 0.45, 3 * math.pi - 0.45, 26), 1.0), points(-1.1, 0.55)]),
-        "bottle": points(-0.2, -1.15, 0.2, -1.15, 0.2, -0.6, 0.48, -0.3, 0.48, 1.05, -0.48, 1.05, -0.48, -0.3,
-                         -0.2, -0.6),
-    }  # fmt: skip
-
-
-_OUTLINES = _outlines()

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
-from tailfin.data.dataset import Source, TrainingDataset
+from tailfin.data.dataset import Source, TrainingDataset, seen_masks
 from tailfin.data.photometric import photometric
 from tailfin.data.proposals import ProposalSource
 from tailfin.data.transforms import shortest_edge_size
@@ -167,10 +167,11 @@ def view_pixels(image: Tensor, geometry: Geometry, config: Views, number: int, r
 class PretrainingDataset(TrainingDataset):
     """Pairs of views by key: the first view's picture, and a target with all that belongs to both.
 
-    Target: `boxes` [M, 4] and `labels` [M] (and `masks`) of the annotated objects in the first view; `view`, the second
-    view's picture uint8 [3, H2, W2]; `proposals` [P, 4] in the first and `view_proposals` [P, 4] in the second view,
-    row for row the same box; `image_id`. With `third`: `third` and `third_proposals`, the second view's window at half
-    its size with colours of its own. All boxes are xyxy, float32, pixels of their view. P may be 0.
+    Target: `boxes` [M, 4] and `labels` [M] (and `masks`, `mask_valid`) of the annotated objects in the first view;
+    `view`, the second view's picture uint8 [3, H2, W2]; `proposals` [P, 4] in the first and `view_proposals` [P, 4] in
+    the second view, row for row the same box; `image_id`. With `third`: `third` and `third_proposals`, the second
+    view's window at half its size with colours of its own. All boxes are xyxy, float32, pixels of their view. P may be
+    0.
 
     Args:
         proposals: what gives a picture's boxes (`tailfin.data.proposals.open_proposals`).
@@ -215,8 +216,9 @@ class PretrainingDataset(TrainingDataset):
             "image_id": torch.tensor(row),
         }
         if self.masks:
-            masks = self.source.index.segmentations().masks(self.clean.rows[own][seen], row)
-            target["masks"] = first.geometry.mask_pixels(torch.from_numpy(masks))
+            whole = self.mask_targets(row)
+            target["masks"] = first.geometry.mask_pixels(whole["masks"][seen])
+            target["mask_valid"] = whole["mask_valid"][seen] & seen_masks(target["masks"])
         if self.third:
             half = replace(
                 second.geometry,

@@ -5,35 +5,37 @@ xmax = x + w, ymax = y + h, and back. The sums are decimal, so a box comes back 
 no class list; one is written as `labels.txt` (a name per line) and read where there is one, else the names found are
 sorted. `difficult`, `truncated`, `occluded` and `pose` are kept as fields of the annotation; `difficult` has no meaning
 in COCO's own evaluation.
+
+The picture of an XML file has its name in the same subfolder, else the name that the file itself gives, anywhere below
+the picture folder; where several pictures may be meant the file is refused. Pictures without an XML file have no
+objects: programs write none for an empty picture. XML may declare any encoding that Python knows.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Sequence
-from decimal import Context, Decimal, InvalidOperation
-from pathlib import Path
+from collections.abc import Sequence
+from decimal import Decimal, InvalidOperation
+from pathlib import Path, PurePosixPath
 from typing import Any
 from xml.etree import ElementTree
-from xml.parsers import expat
 
 from tailfin.data.document import Document, file_name
 from tailfin.data.folders import Placing, place_image
-from tailfin.data.images import read_header
-from tailfin.data.parts import IMAGE_SUFFIXES, SPLITS, Part, Report, annotations_by_image, common_folder
+from tailfin.data.images import is_hidden, pictures_below, read_header, size_problem
+from tailfin.data.parts import SPLITS, Part, Report, annotations_by_image, common_folder
+from tailfin.data.voc_xml import _EXACT, FLAGS, parse_xml, plain_number, to_xml, xml_text
 from tailfin.errors import UserError
+from tailfin.files import read_text
+from tailfin.joins import plain_name
 
-_EXACT = Context(prec=700)  # digits: the sum of any two floats of at most 1e9 fits
 _MOST = 10**9  # pixels
-_FLAGS = ("difficult", "truncated", "occluded")
 _FOLDERS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
-_NO_XML = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff\ud800-\udfff]")
 
 
 def read_voc(source: Path) -> list[Part]:
     """The splits of a VOC folder; XML files beside their pictures, also in train/, valid/ and test/, are read too."""
-    splits = _find(source)
-    entries = {split: [_read_xml(xml, pictures) for xml, pictures in files] for split, files in splits.items()}
+    splits, absent = _find(source)
+    entries = {split: _entries(found) for split, found in splits.items()}
     names = _class_names(source, entries)
     number_of = {name: k + 1 for k, name in enumerate(names)}
     categories = [{"id": number, "name": name} for name, number in number_of.items()]
@@ -50,7 +52,11 @@ def read_voc(source: Path) -> list[Part]:
                 document["annotations"].append(
                     {"id": annotation_number, "image_id": image_number, "category_id": number_of[label], **fields}
                 )
-        parts.append(Part(split, document, [picture for picture, _, _ in found]))
+        notes = []
+        if bare := sum(xml is None for xml, _ in splits[split][1]):
+            notes.append(f"{split}: {bare} pictures without an XML file kept as pictures without objects")
+        parts.append(Part(split, document, [picture for picture, _, _ in found], notes))
+    parts[0].notes[:0] = absent
     return parts
 
 
@@ -60,7 +66,7 @@ def write_voc(parts: Sequence[Part], folder: Path, placing: Placing, report: Rep
     A picture's id is its file name without suffix; where splits share names, SPLIT_ is put before all of them.
     """
     categories = sorted(parts[0].document["categories"], key=lambda category: category["id"])
-    name_of = {category["id"]: _xml_text(category["name"], f"category {category['id']}") for category in categories}
+    name_of = {category["id"]: xml_text(category["name"], f"category {category['id']}") for category in categories}
     stems = [[Path(file_name(image)).with_suffix("").as_posix() for image in part.document["images"]] for part in parts]
     shared = len({stem for own in stems for stem in own}) < sum(len(set(own)) for own in stems)
     for name in ("Annotations", "JPEGImages", "ImageSets/Main"):
@@ -80,7 +86,7 @@ def write_voc(parts: Sequence[Part], folder: Path, placing: Placing, report: Rep
             report.masks += sum(bool(annotation.get("segmentation")) for annotation in kept)
             objects += len(kept)
             picture = identity + Path(file_name(image)).suffix
-            tree = _to_xml(image, picture, kept, name_of)
+            tree = to_xml(image, picture, kept, name_of)
             (folder / "Annotations" / f"{identity}.xml").write_bytes(tree)
             place_image(file, folder / "JPEGImages" / picture, placing)
         listed = "".join(f"{identity}\n" for identity in owner)
@@ -92,66 +98,144 @@ def write_voc(parts: Sequence[Part], folder: Path, placing: Placing, report: Rep
 
 # finding
 
-Files = list[tuple[Path, dict[str, Path]]]  # each XML file with the pictures of its folder by stem
+Found = tuple["_Pictures", list[tuple[Path | None, str]]]  # pictures; each XML file (or none) with its name below them
 
 
-def _find(source: Path) -> dict[str, Files]:
+class _Pictures:
+    """The pictures of a folder and its folders, to be found by the XML files that belong to them."""
+
+    def __init__(self, folder: Path) -> None:
+        if not folder.is_dir():
+            raise UserError(f"{folder} does not exist (the pictures of a VOC set are in JPEGImages)")
+        found = pictures_below(folder)
+        self.folder = folder
+        self.paths = {path.relative_to(folder).as_posix(): path for path in found}
+        self._by_stem: dict[str, list[str]] = {}
+        self._anywhere: dict[str, list[str]] = {}  # by the last part, with and without the suffix
+        for name in self.paths:
+            base = name.rpartition("/")[2]
+            self._by_stem.setdefault(name.rpartition(".")[0], []).append(name)
+            for key in {base, base.rpartition(".")[0]}:
+                self._anywhere.setdefault(key, []).append(name)
+
+    def stems(self) -> dict[str, list[str]]:
+        """Names by what they are without the suffix."""
+        return self._by_stem
+
+    def find(self, stem: str, inner: str, where: Path) -> tuple[Path, bool]:
+        """The picture of an XML file called `stem` (`folder/name`) that gives `inner` as its file name, and whether it
+        has the same name as the file."""
+        inner = plain_name(inner)
+        base, parent = inner.rpartition("/")[2], stem.rpartition("/")[0]
+        own = self._by_stem.get(stem, [])
+        if len(own) > 1:
+            own = [name for name in own if name.rpartition("/")[2] == base] or own
+        if len(own) == 1:
+            return self.paths[own[0]], True
+        inside = f"{parent}/{inner}" if parent else inner
+        meant = own or [name for name in (inside, inner if "/" in inner else "") if name in self.paths][:1]
+        # in other folders only where nothing else there has the name
+        last = stem.rpartition("/")[2]
+        for key in (base, last, base.rpartition(".")[0]):
+            meant = meant or self._anywhere.get(key, [])
+        if len(meant) == 1:
+            return self.paths[meant[0]], False
+        if meant:
+            raise UserError(f"{where}: its picture may be {' or '.join(meant[:3])}: the file names none of them")
+        raise UserError(f"{where}: there is no picture {PurePosixPath(stem).name} (.jpg, .png, ...) for it")
+
+
+def _find(source: Path) -> tuple[dict[str, Found], list[str]]:
+    """XML files and pictures of each split, and notes on lists of splits that are not there."""
     if (source / "Annotations").is_dir():
         folder = source / "Annotations"
         beside = source / "JPEGImages"
-        pictures = _pictures(beside if beside.is_dir() else source / "images")
+        pictures = _Pictures(beside if beside.is_dir() else source / "images")
         lists = {split: source / "ImageSets/Main" / f"{split}.txt" for split in (*SPLITS, "trainval")}
         there = {split: path for split, path in lists.items() if path.is_file()}
         if len(there) > 1:
             there.pop("trainval", None)  # the sum of train and val
         if not there:
-            return {"train": [(xml, pictures) for xml in _xml_files(folder, recurse=True)]}
-        return {
-            "train" if split == "trainval" else split: [(xml, pictures) for xml in _listed(path, folder)]
-            for split, path in there.items()
-        }
-    if any(source.glob("*.xml")):
-        return {"train": [(xml, _pictures(source)) for xml in _xml_files(source)]}
-    splits: dict[str, Files] = {}
+            return {"train": (pictures, _with_bare(_xml_files(folder, recurse=True), folder, pictures))}, []
+        splits: dict[str, Found] = {}
+        absent = []
+        for split, path in there.items():
+            listed, missing = _listed(path, folder, pictures)
+            if missing and listed:
+                raise UserError(missing[0])
+            if listed:
+                splits["train" if split == "trainval" else split] = (pictures, listed)
+            else:
+                absent.append(f"{missing[0]}, nor any other of it" if missing else f"{path} is empty")
+        if not splits:
+            raise UserError(absent[0])
+        return splits, [f"{text}: left out" for text in absent]
+    if _visible(source):
+        pictures = _Pictures(source)
+        return {"train": (pictures, _with_bare(_xml_files(source), source, pictures))}, []
+    splits = {}
     for name, split in _FOLDERS.items():
-        if any((source / name).glob("*.xml")) and split not in splits:
-            pictures = _pictures(source / name)
-            splits[split] = [(xml, pictures) for xml in _xml_files(source / name)]
+        if _visible(source / name) and split not in splits:
+            pictures = _Pictures(source / name)
+            splits[split] = (pictures, _with_bare(_xml_files(source / name), source / name, pictures))
     if not splits:
         raise UserError(f"{source} has no Annotations/*.xml")
-    return splits
+    return splits, []
+
+
+def _visible(folder: Path, *, recurse: bool = False) -> list[Path]:
+    found = folder.rglob("*.xml") if recurse else folder.glob("*.xml")
+    return sorted(path for path in found if not is_hidden(path, folder))
 
 
 def _xml_files(folder: Path, *, recurse: bool = False) -> list[Path]:
-    found = sorted(folder.rglob("*.xml") if recurse else folder.glob("*.xml"))
+    found = _visible(folder, recurse=recurse)
     if not found:
         raise UserError(f"{folder} has no .xml file")
     return found
 
 
-def _listed(file: Path, folder: Path) -> Iterator[Path]:
-    for number, line in enumerate(file.read_text("utf-8-sig").splitlines(), 1):
-        words = line.split()
-        if not words:
+def _with_bare(files: list[Path], folder: Path, pictures: _Pictures) -> list[tuple[Path | None, str]]:
+    """XML files with their names, then the pictures that none of them can mean."""
+    found: list[tuple[Path | None, str]] = [
+        (path, path.relative_to(folder).with_suffix("").as_posix()) for path in files
+    ]
+    claimed = set()
+    for path, stem in found:
+        assert path is not None
+        inner = str(parse_xml(path)[0].findtext("filename") or "").strip()
+        claimed.add(pictures.find(stem, inner, path)[0])
+    return found + [(None, name) for name, path in pictures.paths.items() if path not in claimed]
+
+
+def _listed(file: Path, folder: Path, pictures: _Pictures) -> tuple[list[tuple[Path | None, str]], list[str]]:
+    """The XML files that a list names, or the pictures where there is no XML file; and messages about missing ones."""
+    found: list[tuple[Path | None, str]] = []
+    missing = []
+    stems = pictures.stems()
+    for number, line in enumerate(read_text(file).splitlines(), 1):
+        name = line.strip()
+        if not name:
             continue
-        xml = folder / f"{words[0]}.xml"  # a second word is a class list's -1, 0 or 1
-        if not xml.is_file():
-            raise UserError(f"{file}, line {number}: {xml} does not exist")
-        yield xml
-
-
-def _pictures(folder: Path) -> dict[str, Path]:
-    if not folder.is_dir():
-        raise UserError(f"{folder} does not exist (the pictures of a VOC set are in JPEGImages)")
-    found = (path for path in sorted(folder.rglob("*")) if path.suffix.lower() in IMAGE_SUFFIXES)
-    return {path.relative_to(folder).with_suffix("").as_posix(): path for path in found}
+        head, _, last = name.rpartition(" ")
+        # names may have spaces; a last word -1, 0 or 1 is that of a class list
+        candidates = [name, *([head.strip()] if last in ("-1", "0", "1") and head.strip() else [])]
+        xml = next((stem for stem in candidates if (folder / f"{stem}.xml").is_file()), None)
+        bare = next((stems[stem] for stem in candidates if stem in stems), None)
+        if xml is not None:
+            found.append((folder / f"{xml}.xml", xml))
+        elif bare is not None and len(bare) == 1:
+            found.append((None, bare[0]))
+        else:
+            missing.append(f"{file}, line {number}: {folder / candidates[-1]}.xml does not exist")
+    return found, missing
 
 
 def _class_names(source: Path, entries: dict[str, list[Entry]]) -> list[str]:
     found = {label for images in entries.values() for _, _, objects in images for label, _ in objects}
     listed: list[str] = []
     if (source / "labels.txt").is_file():
-        listed = [line.strip() for line in (source / "labels.txt").read_text("utf-8-sig").splitlines() if line.strip()]
+        listed = [line.strip() for line in read_text(source / "labels.txt").splitlines() if line.strip()]
         if len(set(listed)) < len(listed):
             raise UserError(f"{source / 'labels.txt'} has a name twice")
     names = listed + sorted(found - set(listed))
@@ -165,20 +249,34 @@ def _class_names(source: Path, entries: dict[str, list[Entry]]) -> list[str]:
 Entry = tuple[Path, tuple[int, int], list[tuple[str, dict[str, Any]]]]  # picture, (width, height), (class, fields)
 
 
-def _read_xml(path: Path, pictures: dict[str, Path]) -> Entry:
+def _entries(found: Found) -> list[Entry]:
+    """The pictures of a split with their objects; a picture that two XML files mean is a `UserError`."""
+    pictures, files = found
+    entries: list[Entry] = []
+    owner: dict[Path, Path] = {}
+    for xml, name in files:
+        if xml is None:
+            picture = pictures.paths[name]
+            entries.append((picture, read_header(picture).shown_size, []))
+            continue
+        entry = _read_xml(xml, name, pictures)
+        if owner.setdefault(entry[0], xml) != xml:
+            raise UserError(f"{owner[entry[0]]} and {xml} both mean the picture {entry[0]}: one of them lacks its own")
+        entries.append(entry)
+    return entries
+
+
+def _read_xml(path: Path, stem: str, pictures: _Pictures) -> Entry:
     root, lines = parse_xml(path)
-    picture = pictures.get(path.stem)
-    if picture is None:  # the file name inside may differ from the XML's
-        inner = Path((root.findtext("filename") or "").strip().replace("\\", "/")).stem
-        picture = pictures.get(inner)
-    if picture is None:
-        raise UserError(f"{path}: there is no picture {path.stem} (.jpg, .png, ...) for it")
+    picture, same = pictures.find(stem, (root.findtext("filename") or "").strip(), path)
     try:
         size = (int(root.findtext("size/width") or 0), int(root.findtext("size/height") or 0))
     except ValueError:
         raise UserError(f"{path}: size: width and height must be whole numbers") from None
     if min(size) < 1:
         size = read_header(picture).shown_size
+    elif not same and (problem := size_problem(read_header(picture), *size)):
+        raise UserError(f"{path}: no picture has its name, and {picture} is not it: {problem}")
     objects = []
     for number, (entry, line) in enumerate(zip(root.findall("object"), lines, strict=False), 1):
         label = (entry.findtext("name") or "").strip()
@@ -206,78 +304,11 @@ def _read_object(entry: ElementTree.Element, where: str) -> dict[str, Any]:
     if width < 0 or height < 0:
         axis = "x" if width < 0 else "y"
         raise UserError(f"{where}: {axis}max {ends[axis + 'max']} is less than {axis}min {ends[axis + 'min']}")
-    box = [_number(value) for value in (left, top, width, height)]
-    fields: dict[str, Any] = {"bbox": box, "area": _number(width * height), "iscrowd": 0}
-    for flag in _FLAGS:
+    box = [plain_number(value) for value in (left, top, width, height)]
+    fields: dict[str, Any] = {"bbox": box, "area": plain_number(width * height), "iscrowd": 0}
+    for flag in FLAGS:
         text = (entry.findtext(flag) or "").strip()
         if text:
             fields[flag] = int(text.lower() in ("1", "true"))
     pose = (entry.findtext("pose") or "").strip()
     return {**fields, "pose": pose} if pose and pose != "Unspecified" else fields
-
-
-def _number(value: Decimal) -> int | float:
-    return int(value) if value == value.to_integral_value() else float(value)
-
-
-def parse_xml(path: Path) -> tuple[ElementTree.Element, list[int]]:
-    """The tree, and the line of each `object`; a document type, which is where entities come from, is refused."""
-    builder = ElementTree.TreeBuilder()
-    parser = expat.ParserCreate()
-    parser.buffer_text = True
-    lines: list[int] = []
-
-    def start(tag: str, attributes: dict[str, str]) -> None:
-        if tag == "object":
-            lines.append(parser.CurrentLineNumber)
-        builder.start(tag, attributes)
-
-    def refuse(*_: Any) -> None:
-        raise UserError(f"{path}, line {parser.CurrentLineNumber}: it declares a document type, which is refused")
-
-    parser.StartElementHandler = start
-    parser.EndElementHandler = builder.end
-    parser.CharacterDataHandler = builder.data
-    parser.StartDoctypeDeclHandler = refuse
-    parser.EntityDeclHandler = refuse
-    try:
-        parser.Parse(path.read_bytes(), True)
-    except expat.ExpatError as error:
-        raise UserError(f"{path}, line {error.lineno}: not valid XML: {expat.ErrorString(error.code)}") from None
-    return builder.close(), lines
-
-
-def _to_xml(image: dict[str, Any], picture: str, annotations: list[dict[str, Any]], name_of: dict[int, str]) -> bytes:
-    root = ElementTree.Element("annotation")
-
-    def add(parent: ElementTree.Element, tag: str, text: object = None) -> ElementTree.Element:
-        element = ElementTree.SubElement(parent, tag)
-        if text is not None:
-            element.text = str(text)
-        return element
-
-    add(root, "folder", "JPEGImages")
-    add(root, "filename", _xml_text(picture, f"image {image['id']}"))
-    size = add(root, "size")
-    for key, value in (("width", image["width"]), ("height", image["height"]), ("depth", 3)):
-        add(size, key, value)
-    add(root, "segmented", 0)
-    for annotation in annotations:
-        entry = add(root, "object")
-        add(entry, "name", name_of[annotation["category_id"]])
-        add(entry, "pose", _xml_text(str(annotation.get("pose", "Unspecified")), f"annotation {annotation['id']}"))
-        for flag in _FLAGS:
-            if flag != "occluded" or flag in annotation:
-                add(entry, flag, int(bool(annotation.get(flag, 0))))
-        x, y, width, height = (Decimal(repr(value)) for value in annotation["bbox"])
-        box = add(entry, "bndbox")
-        for key, first, second in (("xmin", x, 1), ("ymin", y, 1), ("xmax", x, width), ("ymax", y, height)):
-            add(box, key, f"{_EXACT.add(first, Decimal(second)):f}")
-    ElementTree.indent(root)
-    return ElementTree.tostring(root, encoding="utf-8") + b"\n"
-
-
-def _xml_text(text: str, what: str) -> str:
-    if _NO_XML.search(text) or "\n" in text or text != text.strip() or not text:
-        raise UserError(f"{what}: {text!r} cannot be written to XML")
-    return text

@@ -2,12 +2,13 @@
 
 A line is `class cx cy w h` (a box) or `class x1 y1 x2 y2 x3 y3 ...` (a polygon), class from 0, coordinates as fractions
 of the picture's width and height. The label file of a picture has the same path with the last `/images/` replaced by
-`/labels/`, or lies beside the picture; none, or an empty one, means no objects.
+`/labels/`, or lies beside the picture; none, or an empty one, means no objects. Without a data.yaml the classes are the
+lines of classes.txt, as Label Studio and labelImg write it.
+The rows themselves are in `yolo_rows.py`.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,39 +19,37 @@ from numpy.typing import NDArray
 
 from tailfin.data.document import Document, file_name
 from tailfin.data.folders import Placing, place_image
-from tailfin.data.images import read_header
-from tailfin.data.parts import IMAGE_SUFFIXES, Part, Report, annotations_by_image, clip_box, common_folder
+from tailfin.data.images import is_hidden, is_picture, pictures_below, read_header
+from tailfin.data.parts import Part, Report, annotations_by_image, clip_box, common_folder
+from tailfin.data.yolo_rows import Rows, is_number, parse_row, row_kind, shape_fields
+from tailfin.data.yolo_yaml import _names, _root, check_names, class_list, find_yaml, load_plain_yaml
 from tailfin.errors import UserError
-from tailfin.files import existing_file, write_atomic
+from tailfin.files import read_text, write_atomic
+from tailfin.joins import plain_name
 
 _KEYS = {"train": "train", "val": "val", "validation": "val", "valid": "val", "test": "test"}
 
 
 def read_yolo(source: Path) -> list[Part]:
-    """The splits of a data.yaml or of the folder that holds it; class k becomes category k + 1."""
-    path = _find_yaml(source)
-    settings = load_plain_yaml(path)
-    if not isinstance(settings, dict):
-        raise UserError(f"{path} holds no mapping; keys train, val and names are needed")
-    names = _names(path, settings)
-    root = _root(path, settings)
+    """The splits of a data.yaml, of the folder that holds it, or of a folder with classes.txt; class k becomes category
+    k + 1."""
+    path = find_yaml(source)
+    names, splits, settings, absent = _without_yaml(source) if path is None else _splits(path)
+    labelled = {split: _label_files(pictures) for split, (_, pictures) in splits.items()}
+    rows = row_kind(path or source, settings, [file for found in labelled.values() for file in found if file])
     categories = [{"id": k + 1, "name": name} for k, name in enumerate(names)]
     parts: list[Part] = []
-    for key, split in _KEYS.items():
-        entries = settings.get(key)
-        if entries is None or entries == "" or any(part.name == split for part in parts):
-            continue
-        pictures = _pictures(path, key, entries, root)
+    for split, (place, pictures) in splits.items():
         before = (sum(len(part.document[what]) for part in parts) for what in ("images", "annotations"))
-        parts.append(_read_split(split, pictures, categories, *before))
-        labelled = sum(label_file(picture).is_file() for picture in pictures)
-        if not labelled and split != "test":
+        labels = labelled[split]
+        if not any(labels) and split != "test":
             raise UserError(
-                f"{path}: {key}: none of the {len(pictures)} pictures has a label file (the first was looked for at "
+                f"{place}: none of the {len(pictures)} pictures has a label file (the first was looked for at "
                 f"{label_file(pictures[0])})"
             )
-    if not parts:
-        raise UserError(f"{path} names no pictures: a key train, val or test is needed")
+        parts.append(_read_split(split, pictures, labels, categories, rows, *before))
+        parts[-1].notes.extend(f"{split}: {note}" for note in _orphans(pictures))
+    parts[0].notes[:0] = absent
     return parts
 
 
@@ -88,79 +87,70 @@ def write_yolo(parts: Sequence[Part], folder: Path, placing: Placing, report: Re
 
 
 def label_file(picture: Path) -> Path:
-    """Where the labels of a picture are looked for."""
+    """Where the labels of a picture are written, and looked for first."""
     parts = list(picture.parts)
     if "images" in parts[:-1]:
         parts[len(parts) - 2 - parts[-2::-1].index("images")] = "labels"
     return Path(*parts).with_suffix(".txt")
 
 
-def load_plain_yaml(path: Path) -> Any:
-    """YAML in which scalars stay text (a class may be called `no` or `1e3`); only an empty value or null is None."""
-    try:
-        return yaml.load(existing_file(path, "YAML file").read_text("utf-8-sig"), _PlainLoader)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text: {error}") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-
-
-class _PlainLoader(yaml.SafeLoader):
-    yaml_implicit_resolvers = {
-        first: [
-            (tag, pattern) for tag, pattern in entries if tag in ("tag:yaml.org,2002:null", "tag:yaml.org,2002:merge")
-        ]
-        for first, entries in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
+def find_labels(picture: Path) -> Path | None:
+    """The label file of a picture: in `labels/`, else beside it."""
+    return next((path for path in (label_file(picture), picture.with_suffix(".txt")) if path.is_file()), None)
 
 
 # reading
 
 
-def _find_yaml(source: Path) -> Path:
-    if source.is_file():
-        return source
-    if (source / "data.yaml").is_file():
-        return source / "data.yaml"
-    found = sorted([*source.glob("*.yaml"), *source.glob("*.yml")])
-    if len(found) == 1:
-        return found[0]
-    listed = ", ".join(path.name for path in found)
-    raise UserError(f"{source} has no data.yaml" + (f" and several other YAML files: {listed}" if found else ""))
+Splits = dict[str, tuple[str, list[Path]]]  # where a split is named, for messages, and its pictures
 
 
-def _names(path: Path, settings: dict[str, Any]) -> list[str]:
-    names = settings.get("names")
-    if isinstance(names, dict):
+def _without_yaml(source: Path) -> tuple[list[str], Splits, dict[str, Any], list[str]]:
+    """Names of classes.txt, and the pictures of images/, by its folders train, val and test where there are such."""
+    file = class_list(source)
+    assert file is not None
+    names = [line.strip() for line in _text_lines(file) if line.strip()]
+    check_names(file, names)
+    root = source / "images" if (source / "images").is_dir() else source
+    splits: Splits = {}
+    for key, split in _KEYS.items():
+        for folder in (root / key, source / key):
+            if folder.is_dir() and split not in splits and (pictures := pictures_below(folder)):
+                splits[split] = (str(folder), pictures)
+    if not splits:
+        pictures = pictures_below(root)
+        if not pictures:
+            raise UserError(f"{root} has no pictures")
+        splits["train"] = (str(root), pictures)
+    return names, splits, {}, [f"no data.yaml: classes of {file.name}, pictures of {root.name}/"]
+
+
+def _splits(path: Path) -> tuple[list[str], Splits, dict[str, Any], list[str]]:
+    """What a data.yaml names: classes, splits, all its settings, and notes on splits that are not there."""
+    settings = load_plain_yaml(path)
+    if not isinstance(settings, dict):
+        raise UserError(f"{path} holds no mapping; keys train, val and names are needed")
+    names = _names(path, settings)
+    root = _root(path, settings)
+    splits: Splits = {}
+    absent: dict[str, str] = {}
+    for key, split in _KEYS.items():
+        entries = settings.get(key)
+        if entries is None or entries == "" or split in splits:
+            continue
         try:
-            numbered = {int(key): name for key, name in names.items()}
-        except (TypeError, ValueError):
-            raise UserError(f"{path}: names: the keys must be class numbers 0, 1, 2, ...") from None
-        if sorted(numbered) != list(range(len(names))):
-            missing = next(k for k in range(len(names)) if k not in numbered)
-            raise UserError(f"{path}: names: the class numbers must run from 0 without gaps, {missing} is missing")
-        names = [numbered[k] for k in range(len(numbered))]
-    if not isinstance(names, list) or not names:
-        raise UserError(f"{path}: names is missing; a list or a mapping from 0, 1, ... to class names is needed")
-    for k, name in enumerate(names):
-        if not isinstance(name, str) or not name:
-            raise UserError(f"{path}: names: class {k} has no name")
-        if names.index(name) != k:
-            raise UserError(f'{path}: names: "{name}" is the name of class {names.index(name)} and of class {k}')
-    number = settings.get("nc")
-    if number is not None and str(number) != str(len(names)):
-        raise UserError(f"{path}: nc is {number}, but names has {len(names)} classes")
-    return names
+            splits[split] = (f"{path}: {key}", _pictures(path, key, entries, root))
+        except _AbsentError as error:  # a share without one of the parts that it was made with
+            absent[split] = str(error)
+    if "train" in absent or (absent and not splits):
+        raise UserError(absent.get("train") or next(iter(absent.values())))
+    if not splits:
+        raise UserError(f"{path} names no pictures: a key train, val or test is needed")
+    return names, splits, settings, [f"{text}: left out" for text in absent.values()]
 
 
-def _root(path: Path, settings: dict[str, Any]) -> Path:
-    """The folder that relative entries start from: `path:` if it is there, else the folder of the file."""
-    given = settings.get("path")
-    if isinstance(given, str) and given:
-        root = path.parent / given  # an absolute `given` wins
-        if root.is_dir():
-            return root
-    return path.parent
+class _AbsentError(Exception):
+    """A split that is named and not there."""
 
 
 def _pictures(path: Path, key: str, entries: Any, root: Path) -> list[Path]:
@@ -169,112 +159,127 @@ def _pictures(path: Path, key: str, entries: Any, root: Path) -> list[Path]:
     for entry in entries if isinstance(entries, list) else [entries]:
         if not isinstance(entry, str) or not entry:
             raise UserError(f"{path}: {key}: {entry!r} is no path")
+        entry = entry.replace("\\", "/")
         place = root / entry
         if not place.exists() and entry.startswith("../"):  # as some exports write it, one level too high
             place = root / entry[3:]
         if place.is_dir():
-            found.extend(sorted(p for p in place.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file()))
+            found.extend(pictures_below(place))
         elif place.is_file() and place.suffix.lower() == ".txt":
             found.extend(_listed(place, root))
-        elif place.is_file() and place.suffix.lower() in IMAGE_SUFFIXES:
+        elif place.is_file() and is_picture(place):
             found.append(place)
         else:
-            raise UserError(f"{path}: {key}: {place} does not exist")
+            raise _AbsentError(f"{path}: {key}: {place} does not exist")
     if not found:
-        raise UserError(f"{path}: {key}: no pictures there")
+        raise _AbsentError(f"{path}: {key}: no pictures there")
     return list(dict.fromkeys(found))
 
 
 def _listed(file: Path, root: Path) -> list[Path]:
-    pictures = []
+    pictures, missing = [], []
     for number, line in enumerate(_text_lines(file), 1):
-        if not line.strip():
+        name = line.strip()
+        if not name:
             continue
-        picture = next((p for p in (file.parent / line.strip(), root / line.strip()) if p.is_file()), None)
+        places = (folder / other for other in dict.fromkeys((name, plain_name(name))) for folder in (file.parent, root))
+        picture = next((place for place in places if place.is_file()), None)
         if picture is None:
-            raise UserError(f"{file}, line {number}: there is no picture {line.strip()}")
-        pictures.append(picture)
+            missing.append(f"{file}, line {number}: there is no picture {name}")
+        else:
+            pictures.append(picture)
+    if missing and pictures:
+        raise UserError(missing[0])
+    if missing:
+        raise _AbsentError(f"{missing[0]}, nor any other of its {len(missing)} lines")
     return pictures
 
 
-def _read_split(split: str, pictures: list[Path], categories: list[dict[str, Any]], images: int, objects: int) -> Part:
+def _label_files(pictures: list[Path]) -> list[Path | None]:
+    """The label file of each picture; one that two pictures share is a `UserError`."""
+    found: list[Path | None] = []
+    owner: dict[Path, Path] = {}
+    for picture in pictures:
+        labels = find_labels(picture)
+        if labels is not None and owner.setdefault(labels, picture) != picture:
+            raise UserError(
+                f"{owner[labels]} and {picture} share the label file {labels}: whose it is cannot be told; rename or "
+                "remove one of the pictures"
+            )
+        found.append(labels)
+    return found
+
+
+def _orphans(pictures: list[Path]) -> list[str]:
+    """Notes on label files whose picture is missing, or is none that can be read."""
+    places: dict[Path, set[Path]] = {}
+    for picture in pictures:
+        places.setdefault(label_file(picture).parent, set()).add(picture.parent)
+    names = []
+    for labels, folders in places.items():
+        if not labels.is_dir():
+            continue
+        inside = [path for folder in folders for path in folder.iterdir() if path.suffix.lower() != ".txt"]
+        known = {path.stem for path in inside if is_picture(path)}
+        others = {path.stem: path.name for path in inside if not is_hidden(path)}
+        for path in sorted(labels.glob("*.txt")):
+            if path.stem not in known and path.name != "classes.txt" and not is_hidden(path) and _has_rows(path):
+                other = others.get(path.stem)
+                names.append(
+                    path.name if other is None else f"{path.name}: {other} is no picture that can be read here"
+                )
+    if not names:
+        return []
+    shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+    return [f"{len(names)} label file{'s' * (len(names) > 1)} without a picture left out ({shown})"]
+
+
+def _has_rows(path: Path) -> bool:
+    """Whether a text file begins with a row of numbers."""
+    with path.open("rb") as file:
+        fields = file.readline(2000).split()
+    return len(fields) >= 5 and all(is_number(field.decode("latin-1")) for field in fields)
+
+
+def _read_split(
+    split: str,
+    pictures: list[Path],
+    label_files: list[Path | None],
+    categories: list[dict[str, Any]],
+    rows: Rows,
+    images: int,
+    objects: int,
+) -> Part:
     """One split; its ids go on after `images` and `objects`."""
     base = common_folder(pictures)
     document: Document = {"images": [], "annotations": [], "categories": categories}
-    for number, picture in enumerate(pictures, images + 1):
+    first = objects
+    for number, (picture, labels) in enumerate(zip(pictures, label_files, strict=True), images + 1):
         width, height = read_header(picture).shown_size
         name = picture.relative_to(base).as_posix()
         document["images"].append({"id": number, "file_name": name, "width": width, "height": height})
-        labels = label_file(picture)
-        if not labels.is_file():
+        if labels is None:
             continue
         for line_number, line in enumerate(_text_lines(labels), 1):
             if line.strip():
                 objects += 1
-                label, values = _parse(line, f"{labels}, line {line_number}", len(categories))
+                label, values = parse_row(line, f"{labels}, line {line_number}", len(categories), rows)
                 ids = {"id": objects, "image_id": number, "category_id": label + 1}
-                document["annotations"].append({**ids, **_shape(values, width, height), "iscrowd": 0})
-    return Part(split, document, pictures)
+                shape = shape_fields(values, width, height)
+                if rows.kind == "oriented" and "segmentation" in shape:
+                    del shape["segmentation"]
+                    shape["area"] = round(shape["bbox"][2] * shape["bbox"][3], 4)
+                document["annotations"].append({**ids, **shape, "iscrowd": 0})
+    notes = []
+    if rows.kind == "keypoints" and objects > first:
+        notes.append(f"{split}: keypoints of {objects - first} objects left out, their boxes are read")
+    if rows.kind == "oriented" and objects > first:
+        notes.append(f"{split}: {objects - first} oriented boxes (four corners), read as the upright boxes around them")
+    return Part(split, document, pictures, notes)
 
 
 def _text_lines(path: Path) -> list[str]:
-    try:
-        return path.read_text("utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text: {error}") from None
-
-
-def _parse(line: str, where: str, classes: int) -> tuple[int, list[float]]:
-    fields = line.split()
-    try:
-        numbers = [float(value) for value in fields]
-    except ValueError:
-        bad = next(value for value in fields if not _is_number(value))
-        raise UserError(f"{where}: {bad!r} is not a number") from None
-    if len(numbers) != 5 and (len(numbers) < 7 or len(numbers) % 2 == 0):
-        raise UserError(
-            f"{where}: {len(numbers)} numbers; a box has 5 (class, centre x, centre y, width, height), a polygon "
-            "an odd number from 7 on"
-        )
-    if not all(map(math.isfinite, numbers)):
-        raise UserError(f"{where}: a number is not finite")
-    label, values = numbers[0], numbers[1:]
-    if label != int(label) or not 0 <= label < classes:
-        raise UserError(f"{where}: class {fields[0]} is not one of the {classes} classes 0 to {classes - 1}")
-    outside = next((k for k, value in enumerate(values) if not -_SLACK <= value <= 1 + _SLACK), None)
-    if outside is not None:
-        raise UserError(
-            f"{where}: {fields[outside + 1]} is outside 0 to 1 (coordinates are fractions of the picture's size)"
-        )
-    return int(label), values
-
-
-_SLACK = 1e-4  # what rounding by other tools may add
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
-
-
-def _shape(values: list[float], width: int, height: int) -> dict[str, Any]:
-    """bbox, area and, for a polygon, segmentation in pixels."""
-    if len(values) == 4:
-        cx, cy, w, h = values
-        box = [(cx - w / 2) * width, (cy - h / 2) * height, w * width, h * height]
-        return {"bbox": [round(value, 4) for value in box], "area": round(box[2] * box[3], 4)}
-    points = np.array(values).reshape(-1, 2) * (width, height)
-    (left, top), (right, bottom) = points.min(0).tolist(), points.max(0).tolist()
-    ahead = np.roll(points, -1, axis=0)
-    area = abs(float((points[:, 0] * ahead[:, 1] - points[:, 1] * ahead[:, 0]).sum())) / 2
-    return {
-        "bbox": [round(value, 4) for value in (left, top, right - left, bottom - top)],
-        "area": round(area, 4),
-        "segmentation": [np.round(points, 4).ravel().tolist()],
-    }
+    return read_text(path).splitlines()
 
 
 # writing

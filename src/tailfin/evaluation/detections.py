@@ -18,7 +18,9 @@ import msgspec
 import numpy as np
 from hotcoco import mask as mask_utils  # pycocotools' area() fails on more than 255 masks with numpy 2
 
+from tailfin.data.box_forms import FORMS, guess, to_xywh
 from tailfin.errors import UserError
+from tailfin.evaluation.entry_names import entry_rows
 from tailfin.evaluation.results import Shards
 from tailfin.evaluation.truth import GroundTruth, encode_mask, has_mask
 from tailfin.parsing import Box, boxes_array, column, load_typed, nearest_id, rows_of, with_text_counts
@@ -96,6 +98,42 @@ def with_geometry(detections: Detections, truth: GroundTruth, iou_type: str) -> 
     return replace(detections, masks=rles, boxes=boxes), area
 
 
+def in_form(detections: Detections, truth: GroundTruth, form: str | None) -> Detections:
+    """The detections with their boxes read as `form` (a key of `box_forms.FORMS`).
+
+    None reads [x, y, width, height], and raises `UserError` where the boxes are surely of another form.
+    """
+    if detections.boxes is None:
+        return detections
+    sizes = truth.image_sizes[detections.image_rows][:, ::-1].astype(np.float64)
+    if form is None:
+        check_boxes(detections.boxes, sizes, detections.label, "--box-form {form} (box_form= in Python) reads them")
+        return detections
+    boxes = to_xywh(detections.boxes, form, sizes)
+    bad = np.flatnonzero((boxes[:, 2:] < 0).any(1))
+    if bad.size:
+        entry = detections.entries[bad[0]]
+        raise UserError(f"{detections.label}: entry {entry}: bbox is not {FORMS[form]}: its size would be negative")
+    return replace(detections, boxes=boxes)
+
+
+def check_boxes(boxes: np.ndarray, sizes: np.ndarray, label: str, remedy: str) -> None:
+    """Raise `UserError` where boxes [N, 4] are surely of another form, and warn where they may be.
+
+    `sizes` [N, 2] is (width, height), 0 where unknown; `remedy` says what to do, with `{form}` in it.
+    """
+    found = guess(boxes, sizes)
+    if found is None:
+        return
+    text = f"{label}: {found.reason}: "
+    if found.sure:
+        raise UserError(
+            f"{text}they look like {FORMS[found.form]}, and [x, y, width, height] in pixels is needed "
+            f"({remedy.format(form=found.form)})"
+        )
+    warnings.warn(f"{text}are they {FORMS[found.form]}?", UserWarning, stacklevel=3)
+
+
 def best_per_image(detections: Detections, limit: int) -> Detections:
     """The `limit` best scores of every image, over all classes."""
     return _best(detections, detections.image_rows, limit)
@@ -127,10 +165,12 @@ def warn_if_cut_per_image(detections: Detections) -> None:
 
 
 class _Entry(msgspec.Struct, gc=False):
-    image_id: int
-    category_id: int
+    image_id: int | float | str
+    category_id: int | float | str
     score: float
     bbox: Box | None = None
+    file_name: Any = None
+    category_name: Any = None
     segmentation: msgspec.Raw = msgspec.Raw(b"")
 
 
@@ -147,11 +187,9 @@ def _from_entries(entries: list[_Entry], label: str, truth: GroundTruth, iou_typ
             key = "bbox" if iou_type == "bbox" else "segmentation"
             raise UserError(f"{label}: entry {bare} has no {key}, which iou type {iou_type} needs")
     boxes = boxes_array(found, label, "entry {}".format) if boxed == len(entries) else None
-    return _located(
-        truth,
+    return _finite(
         label,
-        column(entries, attrgetter("image_id"), np.int64, label),
-        column(entries, attrgetter("category_id"), np.int64, label),
+        *entry_rows(entries, label, truth),
         column(entries, attrgetter("score"), np.float64, label),
         boxes,
         masks,
@@ -188,9 +226,20 @@ def _located(
                 f"{label}: entry {unknown}: {key} {number} is not in {truth.label}{nearest_id(number, known)}"
             )
         rows.append(found)
+    return _finite(label, rows[0], rows[1], scores, boxes, masks)
+
+
+def _finite(
+    label: str,
+    image_rows: np.ndarray,
+    category_rows: np.ndarray,
+    scores: np.ndarray,
+    boxes: np.ndarray | None,
+    masks: list[Any] | None,
+) -> Detections:
     if not np.isfinite(scores).all():
         raise UserError(f"{label}: entry {np.flatnonzero(~np.isfinite(scores))[0]}: score is not a finite number")
-    return Detections(label, rows[0], rows[1], scores, boxes, masks, np.arange(len(scores)))
+    return Detections(label, image_rows, category_rows, scores, boxes, masks, np.arange(len(scores)))
 
 
 def _best(detections: Detections, groups: np.ndarray, limit: int) -> Detections:

@@ -7,6 +7,7 @@ The counts are always those of the training set. They come from an explicit `Tra
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ import numpy as np
 
 from tailfin.errors import UserError
 from tailfin.evaluation.truth import Category
+from tailfin.joins import join_classes, listed
 from tailfin.stats import GROUPS, ClassStats, frequency_groups
 
 COCO_LT_EDGES = (0, 20, 400, 8000)  # lower ends of AP1..AP4, in training instances
@@ -26,6 +28,8 @@ class TrainCounts:
 
     image_count: Mapping[int, int]
     instance_count: Mapping[int, int] | None = None
+    names: Mapping[int, str] | None = None  # of the ids, where these are another file's: `for_file` joins by them
+    label: str = ""  # that file
 
     @classmethod
     def from_json(cls, path: str | os.PathLike[str]) -> TrainCounts:
@@ -33,7 +37,43 @@ class TrainCounts:
         stats = ClassStats.from_json(Path(path))
         ids = stats.category_ids.tolist()
         images, instances = (map(int, counts) for counts in (stats.image_count, stats.instance_count))
-        return cls(dict(zip(ids, images, strict=True)), dict(zip(ids, instances, strict=True)))
+        names = dict(zip(ids, stats.names, strict=True))
+        return cls(dict(zip(ids, images, strict=True)), dict(zip(ids, instances, strict=True)), names, str(path))
+
+    def for_file(self, categories: Sequence[Category], label: str) -> TrainCounts:
+        """The counts by the ids of `categories`, joined by name where they come from another file.
+
+        Warns of classes that the training file lacks (they count 0), and raises `UserError` where it has none of them.
+        """
+        if self.names is None:
+            return self
+        if not any(category.name for category in categories):
+            warnings.warn(
+                f"{label}: its categories have no names: the counts of {self.label} are joined by id",
+                UserWarning,
+                stacklevel=3,
+            )
+            return TrainCounts(self.image_count, self.instance_count)
+        ids = list(self.names)
+        join = join_classes([category.name for category in categories], list(self.names.values()))
+        if len(join.missing) == len(categories):
+            raise UserError(
+                f"{label}: none of its {len(categories)} classes is in the training file {self.label}: there is no "
+                f"{join.first_missing()}"
+            )
+        if join.missing:
+            warnings.warn(
+                f"{label}: {len(join.missing)} of its {len(categories)} classes are not in the training file "
+                f"{self.label} and belong to no group: {listed(join.missing)}",
+                UserWarning,
+                stacklevel=3,
+            )
+        own = {category.id: ids[row] for category, row in zip(categories, join.rows.tolist(), strict=True) if row >= 0}
+        instances = self.instance_count
+        return TrainCounts(
+            {number: self.image_count[train] for number, train in own.items()},
+            None if instances is None else {number: instances[train] for number, train in own.items()},
+        )
 
 
 def frequencies(

@@ -7,6 +7,7 @@ metrics["bbox"]["APr"]
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,6 +19,8 @@ from tailfin.evaluation.detections import (
     Detections,
     best_per_category,
     best_per_image,
+    check_boxes,
+    in_form,
     load_detections,
     warn_if_cut_per_image,
 )
@@ -51,6 +54,7 @@ def evaluate(
     group_bounds: Sequence[int] | None = None,
     train_counts: TrainCounts | Mapping[int, int] | str | os.PathLike[str] | None = None,
     names: Mapping[int, str] | Sequence[str] | None = None,
+    box_form: str | None = None,
 ) -> dict[str, Any]:
     """Average precision and recall of detections, as in `metrics.json`.
 
@@ -67,18 +71,37 @@ def evaluate(
     use_cats: False pools all classes (coco only).
     group_bounds: largest training image count of a rare and of a common class; they overrule the categories' own
         `frequency`. Without them a category's `frequency` counts, else `train_counts` with LVIS's (10, 100).
-    train_counts: counts of the training set: `TrainCounts`, image counts by category id, or the training file.
+    train_counts: counts of the training set: `TrainCounts`, image counts by category id, or the training file, whose
+        classes are joined by name.
     names: names by category id, or in the order of ascending id, instead of the file's.
+    box_form: form of the results' boxes, a key of `tailfin.data.box_forms.FORMS` ("xywh", "xyxy", "cxcywh",
+        "xywh-fractions", ...). None reads xywh and refuses boxes that are surely of another form.
 
     Returns `{"protocol", "bbox": {"AP", ...}, "segm": {...}, "per_category": [...]}`: fractions in 0..1, -1 where the
     protocol defines none. Raises `UserError` for anything wrong with the input; warns where lvis-fixed gets results
-    that look cut per image.
+    that look cut per image, where an LVIS file names no negative class, and where names and ids of the results
+    contradict each other.
     """
     iou_types = _checked_iou_types(iou_type)
     limits = None if max_dets is None else np.atleast_1d(np.asarray(max_dets)).tolist()
     _check_options(protocol, limits, per_class, use_cats)
     truth = load_truth(annotations)
+    if not truth.form_stated:
+        check_boxes(
+            truth.boxes,
+            truth.image_sizes[truth.image_rows][:, ::-1].astype(np.float64),
+            truth.label,
+            "`tailfin data merge FILE --box-form {form} --out NEW` rewrites them",
+        )
+    if protocol.startswith("lvis") and not truth.exhaustive.all() and not truth.negative_pairs.size:
+        warnings.warn(
+            f"{truth.label}: every neg_category_ids is empty: no image lists a negative class, so false positives in "
+            "images without the class are not counted",
+            UserWarning,
+            stacklevel=2,
+        )
     counts = as_train_counts(train_counts)
+    counts = counts.for_file(truth.categories, truth.label) if counts is not None else None
     frequency = frequencies(truth.categories, group_bounds, counts)
     groups = {f"AP{letter}": [k for k, f in enumerate(frequency) if f == letter] for letter in GROUPS}
     if protocol == "groups":
@@ -88,7 +111,7 @@ def evaluate(
     metrics: dict[str, Any] = {"protocol": protocol}
     tables: dict[str, dict[str, np.ndarray]] = {}
     for kind in iou_types:
-        detections = load_detections(results, truth, kind)
+        detections = in_form(load_detections(results, truth, kind), truth, box_form)
         curves, shown = _curves(truth, detections, protocol, kind, limits, per_class, use_cats)
         metrics[kind] = _summary(curves, shown, groups if use_cats else dict.fromkeys(groups, []), protocol)
         tables[kind] = _per_category(curves)

@@ -100,7 +100,8 @@ def merge_shards(
     Images come by their place in `image_order`, else by ascending id, each once: where two shards hold an image (the
     padding of a distributed sampler), the lower rank's detections count. So the file does not depend on the number of
     ranks. Where the detections have masks, a second file is written beside `out_path`, with `.bbox.` in the name
-    replaced by `.segm.` (`x.json` gets `x.segm.json`). Both appear whole or not at all, in memory of one image.
+    replaced by `.segm.` (`x.json` gets `x.segm.json`); else an older one there is removed, as it would be taken for
+    these detections' masks. Both appear whole or not at all, in memory of one image.
 
     `ranks` is the number of processes: their shards must all be there, and older ones beside them are not read.
     Raises `UserError` for a missing or damaged shard and for an image that `image_order` lacks.
@@ -119,7 +120,7 @@ def merge_shards(
     out_path = Path(out_path)
     segm_path = segm_results_path(out_path)
     out_path.parent.mkdir(parents=True, exist_ok=True)
-    with _JsonList(out_path) as boxes_out, _JsonList(segm_path) as masks_out:
+    with JsonList(out_path) as boxes_out, JsonList(segm_path) as masks_out:
         for image_id, record in shards.records(image_ids):
             categories, scores = record.category_ids().tolist(), record.score_values().tolist()
             boxes_out.extend(
@@ -137,6 +138,8 @@ def merge_shards(
                 )
                 masks_out.wanted = True
         boxes_out.wanted = True
+    if not masks_out.wanted:
+        segm_path.unlink(missing_ok=True)
     return boxes_out.count
 
 
@@ -146,6 +149,12 @@ def segm_results_path(bbox_path: str | os.PathLike[str]) -> Path:
     if ".bbox." in path.name:
         return path.with_name(path.name.replace(".bbox.", ".segm."))
     return path.with_suffix(f".segm{path.suffix}")
+
+
+def result_files(bbox_path: str | os.PathLike[str], kinds: Sequence[str]) -> dict[str, Path]:
+    """The files that `merge_shards(..., bbox_path)` writes, by IoU type."""
+    files = {"bbox": Path(bbox_path), "segm": segm_results_path(bbox_path)}
+    return {kind: files[kind] for kind in kinds}
 
 
 @dataclass(frozen=True)
@@ -239,7 +248,7 @@ class _Record(msgspec.Struct, array_like=True, gc=False):
         return np.frombuffer(self.categories, np.int64)
 
 
-class _JsonList:
+class JsonList:
     """A JSON list written piece by piece under a temporary name; on a clean exit it gets its own name, if `wanted`."""
 
     def __init__(self, path: Path) -> None:
@@ -248,7 +257,7 @@ class _JsonList:
         self.count = 0
         self.wanted = False
 
-    def __enter__(self) -> _JsonList:
+    def __enter__(self) -> JsonList:
         self._file = self._part.open("wb")
         self._file.write(b"[")
         return self

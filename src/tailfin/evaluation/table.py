@@ -12,6 +12,7 @@ from tailfin.errors import UserError
 from tailfin.evaluation.protocols import IOU_TYPES
 
 FREQUENCY_NAMES = {"r": "rare", "c": "common", "f": "frequent"}
+LONGEST = max(map(len, FREQUENCY_NAMES.values()))
 
 
 def metrics_table(metrics: Mapping[str, Any], title: str | None = None) -> Table:
@@ -64,9 +65,10 @@ def percent(value: float | None) -> str:
 
 def _table(title: str, first: str, columns: list[str]) -> Table:
     table = Table(title=Text(title), title_justify="left")
-    table.add_column(first)
+    table.add_column(first, overflow="fold")  # a long name goes on in the next line, whole
     for name in columns:
-        table.add_column(Text(name), justify="left" if name == "group" else "right")
+        group = name == "group"
+        table.add_column(Text(name), justify="left" if group else "right", min_width=LONGEST if group else None)
     return table
 
 

@@ -7,6 +7,7 @@ not a crowd), and so may LVIS's lists: an image without `neg_category_ids` count
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
@@ -16,6 +17,7 @@ import msgspec
 import numpy as np
 from hotcoco import mask as mask_utils
 
+from tailfin.data.masks import LEAST, short_polygons
 from tailfin.errors import UserError, nearest
 from tailfin.parsing import Box, boxes_array, column, load_typed, nearest_id, rows_of, with_text_counts
 
@@ -39,6 +41,7 @@ class GroundTruth:
     label: str  # how messages name the file
     image_ids: np.ndarray  # int64 [I]
     image_sizes: np.ndarray  # int64 [I, 2] height, width; 0 where the file has none
+    image_names: list[str | None]  # I file names, None where the file has none
     categories: list[Category]
     category_ids: np.ndarray  # int64 [C]
     annotation_ids: np.ndarray  # int64 [G]
@@ -52,6 +55,7 @@ class GroundTruth:
     exhaustive: np.ndarray  # bool [I]: no neg_category_ids, so every class that is not annotated is a negative
     negative_pairs: np.ndarray  # int64: image row * C + category row
     partial_pairs: np.ndarray  # int64, likewise, of not_exhaustive_category_ids
+    form_stated: bool  # the file says that its boxes are [x, y, width, height]
 
     def masks(self) -> list[Any]:
         """Polygons or RLE of every annotation, for the engine; one without a mask or image size is a `UserError`."""
@@ -63,7 +67,18 @@ class GroundTruth:
         if unsized.size:
             image = self.image_ids[self.image_rows[unsized[0]]]
             raise UserError(f"{self.label}: image {image} has no width and height, which masks need")
-        return [msgspec.json.decode(raw) for raw in self.raw_masks]
+        found = []
+        for row, raw in enumerate(self.raw_masks):
+            mask = msgspec.json.decode(raw)
+            if isinstance(mask, list) and _short_parts(mask):
+                height, width = self.image_sizes[self.image_rows[row]].tolist()
+                try:
+                    mask = encode_mask(mask, height, width)
+                except ValueError as error:
+                    number = self.annotation_ids[row]
+                    raise UserError(f"{self.label}: annotation {number}: segmentation is {error}") from None
+            found.append(mask)
+        return found
 
 
 def load_truth(source: str | os.PathLike[str] | Mapping[str, Any]) -> GroundTruth:
@@ -93,8 +108,7 @@ def load_truth(source: str | os.PathLike[str] | Mapping[str, Any]) -> GroundTrut
 
     boxes = boxes_array([annotation.bbox for annotation in found], label, place)
     raw_masks = [annotation.segmentation for annotation in found]
-    sizes = np.array([(image.height or 0, image.width or 0) for image in images], np.float64).astype(np.int64)
-    sizes = sizes.reshape(-1, 2)
+    sizes = np.array([(_side(image.height), _side(image.width)) for image in images], np.int64).reshape(-1, 2)
     negative, partial = (
         _pairs([getattr(image, key) or [] for image in images], category_ids)
         for key in ("neg_category_ids", "not_exhaustive_category_ids")
@@ -103,19 +117,21 @@ def load_truth(source: str | os.PathLike[str] | Mapping[str, Any]) -> GroundTrut
         label=label,
         image_ids=image_ids,
         image_sizes=sizes,
+        image_names=[_name(image) for image in images],
         categories=categories,
         category_ids=category_ids,
         annotation_ids=column(found, attrgetter("id"), np.int64, label),
         image_rows=rows["image_id"],
         category_rows=rows["category_id"],
         boxes=boxes,
-        area=_areas(found, boxes, sizes[rows["image_id"]]),
+        area=_areas(found, boxes, sizes[rows["image_id"]], label),
         crowd=np.array([bool(annotation.iscrowd) for annotation in found], bool),
         ignore=np.array([bool(annotation.ignore) for annotation in found], bool),
         raw_masks=raw_masks,
         exhaustive=np.array([image.neg_category_ids is None for image in images], bool),
         negative_pairs=negative,
         partial_pairs=partial,
+        form_stated=file.box_form == "xywh",
     )
 
 
@@ -130,17 +146,41 @@ def encode_mask(mask: Any, height: int, width: int) -> dict[str, Any]:
         raise ValueError("neither polygons nor RLE")
     try:
         if isinstance(mask, list):
-            return mask_utils.merge(mask_utils.frPyObjects(mask, height, width))
+            if problem := short_polygons(mask):
+                raise ValueError(problem)
+            parts = [part for part in mask if len(part) >= LEAST]  # as training reads them
+            if not parts:
+                return mask_utils.frPyObjects({"size": [height, width], "counts": [height * width]}, height, width)
+            return mask_utils.merge(mask_utils.frPyObjects(parts, height, width))
         rows, columns = mask["size"]
         return mask if isinstance(mask["counts"], (str, bytes)) else mask_utils.frPyObjects(mask, rows, columns)
     except (ValueError, TypeError, KeyError, OverflowError) as error:
         raise ValueError(f"neither polygons nor RLE: {error}") from None
 
 
+def _short_parts(polygons: list[Any]) -> bool:
+    return any(isinstance(part, list) and len(part) < LEAST for part in polygons)
+
+
+def _side(value: Any) -> int:
+    """A picture's side; 0 for what is none, since boxes need no sizes."""
+    good = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < 2**31
+    return int(value) if good else 0
+
+
+def _name(image: _Image) -> str | None:
+    """The file name of an image, as the data set reads it."""
+    if isinstance(image.file_name, str):
+        return image.file_name
+    return "/".join(image.coco_url.split("/")[-2:]) if isinstance(image.coco_url, str) else None
+
+
 class _Image(msgspec.Struct):
     id: int
-    height: float | None = None
-    width: float | None = None
+    height: Any = None
+    width: Any = None
+    file_name: Any = None
+    coco_url: Any = None
     neg_category_ids: list[int] | None = None
     not_exhaustive_category_ids: list[int] | None = None
 
@@ -160,6 +200,7 @@ class _File(msgspec.Struct):
     images: list[_Image]
     annotations: list[_Annotation]
     categories: list[Category]
+    box_form: Any = None
 
 
 def _readable(source: Any) -> Any:
@@ -171,7 +212,7 @@ def _readable(source: Any) -> Any:
     for key in KEYS:
         if key not in source:
             raise UserError(f'annotations: there is no "{key}"{nearest(key, source)}')
-    values = {key: source[key] for key in KEYS}
+    values = {key: source[key] for key in (*KEYS, "box_form") if key in source}
     if isinstance(values["annotations"], Sequence):
         values["annotations"] = with_text_counts(values["annotations"])
     return values
@@ -188,9 +229,11 @@ def _pairs(lists: list[list[int]], category_ids: np.ndarray) -> np.ndarray:
     return np.unique(image_rows[known] * len(category_ids) + rows[known])
 
 
-def _areas(annotations: list[_Annotation], boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """The `area` fields; where one is missing the area of the mask, and without a mask that of the box."""
+def _areas(annotations: list[_Annotation], boxes: np.ndarray, sizes: np.ndarray, label: str) -> np.ndarray:
+    """The `area` fields; where one is missing the area of the mask, and without one that can be read that of the box,
+    with a warning."""
     area = np.array([np.nan if a.area is None else a.area for a in annotations], np.float64)
+    bad: list[tuple[int, str]] = []
     for row in np.flatnonzero(np.isnan(area)):
         raw, (height, width) = annotations[row].segmentation, sizes[row]
         area[row] = boxes[row, 2] * boxes[row, 3]
@@ -198,5 +241,12 @@ def _areas(annotations: list[_Annotation], boxes: np.ndarray, sizes: np.ndarray)
             try:
                 area[row] = mask_utils.area(encode_mask(msgspec.json.decode(raw), int(height), int(width)))
             except ValueError as error:
-                raise UserError(f"annotation {annotations[row].id}: its segmentation is {error}") from None
+                bad.append((annotations[row].id, str(error)))
+    if bad:
+        warnings.warn(
+            f"{label}: {len(bad)} annotations have no area and a segmentation that cannot be read: their box counts "
+            f"(annotation {bad[0][0]}: {bad[0][1]})",
+            UserWarning,
+            stacklevel=3,
+        )
     return area

@@ -5,7 +5,6 @@ To add one: write the module in its own file (its constructor is its schema) and
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -105,6 +104,5 @@ def check_names(name: str, options: Mapping[str, Any]) -> None:
 
 
 def option_names(name: str) -> list[str]:
-    """Option names of a loss: the keyword-only arguments of its constructor."""
-    parameters = inspect.signature(LOSSES[name].__init__).parameters.values()
-    return [p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
+    """Option names of a loss, in the order of its constructor."""
+    return list(LOSSES[name].option_names())

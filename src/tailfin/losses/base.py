@@ -60,14 +60,22 @@ class ClassificationLoss(ExactBuffers):
 
     num_logits: int
     alone: bool = True  # False for a term that has no scores of its own and cannot be a detector's whole loss
-    # keywords that a box head fills, [N] each: "gt_index", the row's object over the batch (-1: none); "memory",
-    # whether it comes from a feature memory; "quality", the IoU of its predicted box with its object (0 on background)
+    # Keywords of `loss` that a detector fills where it knows them; others keep their default. Of each row, [N]:
+    # "gt_index", its object over the batch (-1: none); "memory", whether it comes from a feature memory; "quality", the
+    # IoU of its predicted box with its object (0 on background). Of all rows: "iter_id", the pass of an iterative box
+    # head that they come from; "normalizer", the number of objects, where these are matched to rows one to one.
     row_facts: tuple[str, ...] = ()
 
     def __init__(self, stats: ClassStats) -> None:
         super().__init__()
         self.num_classes: int = stats.num_classes
         self.parts: dict[str, Tensor] = {}  # named, detached terms of the last call, for logging
+
+    @classmethod
+    def option_names(cls) -> tuple[str, ...]:
+        """The options of a recipe: the keyword-only arguments of the constructor."""
+        code = cls.__init__.__code__  # type: ignore[misc]
+        return code.co_varnames[code.co_argcount : code.co_argcount + code.co_kwonlyargcount]
 
     def forward(self, logits: Tensor, labels: Tensor, **keywords: Any) -> Tensor:
         """The loss, a scalar. `keywords` are those of the method; tensors with one entry per row are filtered too."""

@@ -35,6 +35,7 @@ class EFL(ClassificationLoss):
         focal_alpha: weight of targets, 1 - focal_alpha that of the others; < 0: no such weights.
     """
 
+    row_facts: tuple[str, ...] = ("normalizer",)
     pos_grad: Tensor
     neg_grad: Tensor
     pos_neg: Tensor

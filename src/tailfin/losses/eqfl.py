@@ -21,7 +21,7 @@ class EQFL(EFL):
     if not given; unused on background rows), taken as a constant; `normalizer` as in `EFL`.
     """
 
-    row_facts = ("quality",)
+    row_facts = ("quality", "normalizer")
 
     def __init__(self, stats: ClassStats, *, focal_gamma: float = 2.0, scale_factor: float = 8.0) -> None:
         super().__init__(stats, focal_gamma=focal_gamma, scale_factor=scale_factor, focal_alpha=-1.0)

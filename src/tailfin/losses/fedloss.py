@@ -42,6 +42,7 @@ class FedLoss(ClassificationLoss):
         power: exponent of a class's image count in the draw; 0 draws all classes alike.
     """
 
+    row_facts = ("normalizer",)
     weight: Tensor
 
     def __init__(self, stats: ClassStats, *, base: str = "sigmoid", num_classes: int = 50, power: float = 0.5) -> None:

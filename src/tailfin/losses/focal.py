@@ -16,6 +16,8 @@ from tailfin.stats import ClassStats
 class Focal(ClassificationLoss):
     """Focal loss; `focal_alpha` < 0 switches the class balance off, `focal_gamma` >= 0 is the focusing exponent."""
 
+    row_facts = ("normalizer",)
+
     def __init__(self, stats: ClassStats, *, focal_alpha: float = 0.25, focal_gamma: float = 2.0) -> None:
         super().__init__(stats)
         if focal_alpha > 1:

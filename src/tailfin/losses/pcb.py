@@ -6,7 +6,7 @@ A running confusion matrix M [C, C] (row: ground truth) averages what the classi
     M_c <- M_c / sum M_c                                            for the classes of this step, before the loss
 
 For a foreground row of class y, p_k = M_ky / sum_k M_ky, the column of M, says which classes are predicted as y. With
-a = alpha iter_id / (n_iter - 1), the step of the iterative head (`modules.pcb_head`; plain heads: its last), and N rows
+a = alpha iter_id / (n_iter - 1), the step of the iterative head (`models.heads.pcb`; plain heads: its last), and N rows
 
     base "softmax"   (CE(background) + (1 - a) CE(foreground) + a KL([p, 0] || softmax(z))) / N
     base "seesaw"    objectness + ((1 - a) CE(z', y) + a CE(z', p)) / N on the foreground, z' Seesaw's reweighted logits
@@ -59,6 +59,7 @@ class PCB(ClassificationLoss):
     instances is not waited for: it would keep the method off for ever.
     """
 
+    row_facts = ("iter_id",)
     fg_confusion_matrix: Tensor
     num_inst_cnt: Tensor
     _epoch: Tensor
@@ -87,7 +88,7 @@ class PCB(ClassificationLoss):
         if n_iter < 2 or n_iter != int(n_iter):
             raise ValueError(f"n_iter must be a whole number of at least 2 (given: {n_iter})")
         base_options = dict(base_options or {})
-        known = kind.__init__.__kwdefaults__ or {}  # type: ignore[misc]
+        known = kind.option_names()
         for option in base_options:
             if option not in known:
                 raise ValueError(f'base_options: the loss {base} has no option "{option}"{nearest(option, known)}')

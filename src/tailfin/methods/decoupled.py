@@ -15,10 +15,9 @@ from tailfin.methods.drcl import start
 from tailfin.methods.feature_stage import feature_stage
 from tailfin.models import build_detector
 from tailfin.models.detector import Detector
-from tailfin.models.heads import calibrate, uncalibrated
+from tailfin.models.heads import stage_samples, wrap_trained
 from tailfin.run import Run
-from tailfin.samplers.episodes import EpisodeDataset, EpisodePlan
-from tailfin.schema.detectors import EPISODES
+from tailfin.schema.stages import unwrapped
 from tailfin.weights import load_fitting, state_of
 
 
@@ -36,14 +35,16 @@ def classifier_stage(run: Run, trained: Detector) -> Detector:
     second = run.recipe.second
     assert second is not None
     torch.manual_seed(run.recipe.seed)  # new weights must not depend on whether stage 1 ran just now or was loaded
-    # a classifier that calibrates the first stage's is put around it once that has its weights
-    model, _ = build_detector(uncalibrated(run.planned("classifier").recipe), run.stats, start=False)
-    anew = state_of(model, model.loss, model.features)  # a method's state is that of its stage
+    # a classifier that goes around the first stage's is put there once that has its weights
+    recipe = run.planned("classifier").recipe
+    first = recipe if second.classifier is None else unwrapped(recipe)
+    model, _ = build_detector(first, run.stats, start=False)
+    anew = state_of(model, *model.method_state())  # a method's state is that of its stage
     fresh = state_of(model, model.parts()["classifier"]) if second.fresh_classifier else frozenset()
     loaded = load_fitting(model, trained.state_dict(), lambda name: name not in anew | fresh)
     untrained = {id(value) for name, value in model.named_parameters() if name in set(loaded.missing) - anew}
     if second.classifier is not None:
-        calibrate(model, second.classifier, run.stats)
+        wrap_trained(model, second.classifier, run.stats)
     model.freeze_but(second.trains)
     for name, value in model.named_parameters():
         if id(value) in untrained and not value.requires_grad:
@@ -53,21 +54,9 @@ def classifier_stage(run: Run, trained: Detector) -> Detector:
 
 
 def samples(run: Run) -> dict[str, Any]:
-    """Data set and order of the second stage where they are not the usual ones: a classifier's episodes."""
-    recipe, second = run.planned("classifier").recipe, run.recipe.second
+    """Data set and order of the second stage where they are not the usual ones: a classifier's own."""
+    second = run.recipe.second
     assert second is not None
-    if second.classifier is None or second.classifier.name not in EPISODES or recipe.sampler.name != "class_aware":
+    if second.classifier is None:
         return {}
-    dataset = EpisodeDataset(run.train, recipe.data, recipe.seed)
-    schedule = recipe.schedule
-    plan = EpisodePlan(
-        run.train.index,
-        dataset.rows(),
-        run.stats,
-        recipe.sampler,
-        schedule.batch,
-        schedule.epochs,
-        recipe.seed,
-        recipe.data.group_by_aspect,
-    )
-    return {"dataset": dataset, "plan": plan}
+    return stage_samples(second.classifier, run.train, run.planned("classifier").recipe, run.stats)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -14,14 +16,31 @@ from tailfin.checkpoint import FORMAT, read_safetensors
 from tailfin.errors import UserError
 from tailfin.files import existing_file
 from tailfin.losses.base import ClassificationLoss
-from tailfin.models.backbones import Backbone, imagenet_state, load_body, pyramid_backbone, resnet_body
+from tailfin.models.atss import build_atss
+from tailfin.models.backbones import Backbone, Body, imagenet_state, load_body, pyramid_backbone, resnet_body
+from tailfin.models.cascade_rcnn import CascadeRCNN, build_cascade_rcnn
+from tailfin.models.convert_torchvision import (
+    convert_rcnn,
+    convert_retinanet,
+    is_torchvision_rcnn,
+    is_torchvision_retinanet,
+)
 from tailfin.models.detector import Detector, Limits
-from tailfin.models.faster_rcnn import build_faster_rcnn
-from tailfin.models.features import build_feature_module
-from tailfin.models.features.meta_reweighting import MetaReweighter
-from tailfin.models.heads import NorCal, calibrate, check_extra_rows, check_start
+from tailfin.models.detr_convert import convert_released, is_released
+from tailfin.models.faster_rcnn import FasterRCNN, build_faster_rcnn
+from tailfin.models.features import build_features, replaced_loss
+from tailfin.models.heads import check_features_fit, refuse_untrained, wrap_trained
 from tailfin.models.localizer import build_localizer
-from tailfin.schema.detectors import FasterRCNNConfig, LocalizerConfig
+from tailfin.models.mask_rcnn import build_mask_rcnn
+from tailfin.models.rescoring import build_rescorer
+from tailfin.models.retinanet import build_retinanet
+from tailfin.schema.detectors import (
+    ATSSConfig,
+    DetectorSection,
+    FasterRCNNConfig,
+    LocalizerConfig,
+    RetinaNetConfig,
+)
 from tailfin.schema.recipe import Recipe
 from tailfin.stats import ClassStats
 from tailfin.weights import load_weights
@@ -34,43 +53,95 @@ def build_detector(recipe: Recipe, stats: ClassStats, *, start: bool = True) -> 
     """
     source = recipe.weights if start else "none"
     if start:
-        check_start(recipe)
+        refuse_untrained(getattr(recipe.detector, "classifier", None))
     body, whole = _starting_weights(recipe, source)
     loss = losses.build(recipe.loss.name, stats, **recipe.loss.options)
-    if recipe.meta_reweighting is not None:  # the same loss with class weights that are learnt
-        loss = MetaReweighter(stats, lr=recipe.meta_reweighting.lr)
+    loss = replaced_loss(recipe.features, stats, loss)
+    if body is not None and (convert := RELEASED.get(recipe.detector.name)):
+        whole = convert(body, stats, loss, source)
+        body = None if whole is not None else body
     model = BUILDERS[recipe.detector.name](recipe, stats, loss, body, source)
+    if recipe.calibration is not None:
+        model.rescore = build_rescorer(recipe.calibration, stats, model.loss)
     if whole is not None:
-        return model, load_weights(model, whole, source)
+        return model, load_weights(model, whole, source, stats.names)
     return model, [f"backbone: {source}"] if body is not None else ["random start"]
 
 
-def _faster_rcnn(
-    recipe: Recipe, stats: ClassStats, loss: ClassificationLoss, body: dict[str, Tensor] | None, source: str
-) -> Detector:
-    config = recipe.detector
-    assert isinstance(config, FasterRCNNConfig)
+def _two_stage(
+    build: Callable[..., Any],
+    recipe: Recipe,
+    stats: ClassStats,
+    loss: ClassificationLoss,
+    body: dict[str, Tensor] | None,
+    source: str,
+) -> Any:
+    """A detector that `build` assembles on a pyramid, without feature modules."""
+    config = cast(FasterRCNNConfig, recipe.detector)
     backbone = _pyramid(recipe, config, body, source)
-    channels_last = recipe.schedule.channels_last
-    own = recipe.evaluation
-    limits = Limits(own.score_threshold, own.max_dets, own.nms)
-    model = build_faster_rcnn(backbone, loss, config, limits, stats, channels_last=channels_last)
-    model.roi_heads.extra_rows = build_feature_module(recipe, stats, loss)
-    calibrate(model, config.classifier, stats)
-    check_extra_rows(model, config.classifier)
-    if recipe.evaluation.norcal:
-        model.rescore = NorCal(stats, model.roi_heads.loss, recipe.evaluation.norcal)
+    return build(backbone, loss, config, _limits(recipe), stats, channels_last=recipe.schedule.channels_last)
+
+
+def _one_box_head(
+    build: Callable[..., FasterRCNN], recipe: Recipe, stats: ClassStats, loss: ClassificationLoss, *start: Any
+) -> Detector:
+    config = cast(FasterRCNNConfig, recipe.detector)
+    model: FasterRCNN = _two_stage(build, recipe, stats, loss, *start)
+    model.roi_heads.extra_rows = build_features(recipe.features, config, stats, loss)
+    wrap_trained(model, config.classifier, stats)
     return model
+
+
+def _cascade_rcnn(recipe: Recipe, stats: ClassStats, loss: ClassificationLoss, *start: Any) -> Detector:
+    config = cast(FasterRCNNConfig, recipe.detector)
+    model: CascadeRCNN = _two_stage(build_cascade_rcnn, recipe, stats, loss, *start)
+    for heads in model.roi_heads.heads():  # each stage has a feature module of its own
+        heads.extra_rows = build_features(recipe.features, config, stats, heads.loss)
+        check_features_fit(heads.extra_rows, heads, config.classifier)
+    return model
+
+
+def _limits(recipe: Recipe) -> Limits:
+    own = recipe.evaluation
+    return Limits(own.score_threshold, own.max_dets, own.nms)
+
+
+def _body(recipe: Recipe, config: DetectorSection, body_state: dict[str, Tensor] | None, source: str) -> Body:
+    body = resnet_body(recipe.backbone, norm=config.norm)
+    if body_state is not None:
+        load_body(body, body_state, source)
+    body.freeze(config.frozen_layers)
+    return body
 
 
 def _pyramid(
     recipe: Recipe, config: FasterRCNNConfig | LocalizerConfig, body_state: dict[str, Tensor] | None, source: str
 ) -> Backbone:
-    body = resnet_body(recipe.backbone, norm=config.norm)
-    if body_state is not None:
-        load_body(body, body_state, source)
-    body.freeze(config.frozen_layers)
+    body = _body(recipe, config, body_state, source)
     return pyramid_backbone(body, layers=config.fpn_layers, channels=config.fpn_channels, pool=config.fpn_pool)
+
+
+def _retinanet(
+    recipe: Recipe, stats: ClassStats, loss: ClassificationLoss, body: dict[str, Tensor] | None, source: str
+) -> Detector:
+    config = cast(RetinaNetConfig, recipe.detector)
+    backbone = _dense_pyramid(recipe, config, body, source)
+    return build_retinanet(backbone, loss, config, _limits(recipe), channels_last=recipe.schedule.channels_last)
+
+
+def _atss(
+    recipe: Recipe, stats: ClassStats, loss: ClassificationLoss, body: dict[str, Tensor] | None, source: str
+) -> Detector:
+    config = cast(ATSSConfig, recipe.detector)
+    backbone = _dense_pyramid(recipe, config, body, source)
+    return build_atss(backbone, loss, config, _limits(recipe), channels_last=recipe.schedule.channels_last)
+
+
+def _dense_pyramid(
+    recipe: Recipe, config: RetinaNetConfig | ATSSConfig, body_state: dict[str, Tensor] | None, source: str
+) -> Backbone:
+    body = _body(recipe, config, body_state, source)
+    return pyramid_backbone(body, layers=config.fpn_layers, channels=config.fpn_channels, convs=config.fpn_convs)
 
 
 def _deformable_detr(
@@ -84,8 +155,7 @@ def _deformable_detr(
 def _localizer(
     recipe: Recipe, stats: ClassStats, loss: ClassificationLoss, body: dict[str, Tensor] | None, source: str
 ) -> Detector:
-    config = recipe.detector
-    assert isinstance(config, LocalizerConfig)
+    config = cast(LocalizerConfig, recipe.detector)
     backbone = _pyramid(recipe, config, body, source)
     return build_localizer(backbone, config, channels_last=recipe.schedule.channels_last)
 
@@ -93,9 +163,42 @@ def _localizer(
 Builder = Callable[[Recipe, ClassStats, ClassificationLoss, dict[str, Tensor] | None, str], Detector]
 # by `detector.name`; the last arguments are the weights of the ResNet body, where there are any, and their source
 BUILDERS: dict[str, Builder] = {
-    "faster_rcnn": _faster_rcnn,
+    "faster_rcnn": partial(_one_box_head, build_faster_rcnn),
+    "mask_rcnn": partial(_one_box_head, build_mask_rcnn),
+    "cascade_rcnn": _cascade_rcnn,
     "deformable_detr": _deformable_detr,
     "localizer": _localizer,
+    "retinanet": _retinanet,
+    "atss": _atss,
+}
+
+
+def _released_retinanet(
+    state: dict[str, Tensor], stats: ClassStats, loss: ClassificationLoss, source: str
+) -> dict[str, Tensor] | None:
+    known = is_torchvision_retinanet(state)
+    return convert_retinanet(state, stats.names, loss.num_logits, source) if known else None
+
+
+def _released_detr(
+    state: dict[str, Tensor], stats: ClassStats, loss: ClassificationLoss, source: str
+) -> dict[str, Tensor] | None:
+    return convert_released(state, num_logits=loss.num_logits) if is_released(state) else None
+
+
+def _released_rcnn(
+    masks: bool, state: dict[str, Tensor], stats: ClassStats, loss: ClassificationLoss, source: str
+) -> dict[str, Tensor] | None:
+    known = is_torchvision_rcnn(state)
+    return convert_rcnn(state, stats.names, loss.num_logits, source, masks=masks) if known else None
+
+
+# by `detector.name`: weights of a whole detector in another project's names to tailfin's; None for anything else
+RELEASED: dict[str, Callable[[dict[str, Tensor], ClassStats, ClassificationLoss, str], dict[str, Tensor] | None]] = {
+    "faster_rcnn": partial(_released_rcnn, False),
+    "mask_rcnn": partial(_released_rcnn, True),
+    "retinanet": _released_retinanet,
+    "deformable_detr": _released_detr,
 }
 
 

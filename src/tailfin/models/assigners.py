@@ -6,7 +6,8 @@ Both give one number per anchor, the object's row in `gt_boxes`, -1 for backgrou
     positive = (assigned >= 0).nonzero()[:, 0]
     targets = centerness(anchors[positive], gt_boxes[assigned[positive]])
 
-They are mmdetection's rules, also where they surprise, see the functions. Boxes are xyxy in pixels, of any float dtype;
+`atss_batch` and `max_iou_batch` do the same for the pictures of a batch at once, as a training step wants it. They are
+mmdetection's rules, also where they surprise, see the functions. Boxes are xyxy in pixels, of any float dtype;
 half precision is computed in float32. No gradient flows.
 """
 
@@ -16,6 +17,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from tailfin.losses.base import at_least_float32
 
@@ -49,41 +51,66 @@ def atss(
     Returns:
         int64 [A]: row of `gt_boxes`, -1 background, -2 ignored.
     """
-    if topk < 1:
-        raise ValueError(f"topk must be positive (given: {topk})")
     levels = [_boxes(level, "anchors") for level in anchors_per_level]
     gt_boxes = _boxes(gt_boxes, "gt_boxes")
-    anchors = torch.cat(levels) if levels else gt_boxes[:0]
-    assigned = torch.full((len(anchors),), BACKGROUND, dtype=torch.int64, device=anchors.device)
-    if not len(anchors) or not len(gt_boxes):
+    ignored = _in_ignored(torch.cat(levels), ignore_boxes, ignore_iof) if levels and len(gt_boxes) else None
+    return _atss(levels, gt_boxes[None], None, topk, None if ignored is None else ignored[None])[0]
+
+
+@torch.no_grad()
+def atss_batch(anchors_per_level: Sequence[Tensor], gt_boxes: Tensor, valid: Tensor, topk: int = 9) -> Tensor:
+    """`atss` for B pictures with the same anchors, without a loop over them or a read back to the host.
+
+    Args:
+        anchors_per_level: [A_l, 4] per level.
+        gt_boxes, valid: [B, G, 4] and bool [B, G], as `pad_targets` gives them.
+
+    Returns:
+        int64 [B, A]: row of the picture's own boxes, -1 background.
+    """
+    levels = [_boxes(level, "anchors") for level in anchors_per_level]
+    return _atss(levels, at_least_float32(gt_boxes), valid, topk)
+
+
+def _atss(
+    levels: list[Tensor], gt_boxes: Tensor, valid: Tensor | None, topk: int, ignored: Tensor | None = None
+) -> Tensor:
+    if topk < 1:
+        raise ValueError(f"topk must be positive (given: {topk})")
+    batch = len(gt_boxes)
+    anchors = torch.cat(levels) if levels else gt_boxes[0, :0]
+    assigned = torch.full((batch, len(anchors)), BACKGROUND, dtype=torch.int64, device=anchors.device)
+    if not len(anchors) or not gt_boxes.shape[1]:
         return assigned
-    centres = (anchors[:, :2] + anchors[:, 2:]) / 2
-    distance = _distances(centres, (gt_boxes[:, :2] + gt_boxes[:, 2:]) / 2)
-    ignored = _in_ignored(anchors, ignore_boxes, ignore_iof)
+    distance = _distances((anchors[:, :2] + anchors[:, 2:]) / 2, (gt_boxes[..., :2] + gt_boxes[..., 2:]) / 2)
     if ignored is not None:
         assigned = torch.where(ignored, IGNORED, assigned)
-        distance = torch.where(ignored[:, None], FAR, distance)
+        distance = torch.where(ignored[:, :, None], FAR, distance)
     start, nearest = 0, []
     for level in levels:  # a handful
-        own = distance[start : start + len(level)]
-        nearest.append(own.topk(min(topk, len(level)), dim=0, largest=False).indices + start)
+        own = distance[:, start : start + len(level)]
+        nearest.append(own.topk(min(topk, len(level)), dim=1, largest=False).indices + start)
         start += len(level)
-    candidates = torch.cat(nearest)  # [K, G]
-    overlaps = iou(anchors, gt_boxes)  # [A, G]
-    values = overlaps.gather(0, candidates)
-    positive = values >= candidate_threshold(values)
-    place = centres[candidates]  # [K, G, 2]
-    positive &= torch.cat([place - gt_boxes[:, :2], gt_boxes[:, 2:] - place], dim=2).amin(dim=2) > INSIDE
-    claimed = torch.full_like(overlaps, -1.0).scatter_(0, candidates, torch.where(positive, values, -1.0))
-    best, owner = claimed.max(dim=1)
+    candidates = torch.cat(nearest, dim=1)  # [B, K, G]
+    chosen = anchors[candidates]  # [B, K, G, 4]
+    values = paired_iou(chosen, gt_boxes[:, None])
+    positive = values >= candidate_threshold(values)[:, None]
+    place = (chosen[..., :2] + chosen[..., 2:]) / 2
+    inside = torch.cat([place - gt_boxes[:, None, :, :2], gt_boxes[:, None, :, 2:] - place], dim=3)
+    positive &= inside.amin(dim=3) > INSIDE
+    if valid is not None:
+        positive &= valid[:, None]
+    claimed = torch.full_like(distance, -1.0).scatter_(1, candidates, torch.where(positive, values, -1.0))
+    best, owner = claimed.max(dim=2)
     return torch.where(best >= 0, owner, assigned)
 
 
 def candidate_threshold(values: Tensor) -> Tensor:
-    """[K, G] IoUs of the candidates to [G] thresholds, mean + unbiased standard deviation; NaN (none) where K is 1."""
-    if len(values) < 2:
-        return torch.full_like(values[0], torch.nan)
-    return values.mean(dim=0) + values.std(dim=0)
+    """[..., K, G] IoUs of the candidates to [..., G] thresholds, mean + unbiased standard deviation; NaN (none)
+    where K is 1."""
+    if values.shape[-2] < 2:
+        return torch.full_like(values.sum(dim=-2), torch.nan)
+    return values.mean(dim=-2) + values.std(dim=-2)
 
 
 @torch.no_grad()
@@ -112,25 +139,84 @@ def max_iou(
     Returns:
         int64 [A]: row of `gt_boxes`, -1 background, -2 ignored.
     """
+    anchors, gt_boxes = _boxes(anchors, "anchors"), _boxes(gt_boxes, "gt_boxes")
+    ignored = _in_ignored(anchors, ignore_boxes, ignore_iof) if len(gt_boxes) else None
+    return _max_iou(anchors, gt_boxes[None], None, pos_iou, neg_iou, min_pos_iou, low_quality, ignored=ignored)[0]
+
+
+@torch.no_grad()
+def max_iou_batch(
+    anchors: Tensor,
+    gt_boxes: Tensor,
+    valid: Tensor,
+    pos_iou: float = 0.5,
+    neg_iou: float = 0.4,
+    min_pos_iou: float = 0.0,
+    low_quality: bool = True,
+    keep_owner: bool = False,
+) -> Tensor:
+    """`max_iou` for B pictures with the same anchors, without a loop over them or a read back to the host.
+
+    Args:
+        anchors: [A, 4].
+        gt_boxes, valid: [B, G, 4] and bool [B, G], as `pad_targets` gives them.
+        keep_owner: an anchor that an object takes by `low_quality` becomes positive but stays with the object that it
+            overlaps most, as in detectron2 and torchvision.
+
+    Returns:
+        int64 [B, A]: row of the picture's own boxes, -1 background, -2 ignored.
+    """
+    anchors, gt_boxes = _boxes(anchors, "anchors"), at_least_float32(gt_boxes)
+    return _max_iou(anchors, gt_boxes, valid, pos_iou, neg_iou, min_pos_iou, low_quality, keep_owner)
+
+
+def _max_iou(
+    anchors: Tensor,
+    gt_boxes: Tensor,
+    valid: Tensor | None,
+    pos_iou: float,
+    neg_iou: float,
+    min_pos_iou: float,
+    low_quality: bool,
+    keep_owner: bool = False,
+    ignored: Tensor | None = None,
+) -> Tensor:
     if not neg_iou <= pos_iou:
         raise ValueError(f"neg_iou {neg_iou} must not be above pos_iou {pos_iou}")
-    anchors, gt_boxes = _boxes(anchors, "anchors"), _boxes(gt_boxes, "gt_boxes")
-    if not len(anchors) or not len(gt_boxes):
-        return torch.full((len(anchors),), BACKGROUND, dtype=torch.int64, device=anchors.device)
-    overlaps = iou(gt_boxes, anchors)  # [G, A]
-    ignored = _in_ignored(anchors, ignore_boxes, ignore_iof)
+    batch, count = gt_boxes.shape[:2]
+    if not len(anchors) or not count:
+        return torch.full((batch, len(anchors)), BACKGROUND, dtype=torch.int64, device=anchors.device)
+    overlaps = iou(gt_boxes, anchors)  # [B, G, A]
     if ignored is not None:
         overlaps = torch.where(ignored, -1.0, overlaps)
-    best, owner = overlaps.max(dim=0)
+    if valid is not None:
+        overlaps = torch.where(valid[:, :, None], overlaps, -1.0)
+    best, owner = overlaps.max(dim=1)
     background = (best >= 0) & (best < neg_iou)
+    if valid is not None:
+        background |= ~valid.any(dim=1, keepdim=True)
     assigned = torch.where(background, BACKGROUND, torch.full_like(owner, IGNORED))
     assigned = torch.where(best >= pos_iou, owner, assigned)
     if low_quality:
-        own_best = overlaps.amax(dim=1, keepdim=True)
+        own_best = overlaps.amax(dim=2, keepdim=True)
         claims = (overlaps == own_best) & (own_best >= min_pos_iou)
-        last = len(gt_boxes) - 1 - claims.flip(0).to(torch.uint8).argmax(dim=0)
-        assigned = torch.where(claims.any(dim=0), last, assigned)
+        if valid is not None:
+            claims &= valid[:, :, None]
+        last = count - 1 - claims.flip(1).to(torch.uint8).argmax(dim=1)
+        assigned = torch.where(claims.any(dim=1), owner if keep_owner else last, assigned)
     return assigned
+
+
+def pad_targets(targets: Sequence[dict[str, Tensor]], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Boxes float32 [B, G, 4], labels int64 [B, G] and bool [B, G], which of them are real; G is the largest number of
+    objects of a picture, at least 1. No read back to the host."""
+    boxes = [target["boxes"].to(device, torch.float32).reshape(-1, 4) for target in targets]
+    labels = [target["labels"].to(device) for target in targets]
+    most = max(1, *(len(own) for own in boxes))
+    counts = torch.tensor([len(own) for own in boxes], device=device)
+    padded = torch.stack([F.pad(own, (0, 0, 0, most - len(own))) for own in boxes])
+    classes = torch.stack([F.pad(own, (0, most - len(own))) for own in labels])
+    return padded, classes, torch.arange(most, device=device) < counts[:, None]
 
 
 @torch.no_grad()
@@ -150,10 +236,8 @@ def centerness(anchors: Tensor, gt_boxes: Tensor) -> Tensor:
 
 
 def iou(boxes: Tensor, others: Tensor) -> Tensor:
-    """[N, 4] and [M, 4] to [N, M]; two boxes without area overlap by 0."""
-    shared = _shared_area(boxes, others)
-    union = _area(boxes)[:, None] + _area(others) - shared
-    return shared / union.clamp(min=SMALLEST_AREA)
+    """[..., N, 4] and [M, 4] to [..., N, M]; two boxes without area overlap by 0."""
+    return paired_iou(boxes[..., None, :], others)
 
 
 def _in_ignored(anchors: Tensor, ignore_boxes: Tensor | None, ignore_iof: float | None) -> Tensor | None:
@@ -161,23 +245,30 @@ def _in_ignored(anchors: Tensor, ignore_boxes: Tensor | None, ignore_iof: float 
     if ignore_iof is None or ignore_iof <= 0 or ignore_boxes is None or not len(ignore_boxes):
         return None
     regions = _boxes(ignore_boxes, "ignore_boxes").to(anchors)
-    share = _shared_area(anchors, regions) / _area(anchors).clamp(min=SMALLEST_AREA)[:, None]
+    share = _shared_area(anchors[:, None], regions) / _area(anchors).clamp(min=SMALLEST_AREA)[:, None]
     return share.amax(dim=1) > ignore_iof
 
 
+def paired_iou(boxes: Tensor, others: Tensor) -> Tensor:
+    """IoU [...] of boxes [..., 4] and others [..., 4], which broadcast."""
+    shared = _shared_area(boxes, others)
+    union = _area(boxes) + _area(others) - shared
+    return shared / union.clamp(min=SMALLEST_AREA)
+
+
 def _shared_area(boxes: Tensor, others: Tensor) -> Tensor:
-    low = torch.maximum(boxes[:, None, :2], others[:, :2])
-    high = torch.minimum(boxes[:, None, 2:], others[:, 2:])
-    return (high - low).clamp(min=0).prod(dim=2)
+    low = torch.maximum(boxes[..., :2], others[..., :2])
+    high = torch.minimum(boxes[..., 2:], others[..., 2:])
+    return (high - low).clamp(min=0).prod(dim=-1)
 
 
 def _area(boxes: Tensor) -> Tensor:
-    return (boxes[:, 2:] - boxes[:, :2]).prod(dim=1)
+    return (boxes[..., 2:] - boxes[..., :2]).prod(dim=-1)
 
 
 def _distances(points: Tensor, others: Tensor) -> Tensor:
-    """Euclidean, [N, M]."""
-    return (points[:, None] - others).square().sum(dim=2).sqrt()
+    """Euclidean, points [N, 2] and others [..., M, 2] to [..., N, M]."""
+    return (points[:, None] - others[..., None, :, :]).square().sum(dim=-1).sqrt()
 
 
 def _boxes(boxes: Tensor, name: str) -> Tensor:

@@ -24,7 +24,12 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
 from torchvision.ops import FrozenBatchNorm2d
-from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool
+from torchvision.ops.feature_pyramid_network import (
+    ExtraFPNBlock,
+    FeaturePyramidNetwork,
+    LastLevelMaxPool,
+    LastLevelP6P7,
+)
 
 from tailfin.errors import UserError
 from tailfin.models.images import MEAN, STD
@@ -149,6 +154,18 @@ class Backbone(nn.Module):
         """Pixels per cell of the levels that come from a layer of the body, by the level's name, finest first."""
         return {name: self.body.strides[layer] for layer, name in self.body.taken.items()}
 
+    @property
+    def level_names(self) -> list[str]:
+        """Names of the levels of `level_strides`."""
+        further = {LastLevelMaxPool: ["pool"], LastLevelP6P7: ["p6", "p7"]}.get(type(self.fpn.extra_blocks), [])
+        return [*self.strides, *further]
+
+    @property
+    def level_strides(self) -> list[int]:
+        """Pixels per cell of every level of the pyramid, further ones too."""
+        found = list(self.strides.values())
+        return found + [found[-1] * 2**number for number in range(1, 1 + len(self.level_names) - len(found))]
+
 
 def resnet_body(name: str, *, norm: str) -> Body:
     """torchvision's ResNet (resnet18, 34, 50, 101) with random weights and the norm of a key of `NORMS`."""
@@ -188,18 +205,25 @@ def small_body(widths: Sequence[int], blocks: Sequence[int], *, norm: str) -> Bo
     return body
 
 
-def pyramid_backbone(body: Body, *, layers: Sequence[int], channels: int, pool: bool) -> Backbone:
+def pyramid_backbone(
+    body: Body, *, layers: Sequence[int], channels: int, pool: bool = False, convs: str = "none"
+) -> Backbone:
     """A feature pyramid on a body.
 
     Args:
         layers: which of the body's layers, counted from 1; the levels are named "0", "1", ...
         channels: width of every level.
         pool: one more level, max-pooled from the last.
+        convs: two more levels, "p6" and "p7", by 3x3 convolutions of stride 2, the first one on the "body"'s last layer
+            or on the "pyramid"'s last level; "none" for none. In the place of `pool`.
     """
     names = body.layer_names
     taken = {names[layer - 1]: str(level) for level, layer in enumerate(layers)}
     widths = [body.channels[layer] for layer in taken]
-    extra = LastLevelMaxPool() if pool else _NoExtraLevel()
+    extra: ExtraFPNBlock = LastLevelMaxPool() if pool else _NoExtraLevel()
+    if convs != "none":
+        extra = LastLevelP6P7(widths[-1] if convs == "body" else channels, channels)
+        extra.use_P5 = convs == "pyramid"  # torchvision guesses it from the widths
     return Backbone(body.take(taken), FeaturePyramidNetwork(widths, channels, extra_blocks=extra), channels)
 
 

@@ -30,14 +30,13 @@ from tailfin.losses.focal import Focal
 from tailfin.models.backbones import Backbone, load_body, resnet_body, small_body
 from tailfin.models.deformable_attention import DeformableAttention, EncoderLayer, Shapes
 from tailfin.models.detector import Compared, Detections, Detector, Limits, Targets, reported
-from tailfin.models.detr_convert import convert_released, is_released
 from tailfin.models.detr_criterion import Outputs, SetCriterion
+from tailfin.models.detr_geometry import box_code, grid, inverse_sigmoid, position_code, valid_mask
+from tailfin.models.precision import in_float32
 from tailfin.schema.detectors import DeformableDETRConfig
 from tailfin.schema.recipe import Recipe
-from tailfin.weights import load_weights
 
 FOCAL_BIAS = -math.log(99.0)  # focal loss starts at a probability of 0.01 here, as in the published detector
-TEMPERATURE = 10000.0  # of the sines that encode positions
 PROPOSAL_SIDE = 0.05  # of a proposal on the first level; doubled per level
 SMALLEST_PROPOSAL, LARGEST_PROPOSAL = 0.01, 0.99  # a proposal with a coordinate outside does not count
 
@@ -174,7 +173,7 @@ class DeformableDETR(Detector):
 
     def classify(self, hidden: Tensor) -> Tensor:
         """Queries after each decoder layer [L, B, Q, d] to class logits [L, B, Q, K], float32."""
-        return torch.stack([self._head(self.class_embed, layer)(own).float() for layer, own in enumerate(hidden)])
+        return torch.stack([in_float32(self._head(self.class_embed, layer), own) for layer, own in enumerate(hidden)])
 
     def _decode(
         self,
@@ -198,7 +197,7 @@ class DeformableDETR(Detector):
                 encoder_hidden_states=memory,
                 encoder_attention_mask=mask,
             )
-            delta = self._box_delta(self._head(self.bbox_embed, number), content)
+            delta = in_float32(self._head(self.bbox_embed, number), content)  # a refined box is a small change
             start = inverse_sigmoid(reference)
             box = (delta + start if start.shape[-1] == 4 else delta + nn.functional.pad(start, (0, 2))).sigmoid()
             if self.refine:
@@ -217,8 +216,8 @@ class DeformableDETR(Detector):
         if mask is not None:
             valid &= mask[..., None]
         found = self.enc_output_norm(self.enc_output(memory * valid))
-        delta = self._box_delta(self.bbox_embed[-1], found)
-        return self.class_embed[-1](found).float(), delta + anchors.logit().masked_fill(~valid, math.inf)
+        delta = in_float32(self.bbox_embed[-1], found)
+        return in_float32(self.class_embed[-1], found), delta + anchors.logit().masked_fill(~valid, math.inf)
 
     def _queries_of(self, logits: Tensor, raw: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """(position part, content part, boxes) of the queries: the best proposals, without a gradient to them."""
@@ -233,12 +232,6 @@ class DeformableDETR(Detector):
 
     def _head(self, heads: nn.ModuleList, layer: int) -> nn.Module:
         return heads[layer if self.refine else 0]
-
-    @staticmethod
-    def _box_delta(head: nn.Module, hidden: Tensor) -> Tensor:
-        """Box offsets in float32, whatever autocast says: a refined box is a small change of a precise one."""
-        with torch.autocast(hidden.device.type, enabled=False):
-            return head(hidden.float())
 
     # ---- evaluation ------------------------------------------------------------------------------------------------
 
@@ -326,25 +319,20 @@ def build_deformable_detr(
 ) -> DeformableDETR:
     """The recipe's Deformable DETR.
 
-    `body_state` are weights of the ResNet, or of a whole detector by the names of the released code; `source` is where
-    they come from, for messages.
+    `body_state` are weights of the ResNet; `source` is where they come from, for messages.
     """
     config = cast(DeformableDETRConfig, recipe.detector)
-    released = body_state is not None and is_released(body_state)
     if config.widths:
         body = small_body(config.widths, config.blocks, norm=config.norm)
     else:
         body = resnet_body(recipe.backbone, norm=config.norm)
-    if body_state is not None and not released:
+    if body_state is not None:
         load_body(body, body_state, source)
     body.freeze(config.frozen_layers)
     used = body.layer_names[-min(config.levels, 3) :]
     backbone = Backbone(body.take({layer: str(level) for level, layer in enumerate(used)}))
     limits = Limits(recipe.evaluation.score_threshold, recipe.evaluation.max_dets)
-    model = DeformableDETR(backbone, loss, config, limits=limits, channels_last=recipe.schedule.channels_last)
-    if released and body_state is not None:
-        load_weights(model, convert_released(body_state, num_logits=loss.num_logits), source)
-    return model
+    return DeformableDETR(backbone, loss, config, limits=limits, channels_last=recipe.schedule.channels_last)
 
 
 def transformers_config(config: DeformableDETRConfig) -> DeformableDetrConfig:
@@ -373,50 +361,6 @@ def transformers_config(config: DeformableDETRConfig) -> DeformableDetrConfig:
 
 
 # ---- details ---------------------------------------------------------------------------------------------------------
-
-
-def valid_mask(shape: tuple[int, int], full: Sequence[int], sizes: Tensor) -> Tensor:
-    """Bool [B, h, w]: the cells of a level whose pixel (the nearest one) lies in the picture; `full` is the batch's."""
-    rows = torch.arange(shape[0], device=sizes.device) * full[0] // shape[0] < sizes[:, 1:2]
-    columns = torch.arange(shape[1], device=sizes.device) * full[1] // shape[1] < sizes[:, :1]
-    return rows[:, :, None] & columns[:, None]
-
-
-def position_code(mask: Tensor, channels: int) -> Tensor:
-    """Sines of every cell's place in its picture: [B, h, w] to [B, h, w, 2 * channels], rows first."""
-    code = []
-    for axis in (1, 2):
-        place = mask.cumsum(axis, dtype=torch.float32)
-        place = (place - 0.5) / (place.narrow(axis, place.shape[axis] - 1, 1) + 1e-6)
-        code.append(_sines(place, channels))
-    return torch.cat(code, dim=-1)
-
-
-def box_code(boxes: Tensor, channels: int) -> Tensor:
-    """Sines of the four numbers of every box: [B, Q, 4] to [B, Q, 4 * channels]."""
-    return _sines(boxes, channels).flatten(2)
-
-
-def _sines(values: Tensor, channels: int) -> Tensor:
-    """[...] in 0..1 to [..., channels]: sine and cosine in turns, at `channels / 2` frequencies."""
-    exponent = torch.arange(0, channels, 2, device=values.device) / channels
-    angle = values[..., None] * (2 * math.pi) / TEMPERATURE**exponent
-    return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(-2)
-
-
-def grid(shape: tuple[int, int], ratio: Tensor) -> Tensor:
-    """Centres (x, y) of a level's cells in fractions of the picture, [B, h w, 2]; its share of the map is `ratio`."""
-    y, x = torch.meshgrid(
-        *[(torch.arange(side, device=ratio.device) + 0.5) / side for side in shape],
-        indexing="ij",
-    )
-    return torch.stack([x, y], dim=-1).flatten(0, 1) / ratio[:, None]
-
-
-def inverse_sigmoid(values: Tensor, eps: float = 1e-5) -> Tensor:
-    """log(x / (1 - x)) with both bounded from below, as published."""
-    values = values.clamp(0, 1)
-    return (values.clamp(min=eps) / (1 - values).clamp(min=eps)).log()
 
 
 def _reset_sampling(module: DeformableAttention) -> None:

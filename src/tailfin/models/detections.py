@@ -67,6 +67,28 @@ def select_detections(
     return {"boxes": boxes[keep], "scores": kept_scores[keep], "labels": labels[keep]}
 
 
+def best_detections(boxes: Tensor, scores: Tensor, labels: Tensor, limits: Limits) -> dict[str, Tensor]:
+    """Detections of one image from scored boxes that are decoded already: NMS within each class, best `max_dets`.
+
+    The same growing number of best candidates as in `select_detections`; the threshold of `limits` is the caller's.
+
+    Args:
+        boxes: [K, 4], xyxy and not negative.
+        scores, labels: [K], int64 [K].
+    """
+    order = scores.argsort(descending=True, stable=True)
+    boxes, scores, labels = boxes[order], scores[order], labels[order]
+    count = len(order) if limits.max_dets < 0 else min(len(order), max(FIRST_CANDIDATES * limits.max_dets, 1000))
+    while True:
+        keep = nms_per_class(boxes[:count], scores[:count], labels[:count], limits.nms)
+        if count == len(order) or len(keep) >= limits.max_dets >= 0:
+            break
+        count = min(4 * count, len(order))
+    if limits.max_dets >= 0:
+        keep = keep[: limits.max_dets]
+    return {"boxes": boxes[keep], "scores": scores[keep], "labels": labels[keep]}
+
+
 def nms_per_class(boxes: Tensor, scores: Tensor, labels: Tensor, iou: float) -> Tensor:
     """Indices that survive NMS within each class, best first; boxes [K, 4] must not be negative.
 

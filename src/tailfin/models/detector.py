@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,9 @@ from torchvision.ops import nms
 from tailfin.errors import UserError, nearest
 from tailfin.losses.base import ClassificationLoss
 from tailfin.models.images import MEAN, STD, batch_images
+
+if TYPE_CHECKING:
+    from tailfin.models.features.base import FeatureModule
 
 Targets = Sequence[dict[str, Tensor]]
 Detections = list[dict[str, Tensor]]
@@ -153,9 +156,13 @@ class Detector(nn.Module, ABC):
         return None
 
     @property
-    def features(self) -> nn.Module | None:
+    def features(self) -> FeatureModule | None:
         """The feature module that takes part in the training, where there is one."""
         return None
+
+    def method_state(self) -> list[nn.Module]:
+        """Modules whose state is a method's own, which each stage starts anew: losses and feature modules."""
+        return [module for module in (self.loss, self.features) if module is not None]
 
     # ---- what methods and tools ask --------------------------------------------------------------------------------
 

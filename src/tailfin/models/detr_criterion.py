@@ -5,8 +5,8 @@
 for every decoder layer and for the encoder's proposals, each with a matching of its own. Boxes are (centre x, centre y,
 width, height) in fractions of the picture; box losses are sums over matched pairs, divided by the number of objects of
 all processes per process. The classification loss is any `ClassificationLoss`: its rows are the queries of a layer, the
-unmatched ones are background. Where it takes a `normalizer` it gets the number of objects, as in focal loss; else it
-keeps its own mean over rows.
+unmatched ones are background. One with `normalizer` among its `row_facts` gets the number of objects, as in focal
+loss; others keep their own mean over rows.
 
 Everything is worked out for all layers at once on the device; the matching costs go to the host in one transfer, where
 scipy solves the assignments.
@@ -14,7 +14,6 @@ scipy solves the assignments.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -82,7 +81,6 @@ class SetCriterion(nn.Module):
         self.costs = (config.class_cost, config.box_cost, config.giou_cost)
         self.auxiliary = config.auxiliary
         self.proposal_loss = Focal(_one_class(), focal_alpha=FOCAL_ALPHA, focal_gamma=FOCAL_GAMMA)
-        self.takes_normalizer = "normalizer" in inspect.signature(loss.loss).parameters
 
     def forward(self, outputs: Outputs, targets: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
         """Weighted losses: `loss_classifier`, `loss_box_l1`, `loss_giou` of the last layer, `loss_auxiliary` of the
@@ -132,7 +130,7 @@ class SetCriterion(nn.Module):
         layers, pictures, queries = logits.shape[:3]
         labels = torch.full((layers, pictures, queries), self.loss.num_classes, device=logits.device)
         labels[pairs.layer, pairs.picture, pairs.query] = objects.labels[pairs.picture, pairs.object]
-        keywords: dict[str, Tensor] = {"normalizer": normalizer} if self.takes_normalizer else {}
+        keywords: dict[str, Tensor] = {"normalizer": normalizer} if "normalizer" in self.loss.row_facts else {}
         if "gt_index" in self.loss.row_facts:
             index = torch.full_like(labels, -1)
             index[pairs.layer, pairs.picture, pairs.query] = objects.first[pairs.picture] + pairs.object

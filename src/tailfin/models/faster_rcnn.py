@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +22,10 @@ from torchvision.ops import box_iou, nms
 from tailfin.losses.base import ClassificationLoss
 from tailfin.models.backbones import Backbone
 from tailfin.models.detector import Compared, Detections, Detector, Limits, Targets, reported, valid_cells
+from tailfin.models.features.base import FeatureModule, Rows
 from tailfin.models.heads import box_heads
 from tailfin.models.heads.roi_heads import RoIHeads
+from tailfin.models.precision import in_float32
 from tailfin.models.roi_align import PyramidRoIAlign
 from tailfin.models.rpn import RPN, Float32Anchors, Float32RPNHead, ResamplingRPN, RPNOutputs
 from tailfin.samplers.nms_resampling import THRESHOLDS
@@ -80,13 +82,29 @@ class FasterRCNN(Detector):
         raw, proposals, _ = self.rpn(batch, features, targets)
         if self.training:
             return Outputs(batch.image_sizes, features, raw, proposals)
-        logits, deltas = self.roi_heads.predict(features, proposals, batch.image_sizes)
-        return Outputs(batch.image_sizes, features, raw, proposals, logits, deltas)
+        return Outputs(batch.image_sizes, features, raw, *self.second_stage(features, proposals, batch.image_sizes))
+
+    def second_stage(
+        self, features: dict[str, Tensor], proposals: list[Tensor], image_sizes: list[tuple[int, int]]
+    ) -> tuple[list[Tensor], Tensor, Tensor]:
+        """Boxes per image, logits of each and the deltas that move it to where its object is."""
+        return proposals, *self.roi_heads.predict(features, proposals, image_sizes)
 
     def losses(self, outputs: Outputs, targets: Targets) -> dict[str, Tensor]:
         rpn = self.rpn_losses(outputs.rpn, targets)
         rows = self.roi_heads.sample(outputs.proposals, targets)
-        return {**self.roi_heads.losses(outputs.features, rows, outputs.image_sizes, targets), **rpn}
+        return {**self.row_losses(outputs.features, rows, outputs.image_sizes, targets), **rpn}
+
+    def row_losses(
+        self,
+        features: dict[str, Tensor],
+        rows: Rows,
+        image_sizes: list[tuple[int, int]],
+        targets: Targets,
+        shared: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """Losses of sampled rows; `shared` [N, D] are their features, where the caller has them already."""
+        return self.roi_heads.losses(features, rows, image_sizes, targets, shared)
 
     def rpn_losses(self, raw: RPNOutputs, targets: Targets) -> dict[str, Tensor]:
         """The first stage's losses with their weight."""
@@ -117,7 +135,7 @@ class FasterRCNN(Detector):
         return self.roi_heads.loss
 
     @property
-    def features(self) -> nn.Module | None:
+    def features(self) -> FeatureModule | None:
         return self.roi_heads.extra_rows
 
     @property
@@ -138,7 +156,7 @@ class FasterRCNN(Detector):
             chosen.append(own[best])
             place.append(torch.arange(start, start + count, device=own.device))
             start += len(target["boxes"])
-        logits, _ = self.roi_heads.predict(features, chosen, batch.image_sizes)
+        _, logits, _ = self.second_stage(features, chosen, batch.image_sizes)
         return self.loss.scores(logits), torch.cat(place)
 
     def proposals(self, images: Sequence[Tensor], top: int, nms_iou: float) -> Detections:
@@ -186,7 +204,7 @@ class FasterRCNN(Detector):
         heads, sizes = self.roi_heads, batch.image_sizes
         rows = heads.sample(proposals, targets)
         own = heads.head(heads.pool(features, rows.boxes, sizes))
-        losses = {**heads.losses(features, rows, sizes, targets, own), **rpn}
+        losses = {**self.row_losses(features, rows, sizes, targets, own), **rpn}
         pyramid = any(p.requires_grad for p in self.backbone.parameters())
         trunk = pyramid or any(p.requires_grad for p in heads.head.parameters())
         taught = features
@@ -197,8 +215,8 @@ class FasterRCNN(Detector):
             theirs = own.detach()
             if trunk:
                 theirs = teacher.roi_heads.head(teacher.roi_heads.pool(taught, rows.boxes, sizes))
-            wanted = teacher.roi_heads.predictor.cls_score(theirs)
-        logits = heads.predictor.cls_score(theirs if shared else own)
+            wanted = in_float32(teacher.roi_heads.predictor.cls_score, theirs)
+        logits = in_float32(heads.predictor.cls_score, theirs if shared else own)
         scale = torch.tensor([[size[1], size[0]] * 2 for size in sizes], device=own.device).float()
         levels = list(features.values()) if pyramid else []
         valid = [valid_cells(level.shape[-2:], batch.tensors.shape[-2:], scale) for level in levels]
@@ -214,12 +232,12 @@ class FasterRCNN(Detector):
         drawn = [
             random_boxes(self.num_proposals, size).to(own) for own, size in zip(found, batch.image_sizes, strict=True)
         ]
-        logits, deltas = self.roi_heads.predict(features, drawn, batch.image_sizes)
+        boxes, logits, deltas = self.second_stage(features, drawn, batch.image_sizes)
         generator = torch.Generator().manual_seed(0)
         noise = LOGIT_SPREAD * torch.randn(logits.shape, generator=generator)
         logits = noise.to(logits) + self.loss.prior_bias().to(logits)
         deltas = (DELTA_SPREAD * torch.randn(deltas.shape, generator=generator)).to(deltas)
-        return Outputs(batch.image_sizes, features, raw, drawn, logits, deltas)
+        return Outputs(batch.image_sizes, features, raw, boxes, logits, deltas)
 
     def candidates(self, outputs: Outputs, limits: Limits) -> int:
         assert outputs.logits is not None
@@ -245,7 +263,23 @@ def build_faster_rcnn(
     channels_last: bool = False,
 ) -> FasterRCNN:
     """Assemble the detector; the classifier's width and bias come from `loss`."""
-    channels = backbone.out_channels
+    rpn = build_rpn(config, stats, backbone.out_channels)
+    roi_heads = build_box_head(backbone, loss, config, limits, stats)
+    return FasterRCNN(backbone, rpn, roi_heads, **options_of(config, limits, channels_last))
+
+
+def options_of(config: FasterRCNNConfig, limits: Limits, channels_last: bool) -> dict[str, Any]:
+    """The keywords of `FasterRCNN`."""
+    return {
+        "limits": limits,
+        "rpn_loss_weight": config.rpn_loss_weight,
+        "own_boxes": config.box_regression == "class_specific",
+        "channels_last": channels_last,
+    }
+
+
+def build_rpn(config: FasterRCNNConfig, stats: ClassStats, channels: int) -> RPN:
+    """The region proposal network on levels of `channels`."""
     anchors = Float32Anchors(
         sizes=tuple((size,) for size in config.anchor_sizes),
         aspect_ratios=(tuple(config.anchor_ratios),) * len(config.anchor_sizes),
@@ -254,7 +288,7 @@ def build_faster_rcnn(
     if config.rpn_nms_resampling != "none":
         thresholds = (*THRESHOLDS[:2], config.rpn_nms)
         rpn_kind = partial(ResamplingRPN, stats, scheme=config.rpn_nms_resampling, thresholds=thresholds)
-    rpn = rpn_kind(
+    return rpn_kind(
         anchors,
         Float32RPNHead(channels, anchors.num_anchors_per_location()[0]),
         fg_iou_thresh=config.rpn_fg_iou,
@@ -265,26 +299,31 @@ def build_faster_rcnn(
         post_nms_top_n=dict(zip(("training", "testing"), config.rpn_post_nms, strict=True)),
         nms_thresh=config.rpn_nms,
     )
+
+
+def build_box_head(
+    backbone: Backbone,
+    loss: ClassificationLoss,
+    config: FasterRCNNConfig,
+    limits: Limits,
+    stats: ClassStats,
+    **options: Any,
+) -> RoIHeads:
+    """A box head on the pyramid; `options` of `RoIHeads` take the place of the recipe's."""
+    own: dict[str, Any] = {
+        "fg_iou": config.roi_fg_iou,
+        "batch": config.roi_batch,
+        "fg_fraction": config.roi_fg_fraction,
+        "box_loss": config.box_loss,
+        "box_loss_beta": config.box_loss_beta,
+        "box_loss_weight": config.box_loss_weight,
+        "limits": limits,
+    }
+    pool = pyramid_pool(backbone, config.roi_size, config.roi_sampling)
+    return box_heads(config, loss, stats, pool, backbone.out_channels, **{**own, **options})
+
+
+def pyramid_pool(backbone: Backbone, size: int, sampling: int) -> PyramidRoIAlign:
+    """RoIAlign on the levels of the pyramid that come from the body."""
     strides = backbone.strides
-    roi_heads = box_heads(
-        config,
-        loss,
-        stats,
-        PyramidRoIAlign(list(strides), list(strides.values()), config.roi_size, config.roi_sampling),
-        channels,
-        fg_iou=config.roi_fg_iou,
-        batch=config.roi_batch,
-        fg_fraction=config.roi_fg_fraction,
-        box_loss=config.box_loss,
-        box_loss_weight=config.box_loss_weight,
-        limits=limits,
-    )
-    return FasterRCNN(
-        backbone,
-        rpn,
-        roi_heads,
-        limits=limits,
-        rpn_loss_weight=config.rpn_loss_weight,
-        own_boxes=config.box_regression == "class_specific",
-        channels_last=channels_last,
-    )
+    return PyramidRoIAlign(list(strides), list(strides.values()), size, sampling)

@@ -24,6 +24,7 @@ from torchvision.ops import box_iou, clip_boxes_to_image, generalized_box_iou_lo
 
 from tailfin.models.backbones import Backbone
 from tailfin.models.detector import Detections, Detector, Limits, Targets
+from tailfin.models.precision import in_float32
 from tailfin.models.roi_align import PyramidRoIAlign
 from tailfin.models.rpn import Float32Anchors, Float32RPNHead
 from tailfin.schema.detectors import LocalizerConfig
@@ -210,7 +211,7 @@ class IoUHead(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """IoU in 0..1 [N] and deltas [N, 4] of all boxes, images one after another, in float32."""
         shared = self.head(self.pool(features, boxes, image_sizes))
-        return self.iou(shared).float().sigmoid().squeeze(1), self.box(shared).float()
+        return in_float32(self.iou, shared).sigmoid().squeeze(1), in_float32(self.box, shared)
 
     def losses(
         self,

@@ -37,6 +37,7 @@ def mask_targets(
     size: int = 28,
     style: TargetStyle = "mmdet_bitmap",
     image_size: tuple[int, int] | None = None,
+    matched: Tensor | None = None,
 ) -> Tensor:
     """What the mask head should answer for each box.
 
@@ -52,6 +53,7 @@ def mask_targets(
         boxes: [P, 4] xyxy in pixels of the image, of any float dtype; they are not changed.
         size: side of a target.
         style: the convention.
+        matched: int64 [P], the mask of each box among bitmaps [M, H, W]; none: one bitmap per box, in order.
         image_size: (H, W) that mmdet's styles clip to; by default the bitmaps'. mmdet_polygon needs it.
 
     Returns:
@@ -66,8 +68,10 @@ def mask_targets(
         raise ValueError(f"boxes must be floats [P, 4], these are {boxes.dtype} {list(boxes.shape)}")
     if size < 1:
         raise ValueError(f"size must be positive (given: {size})")
-    if len(polygons_or_bitmaps) != len(boxes):
+    if matched is None and len(polygons_or_bitmaps) != len(boxes):
         raise ValueError(f"{len(polygons_or_bitmaps)} masks are given for {len(boxes)} boxes: one per box is needed")
+    if matched is not None and (matched.shape != (len(boxes),) or style in POLYGON_SIDE):
+        raise ValueError(f"matched must be [{len(boxes)}], and goes with bitmaps alone")
     if style in POLYGON_SIDE:
         if isinstance(polygons_or_bitmaps, Tensor):
             raise ValueError(f"style {style} takes polygons: a list of flat x, y arrays per box, not a tensor")
@@ -82,7 +86,8 @@ def mask_targets(
         raise ValueError(f"style {style} takes bitmaps: a tensor [P, H, W]")
     if style == "mmdet_bitmap":
         boxes = clip_boxes(boxes, tuple(masks.shape[1:]) if image_size is None else image_size)
-    pooled = _pooled(masks, boxes, size, aligned=style != "torchvision")
+    index = torch.arange(len(boxes), device=boxes.device) if matched is None else matched
+    pooled = _pooled(masks, index, boxes, size, aligned=style != "torchvision")
     return pooled if style == "torchvision" else (pooled >= THRESHOLD).to(boxes.dtype)
 
 
@@ -167,19 +172,21 @@ def clip_boxes(boxes: Tensor, image_size: tuple[int, ...]) -> Tensor:
 # ---- targets ---------------------------------------------------------------------------------------------------------
 
 
-def _pooled(masks: Tensor, boxes: Tensor, size: int, *, aligned: bool) -> Tensor:
-    """Share of each bin's samples that lie on the mask, [P, size, size]."""
+def _pooled(masks: Tensor, index: Tensor, boxes: Tensor, size: int, *, aligned: bool) -> Tensor:
+    """Share of each bin's samples that lie on the mask, [P, size, size]; `index` [P] says which mask is a box's."""
     exact = at_least_float32(boxes)
-    step = max(1, CHUNK // max(1, masks.shape[1] * masks.shape[2]))
-    parts = []
-    for start in range(0, len(boxes), step):
-        own = exact[start : start + step]
-        rois = torch.cat([torch.arange(len(own), device=own.device, dtype=own.dtype)[:, None], own], dim=1)
-        pictures = masks[start : start + step, None].to(exact)
-        parts.append(roi_align(pictures, rois, size, 1.0, -1, aligned)[:, 0])
-    if not parts:
+    if not len(boxes):
         return boxes.new_zeros((0, size, size))
-    return torch.cat(parts).to(boxes.dtype)
+    rois = torch.cat([index[:, None].to(exact), exact], dim=1)
+    step = max(1, CHUNK // max(1, masks.shape[1] * masks.shape[2]))
+    if len(masks) <= step:
+        return roi_align(masks[:, None].to(exact), rois, size, 1.0, -1, aligned)[:, 0].to(boxes.dtype)
+    pooled = exact.new_zeros((len(boxes), size, size))
+    for start in range(0, len(masks), step):
+        rows = torch.where((index >= start) & (index < start + step))[0]
+        own = rois[rows] - rois.new_tensor([start, 0, 0, 0, 0])
+        pooled[rows] = roi_align(masks[start : start + step, None].to(exact), own, size, 1.0, -1, aligned)[:, 0]
+    return pooled.to(boxes.dtype)
 
 
 def _rasterised(polygons: Sequence[Sequence[Any]], boxes: Tensor, size: int, shortest: float) -> np.ndarray:

@@ -65,9 +65,13 @@ class NormedConv2d(nn.Conv2d):
 
     def forward(self, features: Tensor) -> Tensor:
         """[N, in_channels, H, W] to [N, out_channels, H', W']."""
+        return self._conv_forward(*self.directions(features), self.bias)
+
+    def directions(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """What is convolved: the features' directions times the temperature, and the weights' directions."""
         scale = self.temperature if self.temperature_parameter is None else self.temperature_parameter.square()
         weight = self._over_length(self.weight, (1, 2, 3) if self.norm_over_kernel else (1,))
-        return self._conv_forward(self._over_length(features, (1,)) * scale, weight, self.bias)
+        return self._over_length(features, (1,)) * scale, weight
 
     def _over_length(self, vectors: Tensor, over: tuple[int, ...]) -> Tensor:
         vectors = at_least_float32(vectors)

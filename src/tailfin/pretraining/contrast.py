@@ -9,6 +9,8 @@ Rows are unit vectors: queries [N, D] that carry gradients, keys [N, D] that may
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +19,8 @@ import torch.distributed.nn.functional
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+
+from tailfin.schema.pretraining import Contrast
 
 
 def info_nce(
@@ -144,6 +148,73 @@ class ProjectionMLP(nn.Module):
             else:
                 hidden = self.norm(hidden)
         return self.out(F.relu(hidden))
+
+
+@dataclass(frozen=True)
+class ContrastHead:
+    """What stands between the vectors of one term and its loss: the networks, which others own, and the queue."""
+
+    name: str
+    config: Contrast
+    projector: nn.Module
+    predictor: nn.Module | None  # on the trained side only
+    queue: RingQueue | None
+
+    @property
+    def average(self) -> str:
+        """The name under which a momentum network has the copy of the projector."""
+        return f"{self.name}_projector"
+
+    def queries(self, vectors: Tensor) -> Tensor:
+        """Unit rows float32 [N, dim] of vectors [N, C], with gradients."""
+        rows = self.projector(vectors)
+        return F.normalize((rows if self.predictor is None else self.predictor(rows)).float(), dim=1)
+
+    @torch.no_grad()
+    def keys(self, vectors: Tensor, projector: nn.Module) -> Tensor:
+        """Unit rows float32 [N, dim] by the projector's momentum copy."""
+        return F.normalize(projector(vectors).float(), dim=1)
+
+    def loss(self, queries: Tensor, keys: Tensor, *, rows: float | None = None) -> Tensor:
+        """Cosine distance, or InfoNCE against the queue as it is; `rows` as in `info_nce`."""
+        if self.queue is None:
+            return cosine_distance(queries, keys, rows=rows)
+        return info_nce(queries, keys, self.queue.rows, self.config.temperature, rows=rows)
+
+    def remember(self, keys: Sequence[Tensor]) -> None:
+        """Keys of all processes into the queue, where there is one."""
+        if self.queue is not None:
+            self.queue.enqueue(gather_rows(torch.cat(list(keys))))
+
+
+class ContrastHeads(nn.Module):
+    """The heads of all contrastive terms: `heads[name]`.
+
+    Networks are made and stored kind by kind, all projectors first, so that one seed gives the same start whatever
+    module asks for them.
+
+    Args:
+        options: by name the section of the recipe, and the channels of the vectors.
+    """
+
+    def __init__(self, options: Mapping[str, tuple[Contrast, int]]) -> None:
+        super().__init__()
+        self.configs = {name: own for name, (own, _) in options.items()}
+        predicted = {name: own for name, own in self.configs.items() if own.predictor}
+        queued = {name: own for name, own in self.configs.items() if own.loss == "info_nce"}
+        self.projectors = nn.ModuleDict({name: _mlp(own, channels) for name, (own, channels) in options.items()})
+        self.predictors = nn.ModuleDict({name: _mlp(own, own.dim) for name, own in predicted.items()})
+        self.queues = nn.ModuleDict({name: RingQueue(own.queue, own.dim) for name, own in queued.items()})
+
+    def __getitem__(self, name: str) -> ContrastHead:
+        queue = dict(self.queues.items()).get(name)
+        assert queue is None or isinstance(queue, RingQueue)
+        predictor = dict(self.predictors.items()).get(name)
+        return ContrastHead(name, self.configs[name], self.projectors[name], predictor, queue)
+
+
+def _mlp(own: Contrast, channels: int) -> ProjectionMLP:
+    return ProjectionMLP(channels, own.hidden, own.dim, norm=own.norm)
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -33,3 +34,40 @@ def follow(average: nn.Module, module: nn.Module, momentum: float) -> None:
 def cosine_momentum(start: float, progress: float) -> float:
     """`start` at progress 0, 1 at progress 1, along half a cosine (BYOL)."""
     return 1 - (1 - start) * (math.cos(math.pi * min(max(progress, 0.0), 1.0)) + 1) / 2
+
+
+class MomentumNetwork(nn.Module):
+    """Momentum copies of modules by name; `network[name]` is the copy.
+
+    In `train` every copy takes the modes of what it follows, so the modules come first among those that are asked.
+    """
+
+    def __init__(self, followed: Mapping[str, nn.Module]) -> None:
+        super().__init__()
+        self.copies = nn.ModuleDict({name: momentum_copy(module) for name, module in followed.items()})
+        self.followed = dict(followed)  # plain: they belong to others
+
+    def __getitem__(self, name: str) -> nn.Module:
+        return self.copies[name]
+
+    def get(self, name: str, default: nn.Module) -> nn.Module:
+        """The copy, or `default` where there is none."""
+        return self.copies[name] if name in self.copies else default  # noqa: SIM401 - a ModuleDict has no `get`
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.copies
+
+    def __len__(self) -> int:
+        return len(self.copies)
+
+    def follow(self, momentum: float) -> None:
+        """Move every copy, see `follow`."""
+        for name, module in self.followed.items():
+            follow(self.copies[name], module, momentum)
+
+    def train(self, mode: bool = True) -> MomentumNetwork:
+        super().train(mode)
+        for name, module in self.followed.items():
+            for mine, theirs in zip(self.copies[name].modules(), module.modules(), strict=True):
+                mine.training = theirs.training
+        return self

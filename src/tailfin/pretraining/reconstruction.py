@@ -10,13 +10,103 @@ mask lies and how the layers' differences are reduced it leaves open.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+
+from tailfin.pretraining.term import Iteration, Term
+from tailfin.schema.pretraining import Reconstruction
+
+BATCH_NORM = nn.modules.batchnorm._BatchNorm
+
+
+class DualReconstruction(Term):
+    """`loss_ar` and `loss_sr`, each where its weight is not 0.
+
+    Args:
+        appearance, semantic: weights.
+        config: the generator, the mask and what is compared.
+        channels, stride: of the backbone's last layer.
+    """
+
+    def __init__(
+        self, appearance: float, semantic: float, config: Reconstruction, *, channels: int, stride: int
+    ) -> None:
+        super().__init__()
+        self.appearance, self.semantic, self.config = appearance, semantic, config
+        self.generator = Generator(channels, stride=stride, bridge=config.bridge, widths=config.widths)
+
+    def forward(self, seen: Iteration) -> dict[str, Tensor]:
+        view = seen.view(0)
+        pictures = view.batch.tensors
+        made = self.generator(seen.features(0).deepest)
+        height, width = pictures.shape[-2:]
+        valid = valid_pixels(view.batch.image_sizes, height, width, pictures.device)
+        if self.generator.scale == 1 and valid is not None:
+            made = made * valid  # padding is 0 in both
+        losses = {}
+        if self.appearance:
+            losses["loss_ar"] = self.appearance * self._appearance(pictures, made, valid)
+        if self.semantic:
+            losses["loss_sr"] = self.semantic * self._semantic(seen, made, valid)
+        return losses
+
+    def shown(self, seen: Iteration) -> dict[str, Tensor]:
+        """The reconstructions of view 1 at its size, float32 [B, 3, H, W], and a masked rectangle of each [B, 4]."""
+        view = seen.view(0)
+        made = self.generator(seen.features(0).deepest).float()
+        if made.shape != view.batch.tensors.shape:
+            made = F.interpolate(made, size=view.batch.tensors.shape[-2:], mode="bilinear", align_corners=False)
+        generator = torch.Generator().manual_seed(0)
+        rectangles = mask_rectangles(view.boxes, self.config.mask_fraction, generator=generator)
+        return {"reconstruction": made, "masks": rectangles[:, 0]}
+
+    def _appearance(self, pictures: Tensor, made: Tensor, valid: Tensor | None) -> Tensor:
+        if self.generator.scale == 1:
+            return appearance_loss(pictures, made, valid)
+        small = F.interpolate(pictures, size=made.shape[-2:], mode="area")
+        if valid is None:
+            return appearance_loss(small, made, None)
+        inside = F.interpolate(valid.float(), size=made.shape[-2:], mode="area") == 1
+        return appearance_loss(small * inside, made * inside, inside)
+
+    def _semantic(self, seen: Iteration, made: Tensor, valid: Tensor | None) -> Tensor:
+        """SR on a share of the pictures: a batch is in random order, any will do."""
+        config, view, layers = self.config, seen.view(0), seen.features(0).layers
+        taken = slice(math.ceil(config.share * len(made)))
+        made = made[taken]
+        if self.generator.scale != 1:
+            made = F.interpolate(made, size=view.batch.tensors.shape[-2:], mode="bilinear", align_corners=False)
+            made = made if valid is None else made * valid[taken]
+        rectangles = mask_rectangles(view.boxes[taken], config.mask_fraction, which=config.mask_proposals)
+        masked = mask_pictures(made, rectangles, fill=config.mask_fill)
+        body = seen.detector.backbone.body
+        with running_statistics_kept(body):
+            again = body.layers(masked)
+        names = [body.layer_names[layer - 1] for layer in config.layers if layer <= len(body.layer_names)]
+        return semantic_loss(
+            [layers[name][taken] for name in names],
+            [again[name] for name in names],
+            stop_gradient=config.stop_gradient,
+        )
+
+
+@contextmanager
+def running_statistics_kept(module: nn.Module) -> Iterator[None]:
+    """Batch norms go on normalising by the batch, but what passes leaves no trace in their running statistics."""
+    norms = [own for own in module.modules() if isinstance(own, BATCH_NORM) and own.training]
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
 
 
 class Generator(nn.Module):

@@ -78,6 +78,9 @@ METHODS: dict[str, Method] = {
     "lst": Method(":lst", part="LST's class-incremental phases with replay and generated classifier weights"),
 }
 END_TO_END = {"bacl": Method(":bacl_end_to_end", "fcbl")}  # method_key -> a two-stage method's one-stage form (BACL X)
+DENSE = {"focal": Method("", "focal")}  # method_key -> what a one-stage detector's own loss is, not a variant
+# What step-wise learning prints as RetinaNet are the numbers of EFL's paper, whose detector is built on ATSS.
+EFL_METHODS = {"focal": Method(":efl_baseline", "focal"), "efl": Method(":efl", "efl")}
 NO_CODE = {"ahrl": "AHRL", "self_emd": "Self-EMD"}  # announced or described, but no public code exists
 
 DETECTORS = {
@@ -88,11 +91,13 @@ DETECTORS = {
     "atss": "ATSS",
     "retinanet": "RetinaNet",
 }
+ONE_STAGE = ("atss", "retinanet")
 DATASETS = {"lvis_v1": "LVIS v1", "lvis_v0.5": "LVIS v0.5", "coco": "COCO", "coco_lt": "COCO-LT"}
 BACKBONES = {"r50": ("backbone=resnet50",), "r101": ("backbone=resnet101",)}
 # not stated: the one of the method's recipe, plain in all but ECM's and RIO's; see also OWN_RUNS
 SAMPLERS = {None: (), "random": ("sampler=plain",), "rfs": ("sampler=rfs",), "irfs": ("sampler=irfs",)}
-# Rows of 2DRCL whose numbers no other table prints are runs of its own code base, whose default sampler is RFS.
+# Rows of 2DRCL on LVIS whose numbers no other paper prints are runs of its own code base, whose default sampler is RFS;
+# a method of two stages keeps that of its recipe.
 OWN_RUNS = {"2drcl": "rfs"}
 TWO_STAGES = (
     *("schedule.epochs=12", "schedule.milestones=[8, 11]"),
@@ -109,6 +114,7 @@ SCHEDULES: dict[int, dict[str | None, tuple[str, ...]]] = {  # stages of the met
         "6+6": SIX_EPOCHS,  # the first 6 are the pre-training's: `pretrain_epochs`
     },
     2: {
+        "1x": (*SIX_EPOCHS, *(f"second.{override}" for override in SIX_EPOCHS)),  # 12 epochs in total, as 2x is 24
         "12+12": TWO_STAGES,
         "2x": TWO_STAGES,  # BACL XIII: "a 2x schedule, i.e., 24 epochs in total"
         "24+6": (  # LOCE's own
@@ -162,7 +168,7 @@ SWITCHES: dict[str, dict[Any, tuple[str, ...]]] = {
     },
     "mg": {False: ("second.loss.alpha=0",), True: ()},  # BACL III: margin, weight term, feature hallucination
     "wt": {False: ("second.loss.reweight=false",), True: ()},
-    "fhm": {False: ("second.hallucination=null",), True: ()},
+    "fhm": {False: ("second.features=null",), True: ()},
     "with_2drcl": {False: (), True: ()},
     "finetune": {"rfs": ()},
     "finetune_epochs": {12: (), 6: ()},
@@ -180,15 +186,18 @@ SWITCHES: dict[str, dict[Any, tuple[str, ...]]] = {
     "fm_dis": {True: (), False: ("stepwise.tail.distillation.feature=0",)},
     "cls_dis": {True: (), False: ("stepwise.tail.distillation.classes=0",)},
     "stepwise_rfs": {True: (), False: ("stepwise.head.rfs=plain", "stepwise.tail.rfs=plain")},
-    "backbone_init_for_pretraining": {"imagenet": ()},
+    "backbone_init_for_pretraining": {
+        "imagenet": (),
+        "scratch": ("weights=none", "detector.norm=bn", "detector.frozen_layers=0"),
+    },
     "copied_from": {"EFL paper": ()},
 }
 # Switch of a row -> the key that takes its value, whatever it is (BACL III-D and III-E).
 SWITCH_KEYS = {
     **{switch: f"second.loss.{switch}" for switch in ("alpha", "prob_thr", "indicator", "matrix", "conditions")},
-    "beta": "second.hallucination.beta",
-    "c": "second.hallucination.sampled_num_classes",
-    "m": "second.hallucination.sampled_num_features",
+    "beta": "second.features.beta",
+    "c": "second.features.sampled_num_classes",
+    "m": "second.features.sampled_num_features",
     # tables 5 to 7 of step-wise learning
     "division": "stepwise.division",
     "d_head_n_head": "stepwise.head.per_head_class",
@@ -205,7 +214,7 @@ def resolve(row: Row | str) -> Runnable | Blocked:
         return Blocked("never", "the paper prints a dash")
     if row.method_key in NO_CODE:
         return Blocked("never", f"method without code ({NO_CODE[row.method_key]})")
-    recipe = f"{row.dataset}/{row.detector}_r50{_method(row).recipe}" if row.detector else ""
+    recipe = f"{row.dataset}/{_detector(row)}_r50{_method(row).recipe}" if row.detector else ""
     overrides, unknown = _overrides(row)
     missing = _missing_parts(row, recipe) or unknown  # a schedule or switch matters only once the recipe exists
     if missing:
@@ -236,7 +245,25 @@ def about_overrides(row: Row, recipe: str) -> list[str]:
 
 def _method(row: Row) -> Method:
     method = METHODS[row.method_key]
+    if _from_efl(row):
+        return EFL_METHODS[row.method_key]
+    if row.detector in ONE_STAGE:
+        return DENSE.get(row.method_key, method)
     return END_TO_END.get(row.method_key, method) if row.settings.get("pipeline") == "end_to_end" else method
+
+
+def _own_run(row: Row) -> bool:
+    elsewhere = any(other.split("/")[0] != row.paper for other in row.same_numbers_as)
+    own = row.paper in OWN_RUNS and row.role != "baseline" and not elsewhere
+    return own and row.dataset.startswith("lvis") and _method(row).stages == 1
+
+
+def _from_efl(row: Row) -> bool:
+    return (row.paper, row.detector) == ("stepwise", "retinanet")
+
+
+def _detector(row: Row) -> str | None:
+    return "atss" if _from_efl(row) else row.detector
 
 
 def _overrides(row: Row) -> tuple[list[str], list[str]]:
@@ -244,15 +271,17 @@ def _overrides(row: Row) -> tuple[list[str], list[str]]:
     schedules = SCHEDULES[_method(row).stages]
     # step-wise learning's RFS is that of its steps, which `stepwise_rfs` switches; step 0 has none
     sampler = None if row.method_key == "stepwise" else row.sampler
-    if row.sampler is None and row.role == "comparison" and not row.same_numbers_as:
-        sampler = OWN_RUNS.get(row.paper)
+    if row.sampler is None and _own_run(row):
+        sampler = OWN_RUNS[row.paper]
     overrides = [*BACKBONES[row.backbone], *PRETRAINING.get(row.pretraining, ()), *SAMPLERS[sampler]]
+    if row.detector in ONE_STAGE and row.pretraining == "2drcl":
+        overrides.append("pretraining.loss=focal")  # the detector's own
     missing = []
     if row.schedule in schedules:
         overrides += schedules[row.schedule]
-    elif row.schedule is None:
+    elif row.schedule is None and not _from_efl(row):  # its recipe has the schedule of EFL's paper
         missing.append("a schedule, which the paper does not state")
-    else:
+    elif row.schedule is not None:
         missing.append(f"the schedule {row.schedule}")
     for switch, value in row.settings.items():
         if row.role == "baseline" and value is False:

@@ -1,15 +1,16 @@
 """Detections of a few pictures out of a large results file, and how they compare with the ground truth.
 
-found = read_detections("RUN/results.bbox.json", image_ids=[139, 285])
+found = read_detections("RUN/results.bbox.json", [139, 285], "RUN/results.segm.json")
 verdict = judge(truth_boxes, truth_labels, boxes, labels, scores)
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -29,6 +30,12 @@ class Detections:
     boxes: np.ndarray  # float64 [D, 4] xyxy, pixels of the file
     categories: np.ndarray  # int64 [D], category ids of the file
     scores: np.ndarray  # float64 [D]
+    masks: list[dict[str, Any]] | None = None  # D compressed RLEs at the size of the file, where there are masks
+
+    def best(self, number: int) -> Detections:
+        """The first `number` of them."""
+        masks = None if self.masks is None else self.masks[:number]
+        return Detections(self.boxes[:number], self.categories[:number], self.scores[:number], masks)
 
 
 @dataclass(frozen=True)
@@ -40,18 +47,24 @@ class Verdict:
     hit: np.ndarray  # bool [D], matched to an object
 
 
-def read_detections(file: str | Path, image_ids: Iterable[int]) -> dict[int, Detections]:
-    """Detections of some pictures; a picture without any has empty arrays. A broken file is a `UserError`."""
-    file = existing_file(file, "results file")
-    rows: dict[int, list[_Row]] = {int(image_id): [] for image_id in image_ids}
-    try:
-        for piece in _pieces(file):
-            for row in msgspec.json.decode(piece, type=list[_Row]):
-                if row.image_id in rows:
-                    rows[row.image_id].append(row)
-    except msgspec.MsgspecError as error:
-        raise UserError(f"results file {file} is not COCO results: {error}") from None
-    return {image_id: _detections(found) for image_id, found in rows.items()}
+def read_detections(
+    file: str | Path, image_ids: Iterable[int], masks: str | Path | None = None
+) -> dict[int, Detections]:
+    """Detections of some pictures; a picture without any has empty arrays.
+
+    `masks` is the results file with the masks of the same detections in the same order. A broken file, or masks of
+    other detections, are a `UserError`.
+    """
+    ids = [int(image_id) for image_id in image_ids]
+    rows = _rows(file, ids, _Row)
+    if masks is None:
+        return {image_id: _detections(rows[image_id]) for image_id in ids}
+    drawn = _rows(masks, ids, _MaskRow)
+    for image_id in ids:
+        own, other = ([(row.category_id, row.score) for row in found[image_id]] for found in (rows, drawn))
+        if own != other:
+            raise UserError(f"{masks} does not hold the masks of {file}: image {image_id} has other detections there")
+    return {image_id: _detections(rows[image_id], drawn[image_id]) for image_id in ids}
 
 
 def judge(truth_boxes: np.ndarray, truth_labels: np.ndarray, boxes: np.ndarray, labels: np.ndarray) -> Verdict:
@@ -103,13 +116,36 @@ class _Row(msgspec.Struct, gc=False):
     score: float
 
 
-def _detections(rows: list[_Row]) -> Detections:
+class _MaskRow(msgspec.Struct, gc=False):
+    image_id: int
+    category_id: int
+    segmentation: dict[str, Any]
+    score: float
+
+
+def _rows(file: str | Path, image_ids: Sequence[int], kind: type) -> dict[int, list[Any]]:
+    """Entries of some pictures, as `kind`, in the order of the file."""
+    file = existing_file(file, "results file")
+    decoder: msgspec.json.Decoder[list[Any]] = msgspec.json.Decoder(list[kind])  # type: ignore[valid-type]
+    rows: dict[int, list[Any]] = {image_id: [] for image_id in image_ids}
+    try:
+        for piece in _pieces(file):
+            for row in decoder.decode(piece):
+                if row.image_id in rows:
+                    rows[row.image_id].append(row)
+    except msgspec.MsgspecError as error:
+        raise UserError(f"results file {file} is not COCO results: {error}") from None
+    return rows
+
+
+def _detections(rows: list[_Row], drawn: Sequence[_MaskRow] | None = None) -> Detections:
     boxes = np.array([row.bbox for row in rows], np.float64).reshape(-1, 4)
     boxes[:, 2:] += boxes[:, :2]
     scores = np.array([row.score for row in rows], np.float64)
     order = np.argsort(-scores, kind="stable")
     categories = np.array([row.category_id for row in rows], np.int64)
-    return Detections(boxes[order], categories[order], scores[order])
+    masks = None if drawn is None else [drawn[place].segmentation for place in order]
+    return Detections(boxes[order], categories[order], scores[order], masks)
 
 
 def _pieces(file: Path) -> Iterator[bytes]:

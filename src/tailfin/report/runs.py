@@ -18,6 +18,7 @@ import numpy as np
 
 from tailfin.config import recipe_from_file
 from tailfin.errors import UserError, nearest
+from tailfin.evaluation.results import segm_results_path
 from tailfin.files import read_json
 from tailfin.schema.recipe import Recipe
 
@@ -59,6 +60,12 @@ class Run:
     def results(self) -> Path:
         """Where the detections are, if there are any."""
         return self.path / "results.bbox.json"
+
+    @property
+    def masks(self) -> Path | None:
+        """Where their masks are, if they have any."""
+        file = segm_results_path(self.results)
+        return file if file.is_file() else None
 
     @property
     def status(self) -> str:
@@ -122,7 +129,8 @@ def signature(paths: Sequence[Path]) -> str:
     """A text that changes when a file that the report reads has changed."""
     marks = []
     for path in paths:
-        files = [path / name for name in ("recipe.yaml", "environment.json", "metrics.json", "results.bbox.json")]
+        names = ("recipe.yaml", "environment.json", "metrics.json", "results.bbox.json", "results.segm.json")
+        files = [path / name for name in names]
         files += [folder / "metrics.jsonl" for folder in _stage_folders(path)]
         for file in files:
             try:

@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tailfin.data.dataset import TrainingDataset
-from tailfin.models.heads.simcal import draw_episodes
 from tailfin.samplers.plan import BatchPlan
 
 
@@ -49,3 +48,25 @@ class EpisodeDataset(TrainingDataset):
         """As the plain one, with `sampled_class` in the target, int64."""
         image, target = super().sample(epoch, row, copy)
         return image, {**target, "sampled_class": torch.tensor(label)}
+
+
+def draw_episodes(
+    image_of: NDArray[np.int64],
+    labels: NDArray[np.int64],
+    episodes: int,
+    rng: np.random.Generator,
+    classes_per_episode: int = 16,
+    images_per_class: int = 1,
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Bi-level sampling: (classes, image rows), each int64 [episodes, classes_per_episode * images_per_class].
+
+    Every class with an annotation is equally likely, with replacement; then every image that shows it, likewise. An
+    episode's entries stand class by class. (`image_of`, `labels`) list every annotation.
+    """
+    pairs = np.unique(np.stack([labels, image_of], axis=1), axis=0)
+    if len(pairs) == 0:
+        raise ValueError("bi-level sampling needs at least one annotation")
+    present, first, sizes = np.unique(pairs[:, 0], return_index=True, return_counts=True)
+    drawn = np.repeat(rng.integers(len(present), size=(episodes, classes_per_episode)), images_per_class, axis=1)
+    place = first[drawn] + rng.integers(sizes[drawn])
+    return present[drawn], pairs[place, 1]

@@ -41,10 +41,6 @@ class Section(BaseModel):
         return values
 
 
-def _by_name(value: Any) -> Any:
-    return {"name": value} if isinstance(value, str) else value
-
-
 class Named(BaseModel):
     """A choice by name with options of its own, which are checked by what the name stands for."""
 

@@ -1,38 +1,41 @@
-"""`detector`: one section per detector, told apart by `detector.name`."""
+"""`detector`: one section per detector, chosen by `detector.name` from the table `DETECTORS`.
+
+A section says of its detector what the rest of the schema needs to know (`PARTS`, `BOX_HEAD`, `CLASSES`), so nothing
+asks which one it is. A detector of one's own is a subclass of `DetectorSection` and a line in `DETECTORS`; its builder
+is a line in `tailfin.models.BUILDERS` (`examples/own_detector.py`).
+"""
 
 from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
+from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError, model_validator
 
-from tailfin.schema.base import ConfigName, Count, Fraction, Named, NotNegative, Positive, Section, by_name
-
-CALIBRATORS = ("disalign", "simcal")  # classifiers that a second stage puts around a trained one
-EPISODES = ("simcal",)  # classifiers whose second stage sees the rows of a few classes of an image at a time
-
-
-class Classifier(Named):
-    """What makes class logits of the shared features, with options of its own (`tailfin.models.heads`)."""
-
-    name: ConfigName = "linear"
-
-    @model_validator(mode="after")
-    def _check(self) -> Classifier:
-        if self.name != "linear" or self.options:  # not for the default, which is made while the schema is imported
-            from tailfin.models.heads import check_options
-
-            check_options(self.name, self.options)
-        return self
+from tailfin.errors import nearest
+from tailfin.schema.base import Count, Fraction, NotNegative, Positive, Section, by_name
+from tailfin.schema.heads import Classifier
+from tailfin.schema.problems import explained, told
 
 
-class FasterRCNNConfig(Section):
-    """Faster R-CNN's parts; defaults are detection practice for LVIS and COCO at batch 16."""
+class DetectorSection(Section):
+    """What the section of every detector has, and what it says of its detector."""
 
-    PARTS: ClassVar[tuple[str, ...]] = ("classifier", "box", "head", "rpn", "fpn", "backbone")  # that a stage may train
-    name: Literal["faster_rcnn"] = "faster_rcnn"
+    PARTS: ClassVar[tuple[str, ...]] = ("classifier", "box", "backbone")  # that a stage may train
+    BOX_HEAD: ClassVar[bool] = False  # a box head on proposals: what classifiers, feature modules and 2DRCL work on
+    DENSE: ClassVar[bool] = False  # anchors on a pyramid, no proposals: 2DRCL pools boxes with layers of its own
+    CASCADE: ClassVar[bool] = False  # several box heads, one after another
+    CLASSES: ClassVar[bool] = True  # it tells classes apart
+    name: str
     norm: Literal["frozen_bn", "bn", "gn"] = "frozen_bn"  # of the backbone; a random start needs "bn" or "gn"
     frozen_layers: Annotated[int, Field(ge=0, le=5)] = 2  # of stem, layer1..layer4, from below; 2 = stem and layer1
+
+
+class FasterRCNNConfig(DetectorSection):
+    """Faster R-CNN's parts; defaults are detection practice for LVIS and COCO at batch 16."""
+
+    PARTS: ClassVar[tuple[str, ...]] = ("classifier", "box", "head", "rpn", "fpn", "backbone")
+    BOX_HEAD: ClassVar[bool] = True
+    name: Literal["faster_rcnn"] = "faster_rcnn"
     fpn_channels: Count = 256
     fpn_layers: Annotated[tuple[Annotated[int, Field(ge=1, le=4)], ...], Field(min_length=1)] = (1, 2, 3, 4)
     fpn_pool: bool = True  # one more level, pooled from the last
@@ -56,6 +59,7 @@ class FasterRCNNConfig(Section):
     classifier: Annotated[Classifier, BeforeValidator(by_name)] = Classifier()
     box_regression: Literal["class_agnostic", "class_specific"] = "class_specific"
     box_loss: Literal["l1", "smooth_l1"] = "l1"
+    box_loss_beta: Positive = 1 / 9  # of smooth_l1, below which it is quadratic
     box_loss_weight: NotNegative = 1.0
     rpn_loss_weight: NotNegative = 1.0
 
@@ -69,20 +73,69 @@ class FasterRCNNConfig(Section):
         return self
 
     def with_classifier(self, classifier: Classifier) -> FasterRCNNConfig:
-        """Another classifier; one that calibrates is told what it calibrates."""
-        if classifier.name in CALIBRATORS and "base" not in classifier.options:
-            own = {"name": classifier.name, "base": self.classifier.model_dump(), **classifier.options}
-            classifier = Classifier.model_validate(own)
+        """Another classifier; one of a second stage is told what it is put around."""
+        return self.model_copy(update={"classifier": classifier.around(self.classifier)})
+
+    def unwrapped(self) -> FasterRCNNConfig:
+        """The detector before a second stage put its classifier around the trained one; any other as it is."""
+        return self.with_classifier(self.classifier.inner) if self.classifier.second_stage else self
+
+
+class MaskRCNNConfig(FasterRCNNConfig):
+    """Mask R-CNN: Faster R-CNN's parts and the mask branch."""
+
+    PARTS: ClassVar[tuple[str, ...]] = (*FasterRCNNConfig.PARTS, "mask")
+    name: Literal["mask_rcnn"] = "mask_rcnn"  # type: ignore[assignment]
+    mask_roi_size: Count = 14  # of the pooled features; masks have twice as many cells per side
+    mask_channels: Count = 256
+    mask_layers: Count = 4
+    masks_by_class: Literal["class_specific", "class_agnostic"] = "class_specific"  # filters of the last layer
+    mask_predictor: Literal["linear", "normed"] = "linear"  # normed: cosines, as in Seesaw's models
+    mask_temperature: Positive = 20.0  # of the normed one
+    mask_targets: Literal["mmdet_bitmap", "d2_bitmap", "torchvision"] = "mmdet_bitmap"  # how masks become targets
+    mask_loss_weight: NotNegative = 1.0
+
+
+Stds = tuple[Positive, Positive, Positive, Positive]
+
+
+class CascadeRCNNConfig(MaskRCNNConfig):
+    """Cascade R-CNN, three stages as published; with `masks` Cascade Mask R-CNN."""
+
+    CASCADE: ClassVar[bool] = True
+    name: Literal["cascade_rcnn"] = "cascade_rcnn"  # type: ignore[assignment]
+    masks: bool = False  # a mask branch per stage; the keys mask_* are its
+    box_regression: Literal["class_agnostic", "class_specific"] = "class_agnostic"
+    box_loss: Literal["l1", "smooth_l1"] = "smooth_l1"
+    box_loss_beta: Positive = 1.0
+    stage_ious: tuple[Fraction, ...] = (0.5, 0.6, 0.7)  # in the place of roi_fg_iou
+    stage_weights: tuple[NotNegative, ...] = (1.0, 0.5, 0.25)  # of the stages' losses
+    stage_stds: tuple[Stds, ...] = (  # of the box deltas
+        (0.1, 0.1, 0.2, 0.2),
+        (0.05, 0.05, 0.1, 0.1),
+        (0.033, 0.033, 0.067, 0.067),
+    )
+
+    @model_validator(mode="after")
+    def _check_stages(self) -> CascadeRCNNConfig:
+        count = len(self.stage_ious)
+        if not count or count != len(self.stage_weights) or count != len(self.stage_stds):
+            raise ValueError("stage_ious, stage_weights and stage_stds need one entry per stage")
+        if "roi_fg_iou" in self.model_fields_set and self.roi_fg_iou != FasterRCNNConfig().roi_fg_iou:
+            raise ValueError("roi_fg_iou is Faster R-CNN's; a cascade has stage_ious")
+        return self
+
+    def with_classifier(self, classifier: Classifier) -> CascadeRCNNConfig:
+        if classifier.second_stage:
+            raise ValueError(f"classifier {classifier.name} needs one box head, and {self.name} has one per stage")
         return self.model_copy(update={"classifier": classifier})
 
 
-class DeformableDETRConfig(Section):
+class DeformableDETRConfig(DetectorSection):
     """Deformable DETR, two-stage with box refinement; defaults are the published ones (300 queries, 6+6 layers)."""
 
     PARTS: ClassVar[tuple[str, ...]] = ("classifier", "box", "projection", "encoder", "decoder", "backbone")
     name: Literal["deformable_detr"]
-    norm: Literal["frozen_bn", "bn", "gn"] = "frozen_bn"  # of the backbone
-    frozen_layers: Annotated[int, Field(ge=0, le=5)] = 2  # as in Faster R-CNN; the released code trains layer2-4
     widths: tuple[Count, ...] = ()  # stem, layer1..4 of a small ResNet in the place of `backbone`; empty: `backbone`
     blocks: tuple[Count, ...] = ()  # its blocks in layer1..4
     levels: Annotated[int, Field(ge=1, le=4)] = 4  # the last backbone layers and one more by a strided convolution
@@ -121,13 +174,12 @@ class DeformableDETRConfig(Section):
         return self
 
 
-class LocalizerConfig(Section):
+class LocalizerConfig(DetectorSection):
     """Class-agnostic detector that scores how well a box lies; its boxes are proposals. Defaults are OLN's."""
 
     PARTS: ClassVar[tuple[str, ...]] = ("box", "head", "rpn", "fpn", "backbone")
+    CLASSES: ClassVar[bool] = False
     name: Literal["localizer"]
-    norm: Literal["frozen_bn", "bn", "gn"] = "frozen_bn"  # of the backbone
-    frozen_layers: Annotated[int, Field(ge=0, le=5)] = 2  # of stem, layer1..layer4, from below
     fpn_channels: Count = 256
     fpn_layers: Annotated[tuple[Annotated[int, Field(ge=1, le=4)], ...], Field(min_length=1)] = (1, 2, 3, 4)
     fpn_pool: bool = True
@@ -158,21 +210,100 @@ class LocalizerConfig(Section):
         return self
 
 
-DETECTORS: dict[str, type[Section]] = {
+class RetinaNetConfig(DetectorSection):
+    """RetinaNet's parts; defaults are mmdetection's."""
+
+    PARTS: ClassVar[tuple[str, ...]] = ("classifier", "box", "head", "fpn", "backbone")
+    DENSE: ClassVar[bool] = True
+    name: Literal["retinanet"]
+    fpn_channels: Count = 256
+    fpn_layers: Annotated[tuple[Annotated[int, Field(ge=1, le=4)], ...], Field(min_length=1)] = (2, 3, 4)
+    fpn_convs: Literal["none", "body", "pyramid"] = "body"  # two more levels, from C5 or from P5 (torchvision)
+    head_convs: Annotated[int, Field(ge=0)] = 4  # layers of each tower
+    head_norm: Literal["none", "gn"] = "none"
+    anchor_scale: Positive = 4.0  # side of the smallest anchor in strides
+    octaves: Count = 3  # sizes per level, 2^(k / octaves) apart
+    anchor_ratios: Annotated[tuple[Positive, ...], Field(min_length=1)] = (0.5, 1.0, 2.0)  # height to width
+    anchor_style: Literal["exact", "torchvision"] = "exact"  # torchvision: sides in whole pixels
+    pos_iou: Fraction = 0.5
+    neg_iou: Fraction = 0.4
+    # an object whose anchors all overlap it little: it takes the best of them (mmdetection); they become positive but
+    # stay with the object that they overlap most (torchvision, detectron2); none
+    low_quality: Literal["take", "keep_owner", "none"] = "take"
+    normalizer: Literal["batch", "positives", "picture"] = "batch"  # see `tailfin.models.dense`
+    prior: Annotated[float, Field(gt=0, lt=1)] = 0.01  # first score of every class
+    box_loss: Literal["l1", "smooth_l1", "giou"] = "l1"
+    smooth_l1_beta: Positive = 0.11
+    box_loss_weight: NotNegative = 1.0
+    pre_nms: Count = 1000  # candidates per level
+
+    @model_validator(mode="after")
+    def _check(self) -> RetinaNetConfig:
+        _check_dense(self.fpn_layers, self.head_norm, self.fpn_channels)
+        if self.neg_iou > self.pos_iou:
+            raise ValueError(f"neg_iou {self.neg_iou} must not be above pos_iou {self.pos_iou}")
+        return self
+
+
+class ATSSConfig(DetectorSection):
+    """ATSS's parts; defaults are mmdetection's."""
+
+    PARTS: ClassVar[tuple[str, ...]] = ("classifier", "box", "head", "fpn", "backbone")
+    DENSE: ClassVar[bool] = True
+    name: Literal["atss"]
+    fpn_channels: Count = 256
+    fpn_layers: Annotated[tuple[Annotated[int, Field(ge=1, le=4)], ...], Field(min_length=1)] = (2, 3, 4)
+    fpn_convs: Literal["none", "body", "pyramid"] = "pyramid"  # two more levels, from C5 or from P5
+    head_convs: Annotated[int, Field(ge=0)] = 4  # layers of each tower
+    head_norm: Literal["none", "gn"] = "gn"
+    anchor_scales: Annotated[tuple[Positive, ...], Field(min_length=1)] = (8.0,)  # sides of the squares in strides
+    topk: Count = 9  # candidates of an object per level
+    delta_stds: tuple[Positive, Positive, Positive, Positive] = (0.1, 0.1, 0.2, 0.2)
+    quality: Literal["centerness", "iou"] = "centerness"  # what the third branch learns; iou: as in EFL's detector
+    quality_weight: NotNegative = 1.0
+    normalizer: Literal["batch", "positives"] = "batch"  # see `tailfin.models.dense`
+    prior: Annotated[float, Field(gt=0, lt=1)] = 0.01  # first score of every class
+    box_loss_weight: NotNegative = 2.0  # GIoU
+    pre_nms: Count = 1000  # candidates per level
+    rank: Literal["class", "product"] = "class"  # by the class's score or by its product with the quality
+
+    @model_validator(mode="after")
+    def _check(self) -> ATSSConfig:
+        _check_dense(self.fpn_layers, self.head_norm, self.fpn_channels)
+        return self
+
+
+def _check_dense(fpn_layers: tuple[int, ...], head_norm: str, channels: int) -> None:
+    if list(fpn_layers) != sorted(set(fpn_layers)):
+        raise ValueError("fpn_layers must ascend")
+    if head_norm == "gn" and channels % 32:
+        raise ValueError(f'fpn_channels must be a multiple of 32 with head_norm "gn" (given: {channels})')
+
+
+DETECTORS: dict[str, type[DetectorSection]] = {
     "faster_rcnn": FasterRCNNConfig,
+    "mask_rcnn": MaskRCNNConfig,
+    "cascade_rcnn": CascadeRCNNConfig,
     "deformable_detr": DeformableDETRConfig,
     "localizer": LocalizerConfig,
+    "retinanet": RetinaNetConfig,
+    "atss": ATSSConfig,
 }
 
 
-def _name(value: Any) -> str:
-    name = value.get("name", "faster_rcnn") if isinstance(value, dict) else getattr(value, "name", "faster_rcnn")
-    return str(name)
+def _chosen(value: Any) -> DetectorSection:
+    """The section that `name` stands for; its mistakes are told as those of the recipe."""
+    if isinstance(value, DetectorSection):
+        return value
+    if not isinstance(value, dict):
+        raise ValueError("a section of keys is needed")
+    name = str(value.get("name", "faster_rcnn"))
+    if name not in DETECTORS:
+        raise told(f'detector.name: "{name}" is not a choice{nearest(name, DETECTORS)}')
+    try:
+        return DETECTORS[name].model_validate(value)
+    except ValidationError as error:
+        raise told(explained(error, DETECTORS[name], "detector")) from None
 
 
-Detector = Annotated[
-    Annotated[FasterRCNNConfig, Tag("faster_rcnn")]
-    | Annotated[DeformableDETRConfig, Tag("deformable_detr")]
-    | Annotated[LocalizerConfig, Tag("localizer")],
-    Discriminator(_name),
-]
+Detector = Annotated[SerializeAsAny[DetectorSection], BeforeValidator(_chosen)]

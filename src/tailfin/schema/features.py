@@ -1,14 +1,13 @@
-"""Sections of the feature modules: rows, terms or weights for the classifier beside the sampled proposals.
+"""`features`: rows, terms or weights for the classifier beside the sampled proposals, told apart by `features.name`.
 
-Each is a key of the recipe, and of `second`, that is absent by default; a stage has at most one of them, and a second
-stage inherits none.
+A key of the recipe, and of `second`, that is absent by default; a second stage does not inherit that of the first.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 
 from tailfin.schema.base import Count, NotNegative, Positive, Section
 
@@ -16,6 +15,8 @@ from tailfin.schema.base import Count, NotNegative, Positive, Section
 class Hallucination(Section):
     """BACL's feature hallucination (III-E): made-up rows for the classifier, from running statistics per class."""
 
+    ONE_BOX_HEAD: ClassVar[bool] = False  # whether it cannot stand beside each of a cascade's
+    name: Literal["hallucination"] = "hallucination"
     beta: Annotated[float, Field(ge=0, lt=1)] = 0.9  # momentum of the statistics
     sampled_num_classes: Count = 8  # c, classes drawn per iteration
     sampled_num_features: Count = 12  # m, features per drawn class
@@ -27,6 +28,8 @@ class Hallucination(Section):
 class FeatureMemory(Section):
     """LOCE's feature memory: stored rows of classes that score low train the classifier and the boxes again."""
 
+    ONE_BOX_HEAD: ClassVar[bool] = True
+    name: Literal["feature_memory"] = "feature_memory"
     size: Count = 80  # rows kept per class
     sampled_num_classes: Count = 8  # classes drawn per iteration
     sampled_num_features: Count = 4  # rows per drawn class
@@ -39,6 +42,8 @@ class FeatureMemory(Section):
 class FASA(Section):
     """FASA: made-up features of classes, drawn with probabilities that follow how the classes' losses change."""
 
+    ONE_BOX_HEAD: ClassVar[bool] = False
+    name: Literal["fasa"] = "fasa"
     decay_ratio: Annotated[float, Field(gt=0, le=1)] = 0.1  # by how much a batch moves the class statistics
     loss_aug_weight: NotNegative = 0.1  # weight of the made-up features' loss
     instance_prob_power: NotNegative = 1.0  # first probability: scale * n^-power / sum(n^-power), n training instances
@@ -53,6 +58,8 @@ class FASA(Section):
 class RIO(Section):
     """RIO's object bank: the newest rows of a rare class join each batch that has the class."""
 
+    ONE_BOX_HEAD: ClassVar[bool] = False
+    name: Literal["rio"] = "rio"
     size: Count = 60  # rows kept per class
     cache: Count = 20  # rows that join per class in the batch
     max_images: Count = 30  # classes with at most so many training images have a bank
@@ -61,11 +68,24 @@ class RIO(Section):
 class MetaReweighting(Section):
     """BALMS's meta reweighter: class weights learnt on a class-balanced stream through an inner step."""
 
+    ONE_BOX_HEAD: ClassVar[bool] = True
+    name: Literal["meta_reweighting"] = "meta_reweighting"
     lr: Positive = 0.01  # of Adam on the class weights
     inner_lr: Positive | None = None  # of the inner step; none: the stage's rate at the iteration
 
 
-FEATURES: tuple[str, ...] = ("hallucination", "feature_memory", "fasa", "rio", "meta_reweighting")
+def _name(value: Any) -> str:
+    return str(value.get("name", "") if isinstance(value, dict) else getattr(value, "name", ""))
+
+
+Features = Annotated[
+    Annotated[Hallucination, Tag("hallucination")]
+    | Annotated[FeatureMemory, Tag("feature_memory")]
+    | Annotated[FASA, Tag("fasa")]
+    | Annotated[RIO, Tag("rio")]
+    | Annotated[MetaReweighting, Tag("meta_reweighting")],
+    Discriminator(_name),
+]
 NEEDS = {  # feature module -> (loss that it works with, what it takes from it)
     "hallucination": ("fcbl", "draws classes by the indicator of fcbl"),
     "feature_memory": ("ebl", "draws classes by the mean score of ebl"),
@@ -74,16 +94,9 @@ NEEDS = {  # feature module -> (loss that it works with, what it takes from it)
 }
 
 
-def check_features(stage: Any) -> None:
-    """Raise `ValueError` where a stage has more than one feature module, or one that its loss does not go with.
-
-    `stage` has the keys of `FEATURES` and `loss`: a recipe or its second stage.
-    """
-    active = [name for name in FEATURES if getattr(stage, name) is not None]
-    if len(active) > 1:
-        raise ValueError(f"a stage has at most one feature module, these are set: {', '.join(active)}")
-    for name in active:
-        loss, why = NEEDS.get(name, ("", ""))
-        if loss and stage.loss.name != loss:
-            hint = " (loss.alpha=0 loss.reweight=false switch its margin and weight off)" if loss == "fcbl" else ""
-            raise ValueError(f"{name} {why}: set loss={loss}{hint}")
+def check_features(features: Features | None, loss: str) -> None:
+    """Raise `ValueError` where a stage's feature module does not go with the name of its loss."""
+    needed, why = NEEDS.get(features.name, ("", "")) if features is not None else ("", "")
+    if features is not None and needed and loss != needed:
+        hint = " (loss.alpha=0 loss.reweight=false switch its margin and weight off)" if needed == "fcbl" else ""
+        raise ValueError(f"{features.name} {why}: set loss={needed}{hint}")

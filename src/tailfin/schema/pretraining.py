@@ -1,17 +1,20 @@
 """`pretraining`: a stage before the method that trains the whole detector on two views of every picture.
 
-`preset` names a published pre-training; it fills the keys that are not given, and a key that is given wins. All of them
-are one skeleton: terms with weights, and how each term contrasts.
+`preset` names a published pre-training: its terms and their weights, how each term contrasts, and the views. It fills
+the keys that are not given, and a key that is given wins, but a preset trains its own terms alone: a weight or an
+option of a term that it does not have is refused by name. A preset chosen over that of a recipe file drops the file's
+weights and its options of other terms (`presets.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
 from tailfin.schema.base import Count, Fraction, NotNegative, Positive, Section, Size, by_name
+from tailfin.schema.presets import OWNERS, PRESETS, TERMS, merged, terms
 from tailfin.schema.training import Loss, Sampler, Schedule
 
 Preset = Literal["drcl", "moco_v2", "simclr", "byol", "soco", "aligndet", "densecl"]
@@ -78,14 +81,14 @@ class Proposals(Section):
 
 
 class Weights(Section):
-    """Factor of each term in the sum; a term of weight 0 is not computed."""
+    """Factor of each term in the sum, by default the preset's; a term of weight 0 is not computed."""
 
-    hcl: NotNegative = 0.1  # holistic contrast: the two views of a picture
-    lcl: NotNegative = 0.05  # local contrast: a box in both views
+    hcl: NotNegative = 0.0  # holistic contrast: the two views of a picture
+    lcl: NotNegative = 0.0  # local contrast: a box in both views
     dense: NotNegative = 0.0  # contrast of matched cells (DenseCL)
-    ar: NotNegative = 0.1  # appearance reconstruction
-    sr: NotNegative = 0.9  # semantic reconstruction
-    det: NotNegative = 1.0  # the detector's own losses, by `det_loss`
+    ar: NotNegative = 0.0  # appearance reconstruction
+    sr: NotNegative = 0.0  # semantic reconstruction
+    det: NotNegative = 0.0  # the detector's own losses, by `det_loss`
 
 
 class Contrast(Section):
@@ -106,6 +109,15 @@ class BoxContrast(Contrast):
 
     rois: Literal["proposals", "assigned"] = "proposals"  # assigned: the RoI head's foreground rows around a proposal
     levels: Literal["assigned", "all"] = "assigned"  # pyramid levels a box is pooled from: that of its size, or each
+
+
+class DenseContrast(Contrast):
+    """The same for matched cells."""
+
+    hidden: Count = 2048
+    dim: Count = 128
+    norm: bool = False
+    predictor: bool = False
 
 
 class Reconstruction(Section):
@@ -139,7 +151,7 @@ class Pretraining(Section):
     weights: Weights = Weights()
     image: Contrast = Contrast()
     box: BoxContrast = BoxContrast()
-    dense: Contrast = Contrast(hidden=2048, dim=128, norm=False, predictor=False)
+    dense: DenseContrast = DenseContrast()
     reconstruction: Reconstruction = Reconstruction()
     # class_aware: all losses of the detector; class_agnostic: RPN and box losses with the proposals as objects
     det_loss: Literal["class_aware", "class_agnostic", "none"] = "class_aware"
@@ -158,18 +170,19 @@ class Pretraining(Section):
     def _preset(cls, values: Any) -> Any:
         if not isinstance(values, dict) or values.get("preset", "drcl") not in PRESETS:
             return values  # said by the field's own check
-        return _merged(PRESETS[values.get("preset", "drcl")], values)
+        return merged(PRESETS[values.get("preset", "drcl")], values)
 
     @model_validator(mode="after")
     def _check(self) -> Pretraining:
         weights = self.weights
+        self._check_terms()
         if not any((weights.hcl, weights.lcl, weights.dense, weights.ar, weights.sr, self.detects)):
             raise ValueError("every weight is 0: nothing would be trained")
         if weights.dense and self.dense.loss != "info_nce":
             raise ValueError(f"dense.loss cannot be {self.dense.loss}: cells are contrasted by info_nce")
         if weights.lcl and self.box.rois == "assigned" and self.box.loss != "nt_xent":
             raise ValueError('box.rois "assigned" has several rows per box: it needs box.loss nt_xent')
-        if weights.lcl and self.box.rois == "assigned" and self.det_loss != "class_agnostic":
+        if weights.lcl and self.box.rois == "assigned" and not (self.detects and self.det_loss == "class_agnostic"):
             raise ValueError('box.rois "assigned" takes the rows of det_loss class_agnostic')
         if weights.lcl and self.box.rois == "assigned" and (self.symmetric or self.third_view):
             raise ValueError('box.rois "assigned" contrasts one way, without symmetric and third_view')
@@ -189,6 +202,24 @@ class Pretraining(Section):
             raise ValueError("reconstruction.layers must ascend")
         return self
 
+    def _check_terms(self) -> None:
+        """What belongs to terms that the preset does not have is as the preset leaves it."""
+        have = terms(self.preset)
+        for key, owners in OWNERS.items():
+            if not set(owners) & set(have):
+                usual, own = _usual(type(self), self.preset, key), getattr(self, key)
+                if own != usual:
+                    raise ValueError(self._foreign(_difference(key, own, usual), owners))
+        for term in TERMS:
+            if getattr(self.weights, term) and term not in have:
+                raise ValueError(self._foreign(f"weights.{term}", (term,)))
+
+    def _foreign(self, key: str, owners: Sequence[str]) -> str:
+        return (
+            f"{key} belongs to {' and '.join(owners)}, which preset {self.preset} does not have (it has "
+            f"{', '.join(terms(self.preset))}): leave it out"
+        )
+
     def _check_proposal_counts(self) -> None:
         source, what = self.proposals.source, "sampler.instance_source proposal"
         if self.sampler.name not in ("dynamic", "irfs"):
@@ -206,6 +237,11 @@ class Pretraining(Section):
                 'data proposals selective_search` and take proposals.source "file"'
             )
 
+    def described(self) -> str:
+        """The terms with their weights, on one line."""
+        given = {term: getattr(self.weights, term) for term in terms(self.preset)}
+        return ", ".join(f"{term} {weight:g}" for term, weight in given.items() if weight)
+
     @property
     def detects(self) -> bool:
         """Whether the detector's own losses take part."""
@@ -218,87 +254,16 @@ class Pretraining(Section):
         return agnostic or self.weights.lcl > 0 or self.weights.sr > 0
 
 
-# Crops for whole-picture terms (MoCo v2) and those of BYOL's two views; small crops need no box in common
-_MOCO_VIEWS = {
-    "crop_area": (0.2, 1.0),
-    "resize": "square",
-    "sizes": (224,),
-    "min_valid": 0,
-    "solarise_p": (0.0, 0.0),
-}
-_BYOL_VIEWS = {**_MOCO_VIEWS, "jitter": (0.4, 0.4, 0.2, 0.1), "blur_p": (1.0, 0.1), "solarise_p": (0.0, 0.2)}
-_IMAGE_ONLY = {"hcl": 1.0, "lcl": 0.0, "ar": 0.0, "sr": 0.0, "det": 0.0}
-# What each published method sets; sources and what is left out: docs/methods.md
-PRESETS: dict[str, dict[str, Any]] = {
-    "drcl": {"sampler": {"name": "dynamic"}},
-    "moco_v2": {
-        "proposals": {"source": "gt"},
-        "views": _MOCO_VIEWS,
-        "weights": _IMAGE_ONLY,
-        "image": {"hidden": 2048, "dim": 128, "norm": False, "predictor": False},
-        "det_loss": "none",
-        "sampler": {"name": "plain"},
-    },
-    "simclr": {
-        "proposals": {"source": "gt"},
-        "views": {**_MOCO_VIEWS, "crop_area": (0.08, 1.0)},
-        "weights": _IMAGE_ONLY,
-        "image": {"loss": "nt_xent", "temperature": 0.1, "hidden": 2048, "dim": 128, "predictor": False},
-        "det_loss": "none",
-        "sampler": {"name": "plain"},
-    },
-    "byol": {
-        "proposals": {"source": "gt"},
-        "views": _BYOL_VIEWS,
-        "weights": _IMAGE_ONLY,
-        "image": {"loss": "cosine", "hidden": 4096},
-        "det_loss": "none",
-        "momentum": 0.996,
-        "momentum_schedule": "cosine",
-        "symmetric": True,
-        "sampler": {"name": "plain"},
-    },
-    "soco": {
-        "proposals": {"per_image": 4, "min_side": 32.0, "max_aspect": 3.0, "size": (0.3, 0.8)},
-        "views": {**_BYOL_VIEWS, "crop_area": (0.5, 1.0), "min_valid": 2, "box_jitter": 0.1},
-        "weights": {"hcl": 0.0, "lcl": 1.0, "ar": 0.0, "sr": 0.0, "det": 0.0},
-        "box": {"loss": "cosine", "hidden": 4096, "levels": "all"},
-        "det_loss": "none",
-        "momentum": 0.99,
-        "momentum_schedule": "cosine",
-        "symmetric": True,
-        "third_view": True,
-        "sampler": {"name": "plain"},
-    },
-    "aligndet": {
-        "proposals": {"max_aspect": 3.0, "size": (0.0, 0.8)},
-        "views": {"crop_area": (1.0, 1.0), "gray_p": 0.0, "blur_p": (0.0, 0.0), "solarise_p": (0.0, 0.0)},
-        "weights": {"hcl": 0.0, "lcl": 1.0, "ar": 0.0, "sr": 0.0},
-        "box": {"loss": "nt_xent", "temperature": 0.5, "rois": "assigned", "predictor": False},
-        "det_loss": "class_agnostic",
-        "momentum": 0.996,
-        "momentum_schedule": "cosine",
-        "freeze_backbone": True,
-        "sampler": {"name": "plain"},
-    },
-    "densecl": {
-        "proposals": {"source": "gt"},
-        "views": _MOCO_VIEWS,
-        "weights": {"hcl": 0.5, "lcl": 0.0, "dense": 0.5, "ar": 0.0, "sr": 0.0, "det": 0.0},
-        "image": {"hidden": 2048, "dim": 128, "norm": False, "predictor": False},
-        "det_loss": "none",
-        "sampler": {"name": "plain"},
-    },
-}
+def _usual(section: type[Pretraining], preset: str, key: str) -> Any:
+    """What a key is where only the preset is given."""
+    default, given = section.model_fields[key].default, PRESETS[preset].get(key)
+    if given is None:
+        return default
+    return type(default).model_validate(given) if isinstance(default, Section) else given
 
 
-def _merged(preset: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """The preset's keys under those that are given, section by section."""
-    result = dict(preset)
-    for key, value in given.items():
-        below = result.get(key)
-        if isinstance(below, Mapping) and isinstance(value, Mapping) and "name" not in value:
-            result[key] = _merged(below, value)
-        else:
-            result[key] = value
-    return result
+def _difference(key: str, own: Any, usual: Any) -> str:
+    """The key, or that key of the section which differs."""
+    if not isinstance(own, Section):
+        return key
+    return next(f"{key}.{name}" for name in type(own).model_fields if getattr(own, name) != getattr(usual, name))

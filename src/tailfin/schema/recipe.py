@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from tailfin.schema.base import Count, Fraction, NotNegative, Section, by_name
+from tailfin.schema.base import Count, Fraction, Section, by_name
+from tailfin.schema.calibration import Calibration
 from tailfin.schema.data import Data
 from tailfin.schema.detectors import Detector, FasterRCNNConfig
-from tailfin.schema.features import FASA, FEATURES, RIO, FeatureMemory, Hallucination, MetaReweighting, check_features
+from tailfin.schema.features import Features, check_features
 from tailfin.schema.pretraining import Pretraining
 from tailfin.schema.stages import check_stages, known_method, one_precision
 from tailfin.schema.stepwise import Stepwise
 from tailfin.schema.training import Loss, Sampler, Schedule, SecondStage
+from tailfin.schema.upgrade import upgraded
 
 
 class About(Section):
@@ -39,7 +41,6 @@ class Evaluation(Section):
     nms: Fraction = 0.5
     batch: Count = 8  # images per step and process
     every: Annotated[int, Field(ge=0)] = 0  # epochs between evaluations; 0 = only at the end
-    norcal: NotNegative = 0.0  # gamma of NorCal: scores are divided by the class's training images to this power
     group_bounds: tuple[Count, ...] | None = None  # image-count bounds of rare and common; none: the documented rule
     patience: Annotated[int, Field(ge=0)] = 0  # stop after so many evaluations without a better AP; 0 = never
     select: Literal["last", "best"] = "last"  # which weights become the final model, where `every` is set
@@ -72,17 +73,19 @@ class Recipe(Section):
     loss: Annotated[Loss, BeforeValidator(by_name)] = Loss()
     sampler: Annotated[Sampler, BeforeValidator(by_name)] = Sampler()
     schedule: Schedule = Schedule()
-    hallucination: Hallucination | None = None
-    feature_memory: FeatureMemory | None = None
-    fasa: FASA | None = None
-    rio: RIO | None = None
-    meta_reweighting: MetaReweighting | None = None
+    features: Annotated[Features | None, BeforeValidator(by_name)] = None
     pretraining: Pretraining | None = None  # a stage before the method's
     second: SecondStage | None = None
     stepwise: Stepwise | None = None
     data: Data = Data()
+    calibration: Annotated[Calibration | None, BeforeValidator(by_name)] = None  # of the scores that are reported
     evaluation: Evaluation = Evaluation()
     logging: Logging = Logging()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _former_keys(cls, values: Any) -> Any:
+        return upgraded(values) if isinstance(values, dict) else values
 
     @model_validator(mode="after")
     def _check(self) -> Recipe:
@@ -90,26 +93,36 @@ class Recipe(Section):
             raise ValueError(
                 'a random start (weights: none) cannot train with detector.norm "frozen_bn": use "bn" or "gn"'
             )
-        if self.detector.name == "localizer" and self.data.val.annotations:
+        if not self.detector.CLASSES and self.data.val.annotations:
             raise ValueError(
-                "detector.name localizer knows no classes to be measured by: leave the validation set out, and measure "
-                "its recall with `tailfin data proposals RUN --annotations VAL.json --out FILE --evaluate`"
+                f"detector.name {self.detector.name} knows no classes to be measured by: leave the validation set out, "
+                "and measure its recall with `tailfin data proposals RUN --annotations VAL.json --out FILE --evaluate`"
             )
         if self.weights == "none" and self.detector.frozen_layers:
             raise ValueError("a random start (weights: none) cannot freeze layers: set detector.frozen_layers to 0")
         if self.pretraining is not None:
             self._check_pretraining(self.pretraining)
-        check_features(self)
-        if not isinstance(self.detector, FasterRCNNConfig):
-            stages = [self, *([self.second] if self.second else [])]
-            for name in (name for stage in stages for name in FEATURES if getattr(stage, name) is not None):
-                raise ValueError(f"{name} needs a box head on proposals: detector.name faster_rcnn")
+        check_features(self.features, self.loss.name)
+        for features in (self.features, self.second.features if self.second else None):
+            if features is not None and not self.detector.BOX_HEAD:
+                raise ValueError(f"{features.name} needs a box head on proposals: detector.name faster_rcnn")
+            if features is not None and features.ONE_BOX_HEAD and self.detector.CASCADE:
+                raise ValueError(f"{features.name} needs one box head, and {self.detector.name} has one per stage")
         check_stages(self)
         return self
 
     def _check_pretraining(self, pretraining: Pretraining) -> None:
-        if not isinstance(self.detector, FasterRCNNConfig):
-            raise ValueError("pretraining needs a box head on proposals: detector.name faster_rcnn")
+        if not (self.detector.BOX_HEAD or self.detector.DENSE):
+            raise ValueError(
+                "pretraining needs a box head on proposals, or anchors on a pyramid: detector.name faster_rcnn, "
+                "retinanet or atss"
+            )
+        if self.detector.DENSE and pretraining.detects and pretraining.det_loss == "class_agnostic":
+            raise ValueError(
+                f"pretraining.det_loss class_agnostic trains an RPN and a box head, which {self.detector.name} lacks"
+            )
+        if self.detector.CASCADE:
+            raise ValueError(f"pretraining needs one box head, and {self.detector.name} has one per stage")
         if pretraining.freeze_backbone and self.weights == "none":
             raise ValueError(
                 f"a random start (weights: none) cannot freeze the backbone, as pretraining.preset "
@@ -117,5 +130,5 @@ class Recipe(Section):
             )
         one_precision(self, "pretraining")
         reconstructs = pretraining.weights.ar > 0 or pretraining.weights.sr > 0
-        if reconstructs and max(self.detector.fpn_layers) < 3:
+        if reconstructs and max(getattr(self.detector, "fpn_layers", (4,))) < 3:
             raise ValueError("pretraining: the reconstructions need detector.fpn_layers up to 3 or 4")

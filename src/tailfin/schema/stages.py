@@ -23,7 +23,6 @@ from pydantic import ValidationError
 
 from tailfin.errors import nearest
 from tailfin.schema.data import Data
-from tailfin.schema.features import FEATURES
 from tailfin.schema.problems import explain
 from tailfin.schema.stepwise import EVERYTHING, Step, Stepwise
 
@@ -32,7 +31,7 @@ PRETRAIN = "pretrain"
 CLASS_SPECIFIC = "class-specific"  # in `Stage.trains`: the parts that know the classes, by `detector.class_specific()`
 SECTIONS = ("second", "stepwise")  # sections of a recipe that belong to a method
 # What no stage depends on: its name, what comes after it, how it is measured and logged, how it is loaded.
-FREE = ("name", "about", "method", "evaluation", "logging", "pretraining", *SECTIONS)
+FREE = ("name", "about", "method", "calibration", "evaluation", "logging", "pretraining", *SECTIONS)
 FREE_DATA = ("root", "train", "val", "synthesize", "workers", "max_pixels", "test_size", "test_max_size")
 
 R = TypeVar("R")
@@ -104,15 +103,14 @@ def pretraining_recipe(recipe: R) -> R:
     """The recipe of the pre-training stage: its loss, sampler and schedule, a plain detector, no evaluation."""
     whole: Any = recipe
     own = {name: getattr(whole.pretraining, name) for name in ("loss", "sampler", "schedule")}
-    plain = dict.fromkeys(FEATURES)
     evaluation = whole.evaluation.model_copy(update={"every": 0, "patience": 0, "select": "last"})
-    without = {"method": "baseline", "second": None, "stepwise": None, "pretraining": None}
-    return whole.model_copy(update={**own, **plain, **without, "evaluation": evaluation})
+    without = {"method": "baseline", "features": None, "second": None, "stepwise": None, "pretraining": None}
+    return whole.model_copy(update={**own, **without, "evaluation": evaluation})
 
 
 def _pretraining_inputs(recipe: Any) -> dict[str, Any]:
     """Of the recipe's own keys those of detector, start and data; the method's loss, sampler and rates come later."""
-    later = ("loss", "sampler", "schedule", "evaluation", *FEATURES)
+    later = ("loss", "sampler", "schedule", "evaluation", "features")
     own = {key: value for key, value in own_inputs(recipe).items() if key.partition(".")[0] not in later}
     own |= _section(recipe, "pretraining")
     del own["pretraining.keep_predictor"]
@@ -149,14 +147,20 @@ def second_recipe(recipe: R) -> R:
     whole: Any = recipe
     second = whole.second
     data = Data.model_validate({**whole.data.model_dump(), **second.data})
-    own = {name: getattr(second, name) for name in ("loss", "sampler", "schedule", *FEATURES)}
+    own = {name: getattr(second, name) for name in ("loss", "sampler", "schedule", "features")}
     if second.classifier is not None:
         own["detector"] = whole.detector.with_classifier(second.classifier)
     return whole.model_copy(update={**own, "data": data, "method": "baseline", "second": None})
 
 
+def unwrapped(recipe: R) -> R:
+    """The recipe of the second stage's detector before its classifier is put around the trained one."""
+    whole: Any = recipe
+    return whole.model_copy(update={"detector": whole.detector.unwrapped()})
+
+
 def _check_two(recipe: Any) -> None:
-    if recipe.second.classifier is not None and not hasattr(recipe.detector, "with_classifier"):
+    if recipe.second.classifier is not None and not recipe.detector.BOX_HEAD:
         raise ValueError("second.classifier needs a box head on proposals: detector.name faster_rcnn")
     try:
         second_recipe(recipe)
@@ -254,8 +258,10 @@ def step_recipe(recipe: R, step: Step) -> R:
 
 def _check_steps(recipe: Any) -> None:
     settings: Stepwise = recipe.stepwise
-    if recipe.detector.name == "localizer":
-        raise ValueError("method stepwise needs a detector with classes: detector.name localizer has none")
+    if not recipe.detector.CLASSES:
+        raise ValueError(
+            f"method stepwise needs a detector with classes: detector.name {recipe.detector.name} has none"
+        )
     for name in ("head", "tail", "both"):
         step = getattr(settings, name)
         try:

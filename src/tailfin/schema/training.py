@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from tailfin.schema.base import ConfigName, Count, Fraction, Named, NotNegative, Positive, Section, by_name
-from tailfin.schema.detectors import Classifier
-from tailfin.schema.features import FASA, RIO, FeatureMemory, Hallucination, MetaReweighting, check_features
+from tailfin.schema.features import Features, check_features
+from tailfin.schema.heads import Classifier
 
 
 class Loss(Named):
@@ -77,11 +77,7 @@ class SecondStage(Section):
     sampler: Annotated[Sampler, BeforeValidator(by_name)] = Sampler()
     schedule: Schedule = Schedule()
     trains: tuple[str, ...] = ("classifier", "box", "rpn")  # parts of the detector, by its section's PARTS
-    hallucination: Hallucination | None = None
-    feature_memory: FeatureMemory | None = None
-    fasa: FASA | None = None
-    rio: RIO | None = None
-    meta_reweighting: MetaReweighting | None = None
+    features: Annotated[Features | None, BeforeValidator(by_name)] = None  # of this stage; the first one's is not kept
     classifier: Annotated[Classifier, BeforeValidator(by_name)] | None = None  # none: that of the first stage
     fresh_classifier: bool = False  # start the classifier anew instead of from the first stage's
     data: dict[str, Any] = {}  # keys of `data` that differ in this stage (resize, sizes, flip, ...)
@@ -90,5 +86,5 @@ class SecondStage(Section):
     def _check(self) -> SecondStage:
         if not self.trains:
             raise ValueError("trains must name at least one part")
-        check_features(self)
+        check_features(self.features, self.loss.name)
         return self

@@ -16,14 +16,13 @@ from tailfin.collectives import gather_over_ranks
 from tailfin.config import load_recipe
 from tailfin.data.dataset import TrainingDataset, open_source
 from tailfin.errors import UserError
-from tailfin.methods.feature_stage import PartneredDataset
 from tailfin.methods.stepwise import _copy
 from tailfin.models import build_detector
-from tailfin.models.features import AugmentedFeatures
-from tailfin.models.features.fasa import FASA
+from tailfin.models.features.base import ExtraRows, FeatureModule
+from tailfin.models.features.fasa import FASA, AugmentedFeatures
 from tailfin.models.features.feature_memory import FeatureMemory
+from tailfin.models.features.meta_reweighting import PartneredDataset
 from tailfin.models.features.rio import FeatureBank
-from tailfin.models.heads.roi_heads import ExtraRows, FeatureModule
 from tailfin.schema.stages import second_recipe
 from tailfin.stats import ClassStats
 
@@ -39,15 +38,15 @@ SECOND = [
 ]
 EVERY = "logging.checkpoint_every=1"  # two iterations: there is a resume point of the first one
 METHODS = {
-    "hallucination": [*SECOND, "method=bacl", "loss=objectness", "second.loss=fcbl", "second.hallucination={}"],
-    "feature_memory": [*SECOND, "second.loss=ebl", "second.feature_memory.size=20"],
-    "fasa": ["schedule.epochs=2.2", "fasa.instance_prob_scale=3"],
-    "rio": ["schedule.epochs=1", "rio.max_images=12", "detector.classifier=weight_cosine"],
+    "hallucination": [*SECOND, "method=bacl", "loss=objectness", "second.loss=fcbl", "second.features=hallucination"],
+    "feature_memory": [*SECOND, "second.loss=ebl", "second.features={name: feature_memory, size: 20}"],
+    "fasa": ["schedule.epochs=2.2", "features=fasa", "features.instance_prob_scale=3"],
+    "rio": ["schedule.epochs=1", "features={name: rio, max_images: 12}", "detector.classifier=weight_cosine"],
     "meta_reweighting": [
         *SECOND,
         "loss=sigmoid",
         "second.loss=balanced_sigmoid",
-        "second.meta_reweighting={}",
+        "second.features=meta_reweighting",
         "second.trains=[classifier]",
     ],
 }
@@ -160,7 +159,7 @@ def test_two_processes_resume_to_the_bit(name, tmp_path, tiny_set, tiny_recipe, 
 def test_the_memory_is_full_of_every_class_before_the_second_stage(tmp_path, tiny_set, tiny_recipe):
     short = [*METHODS["feature_memory"], "second.schedule.epochs=0.3", "second.schedule.lr=1e-12", EVERY]
     for stores in ("shared", "pooled"):
-        more = [f"second.feature_memory.stores={stores}", "second.feature_memory.dtype=float16"]
+        more = [f"second.features.stores={stores}", "second.features.dtype=float16"]
         tailfin.train(tiny_recipe, train=tiny_set[0], out=tmp_path / stores, overrides=[*short, *more])
     shared, pooled = memory(tmp_path / "shared"), memory(tmp_path / "pooled")
     key = "roi_heads.extra_rows.memory."
@@ -177,7 +176,7 @@ def test_the_memory_is_full_of_every_class_before_the_second_stage(tmp_path, tin
 
 def test_a_step_takes_over_weights_and_no_stored_rows(tiny_recipe):
     """A step that was finished before has no rows any more, one that ran just now has some: both go on alike."""
-    recipe, stats = load_recipe(tiny_recipe, ["rio.max_images=12"]), three_classes(20, 10, 5)
+    recipe, stats = load_recipe(tiny_recipe, ["features=rio", "features.max_images=12"]), three_classes(20, 10, 5)
     trained = build_detector(recipe, stats, start=False)[0]
     trained.roi_heads.extra_rows.bank.written.fill_(3)
     copied = _copy(SimpleNamespace(stats=stats), recipe, trained).state_dict()
@@ -188,7 +187,7 @@ def test_a_step_takes_over_weights_and_no_stored_rows(tiny_recipe):
 
 
 def test_without_prefill_the_memory_starts_empty(tmp_path, tiny_set, tiny_recipe):
-    short = [*METHODS["feature_memory"], "second.schedule.epochs=0.3", "second.feature_memory.prefill=false", EVERY]
+    short = [*METHODS["feature_memory"], "second.schedule.epochs=0.3", "second.features.prefill=false", EVERY]
     tailfin.train(tiny_recipe, train=tiny_set[0], out=tmp_path / "run", overrides=short)
     assert memory(tmp_path / "run")["roi_heads.extra_rows.memory.written"].sum() < 16 * 8  # of one batch
 
@@ -372,13 +371,16 @@ def test_partners_are_drawn_against_the_frequency_of_their_rarest_class(tiny_set
     ("overrides", "message"),
     [
         (["fasa={}", "rio={}"], "at most one feature module, these are set: fasa, rio"),
+        (["features=fasa", "rio={}"], "at most one feature module, these are set: fasa, rio"),
         ([*SECOND, "second.fasa={}", "second.rio={}"], "at most one feature module"),
-        (["feature_memory={}"], "feature_memory draws classes by the mean score of ebl: set loss=ebl"),
-        (["fasa={}", "loss=seesaw"], "fasa adds a softmax cross-entropy of its own: set loss=softmax"),
-        (["meta_reweighting={}"], "set loss=balanced_sigmoid"),
-        (["rio.sizes=3"], r'unknown key "rio\.sizes" \(did you mean "size"\?\)'),
-        (["fasa.start_epoch=-1"], "start_epoch"),
-        (["detector=null", "detector.name=deformable_detr", "detector.norm=bn", "detector.frozen_layers=0", "rio={}"],
+        (["features=feature_memory"], "feature_memory draws classes by the mean score of ebl: set loss=ebl"),
+        (["features=fasa", "loss=seesaw"], "fasa adds a softmax cross-entropy of its own: set loss=softmax"),
+        (["features=meta_reweighting"], "set loss=balanced_sigmoid"),
+        (["features=rio", "features.sizes=3"], r'unknown key "features\.sizes" \(did you mean "size"\?\)'),
+        (["features={name: fasa, start_epoch: -1}"], r"features\.start_epoch"),
+        (["features=riot"], r'features\.name: "riot" is not a choice \(did you mean "rio"\?\)'),
+        (["features.size=3"], r'features\.name: "" is not a choice \(choices: hallucination'),
+        (["detector={name: deformable_detr, norm: bn, frozen_layers: 0}", "features=rio"],
          "rio needs a box head on proposals"),
     ],
 )  # fmt: skip
@@ -388,12 +390,12 @@ def test_mistakes(overrides, message, tiny_recipe):
 
 
 def test_a_second_stage_inherits_none(tiny_recipe):
-    recipe = load_recipe(tiny_recipe, [*SECOND, "fasa={}"])
-    assert recipe.fasa is not None and second_recipe(recipe).fasa is None
+    recipe = load_recipe(tiny_recipe, [*SECOND, "features=fasa"])
+    assert recipe.features.name == "fasa" and second_recipe(recipe).features is None
 
 
 def test_features_behind_layers_that_train_are_refused(tmp_path, tiny_set, tiny_recipe):
-    overrides = ["loss=ebl", "feature_memory={}"]
+    overrides = ["loss=ebl", "features=feature_memory"]
     with pytest.raises(UserError, match=r"feature_memory\.stores: the shared layers train in this stage"):
         tailfin.train(tiny_recipe, train=tiny_set[0], out=tmp_path / "run", overrides=overrides)
     assert not (tmp_path / "run").exists()

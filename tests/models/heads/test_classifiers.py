@@ -23,12 +23,18 @@ from tailfin.data.dataset import TrainingDataset
 from tailfin.data.index import open_index
 from tailfin.errors import UserError
 from tailfin.models import build_detector
-from tailfin.models.heads import NAMES, NorCal
+from tailfin.models import heads as box_heads
+from tailfin.models.heads import simcal
+from tailfin.models.heads.cosine import NormedLinear, WeightNormCosine
+from tailfin.models.heads.disalign import align
 from tailfin.models.heads.forest import GrownForest, class_company, class_name_parts
+from tailfin.models.heads.pcb import STEP_WEIGHTS
 from tailfin.models.heads.roi_heads import BoxPredictor
 from tailfin.models.heads.tde import TDEHead
+from tailfin.models.rescoring import NorCal
 from tailfin.models.rpn import ResamplingRPN
 from tailfin.samplers.episodes import EpisodeDataset, EpisodePlan
+from tailfin.schema.heads import CLASSIFIERS, Classifier
 from tailfin.schema.training import Sampler
 
 pytestmark = pytest.mark.usefixtures("quick_training")
@@ -301,7 +307,8 @@ def test_episodes_tell_their_class(tiny_set, tiny_recipe):
         ([*SECOND, "second.classifier=disalighn"], 'there is no classifier "disalighn" (did you mean "disalign"?)'),
         ([*SECOND, "detector.classifier=tde", "second.classifier=disalign"], "base must be one of"),
         (["detector.rpn_nms_resampling=discret"], 'is not a choice (did you mean "discrete"?)'),
-        (["evaluation.norcal=-1"], "evaluation.norcal"),
+        (["calibration.gamma=-1"], "calibration.gamma"),
+        (["calibration=norcall"], 'calibration.name: "norcall" is not a choice (did you mean "norcal"?)'),
     ],
 )  # fmt: skip
 def test_refused_recipe(tiny_recipe, overrides, message):
@@ -320,8 +327,8 @@ def test_refused_recipe(tiny_recipe, overrides, message):
         (["detector.classifier=forest", "loss=seesaw"], "Seesaw cannot stand beside it"),
         (["detector.classifier={name: forest, parents: [2, 9, 2]}"], "parents must lie in 1..3"),
         (["detector.classifier={name: pcb, step_weights: [1, 1]}", "loss=pcb"], "the loss expects 3 passes"),
-        (["detector.classifier=pcb", "fasa={}"], "cannot join it"),
-        (["evaluation.norcal=0.5", "loss=sigmoid"], "Sigmoid add up to more than 1"),
+        (["detector.classifier=pcb", "features=fasa"], "cannot join it"),
+        (["calibration=norcal", "loss=sigmoid"], "Sigmoid add up to more than 1"),
     ],
 )  # fmt: skip
 def test_refused_detector(tmp_path, tiny_set, tiny_recipe, overrides, message):
@@ -335,13 +342,44 @@ def test_refused_detector(tmp_path, tiny_set, tiny_recipe, overrides, message):
         ([*STAGE_TWO["disalign"], "loss=sigmoid"], "freezes roi_heads.predictor.cls_score.classifier.weight untrained"),
         ([*STAGE_TWO["simcal"], "second.fresh_classifier=true"], "second.fresh_classifier starts it anew"),
         ([*SECOND, "second.classifier=forest"], "the first stage has none"),
-        ([*STAGE_TWO["simcal"], "second.fasa={}"], "cannot join it"),
+        ([*STAGE_TWO["simcal"], "second.features=fasa"], "cannot join it"),
     ],
 )
 def test_refused_second_stage(tmp_path, tiny_set, tiny_recipe, overrides, message):
     """Before the first one has trained."""
     assert message in refusal(tailfin.train, tiny_recipe, train=tiny_set[0], out=tmp_path / "run", overrides=overrides)
     assert not (tmp_path / "run" / "recipe.yaml").exists()
+
+
+def test_the_schema_has_the_options_of_the_modules():
+    """By name and default; a recipe is checked against the schema without them."""
+    assert list(CLASSIFIERS) == list(box_heads.HEADS)
+    bricks = {
+        "cosine": NormedLinear.__init__,
+        "weight_cosine": WeightNormCosine.__init__,
+        "tde": TDEHead.__init__,
+        "forest": GrownForest.__init__,
+        "disalign": align,
+        "simcal": simcal.with_twin,
+    }
+    own = {name: call.__kwdefaults__ for name, call in bricks.items()} | {"linear": {}}
+    own["pcb"] = {"step_weights": STEP_WEIGHTS}
+    for name, kind in CLASSIFIERS.items():
+        options = kind().model_dump()
+        assert (options.pop("base", None) is not None) == bool(kind.bases)
+        assert options == own[name], name
+        assert kind.second_stage == (box_heads.HEADS[name].wrap is not None)
+        # whatever a recipe may be built with as an inner classifier is a layer
+        assert all(box_heads.HEADS[inner].layer is not None for inner in kind.bases)
+
+
+def test_options_have_their_types():
+    options = Classifier(name="tde", num_heads="4", tau="1e1", keep_background="no").options
+    assert options == {"num_heads": 4, "tau": 10.0, "keep_background": False}
+    assert isinstance(options["num_heads"], int)
+    for wrong in ({"num_heads": 2.5}, {"tau": "strong"}, {"keep_background": 3}, {"alpha": True}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            Classifier(name="tde", **wrong)
 
 
 def test_bare_names_and_overrides(tiny_recipe):
@@ -351,7 +389,6 @@ def test_bare_names_and_overrides(tiny_recipe):
     assert again.detector.classifier.options == {}
     model, _ = build_detector(recipe, STATS, start=False)
     assert model.roi_heads.predictor.cls_score.temperature == 10
-    assert len(NAMES) == 8
 
 
 # ---- calibration -----------------------------------------------------------------------------------------------------
@@ -361,7 +398,7 @@ def test_norcal_in_a_recipe(tiny_recipe):
     stats = ClassStats(image_count=[400, 20, 0], instance_count=[400, 20, 0], num_images=420)
     torch.manual_seed(0)
     plain, _ = build_detector(load_recipe(tiny_recipe), stats, start=False)
-    model, _ = build_detector(load_recipe(tiny_recipe, ["evaluation.norcal=0.7"]), stats, start=False)
+    model, _ = build_detector(load_recipe(tiny_recipe, ["calibration={name: norcal, gamma: 0.7}"]), stats, start=False)
     model.load_state_dict(plain.state_dict())  # it has no state of its own
     scores = torch.randn((5, 4)).softmax(1)[:, :3]
     torch.testing.assert_close(model.rescore(scores), norcal_foreground(scores, [400, 20, 0], 0.7))
@@ -369,10 +406,10 @@ def test_norcal_in_a_recipe(tiny_recipe):
     before, after = plain.eval()(pictures)[0], model.eval()(pictures)[0]
     assert (after["labels"] == 2).float().mean() > (before["labels"] == 2).float().mean()  # the rarest
     for name in ("softmax", "seesaw", "balanced_softmax", "ldam"):
-        NorCal(stats, losses.build(name, stats), 0.5)
+        NorCal(stats, losses.build(name, stats), gamma=0.5)
     for name in ("sigmoid", "objectness", "eqlv2", "focal"):
         with pytest.raises(UserError, match="add up to more than 1"):
-            NorCal(stats, losses.build(name, stats), 0.5)
+            NorCal(stats, losses.build(name, stats), gamma=0.5)
 
 
 @pytest.fixture(scope="module")
@@ -386,7 +423,7 @@ def test_calibrate_by_hand_and_by_training_pictures(softmax_run, tmp_path, tiny_
     out = tmp_path / "calibrated.safetensors"
     assert calibrate(softmax_run, out, gamma=0.4) == (0.4, {})
     detector = tailfin.load(out)
-    assert detector.recipe.evaluation.norcal == 0.4
+    assert detector.recipe.calibration.gamma == 0.4
     weights, before = load_file(out), load_file(softmax_run / "model.safetensors")
     assert all(torch.equal(weights[key], before[key]) for key in before)
     gamma, tried = calibrate(softmax_run, out, train=tiny_set[0], overwrite=True, device="cpu")
@@ -408,10 +445,10 @@ def test_calibrate_command(softmax_run, tmp_path, tiny_set):
     words = ["calibrate", str(softmax_run), "--out", str(out), "--device", "cpu"]
     shown = CliRunner().invoke(app, [*words, "--train", str(tiny_set[0]), "--max-images", "5"])
     assert shown.exit_code == 0, shown.output
-    gamma = tailfin.load(out).recipe.evaluation.norcal
+    gamma = tailfin.load(out).recipe.calibration.gamma
     assert f"gamma {gamma:g}: " in shown.output and "│ 0.5   │" in shown.output
     again = CliRunner().invoke(app, [*words, "--gamma", "0.3", "--overwrite"])
-    assert again.exit_code == 0 and tailfin.load(out).recipe.evaluation.norcal == 0.3
+    assert again.exit_code == 0 and tailfin.load(out).recipe.calibration.gamma == 0.3
 
 
 def test_calibrate_refuses(softmax_run, tmp_path, tiny_set):

@@ -12,13 +12,8 @@ from torchvision.ops import MultiScaleRoIAlign
 from tailfin import losses
 from tailfin.models.detector import Limits
 from tailfin.models.heads.roi_heads import BoxPredictor, RoIHeads
-from tailfin.models.heads.simcal import (
-    SimCal,
-    calibration_labels,
-    draw_episodes,
-    simcal_scores,
-    with_calibrated_head,
-)
+from tailfin.models.heads.simcal import SimCal, episode_labels, simcal_scores, with_twin
+from tailfin.samplers.episodes import draw_episodes
 from tailfin.stats import ClassStats
 
 STATS = ClassStats(image_count=[500, 20, 0], instance_count=[900, 30, 0], num_images=500)
@@ -86,16 +81,16 @@ def test_the_loss_trains_the_calibrated_half():
 def test_rows_of_an_episode():
     labels = torch.tensor([0, 1, 3, 0, 3, 2, 1, 3, 3, 3, 2, 3])
     image_of = torch.tensor([0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1])
-    found = calibration_labels(labels, image_of, torch.tensor([0, 1]), 3, torch.Generator().manual_seed(0))
+    found = episode_labels(labels, image_of, torch.tensor([0, 1]), 3, torch.Generator().manual_seed(0))
     foreground = (found >= 0) & (found < 3)
     assert torch.where(foreground)[0].tolist() == [0, 3, 6]
     assert (found == 3).sum() == 3
     assert torch.equal(found[found >= 0], labels[found >= 0])
-    few = calibration_labels(torch.tensor([0, 0, 3]), torch.tensor([0, 0, 0]), torch.tensor([0]), 3)
+    few = episode_labels(torch.tensor([0, 0, 3]), torch.tensor([0, 0, 0]), torch.tensor([0]), 3)
     assert few.tolist() == [0, 0, 3]
-    none = calibration_labels(torch.tensor([1, 3]), torch.tensor([0, 0]), torch.tensor([0]), 3)
+    none = episode_labels(torch.tensor([1, 3]), torch.tensor([0, 0]), torch.tensor([0]), 3)
     assert none.tolist() == [-1, -1]
-    every = calibration_labels(torch.tensor([0, 1, 3, 3, 3, -1]), torch.zeros(6, dtype=torch.int64), None, 3)
+    every = episode_labels(torch.tensor([0, 1, 3, 3, 3, -1]), torch.zeros(6, dtype=torch.int64), None, 3)
     assert every[:2].tolist() == [0, 1] and (every == 3).sum() == 2
 
 
@@ -104,7 +99,7 @@ def test_a_fresh_copy_scores_like_the_original():
     features, proposals, sizes, _ = inputs()
     with torch.no_grad():
         expected, _ = plain(features, proposals, sizes)
-        dual = with_calibrated_head(plain, STATS).eval()
+        dual = with_twin(plain, STATS).eval()
         found, _ = dual(features, proposals, sizes)
     assert len(expected[0]["boxes"]) > 0
     for before, after in zip(expected, found, strict=True):
@@ -114,7 +109,7 @@ def test_a_fresh_copy_scores_like_the_original():
 
 @pytest.mark.parametrize("fresh", [False, True])
 def test_calibration_touches_the_new_head_alone(fresh):
-    dual = with_calibrated_head(roi_heads(), STATS, fresh=fresh).train()
+    dual = with_twin(roi_heads(), STATS, fresh=fresh).train()
     predictor = dual.predictor
     same = torch.equal(predictor.calibrated_head.fc6.weight, predictor.head.fc6.weight)
     assert same != fresh
@@ -134,9 +129,9 @@ def test_calibration_touches_the_new_head_alone(fresh):
 
 def test_only_softmax_detectors_are_calibrated():
     with pytest.raises(ValueError, match="trained with the loss softmax"):
-        with_calibrated_head(roi_heads(losses.build("objectness", STATS)), STATS)
+        with_twin(roi_heads(losses.build("objectness", STATS)), STATS)
     with pytest.raises(ValueError, match="training needs targets"):
-        with_calibrated_head(roi_heads(), STATS).train()(*inputs()[:3])
+        with_twin(roi_heads(), STATS).train()(*inputs()[:3])
 
 
 def test_bi_level_sampling_balances_the_classes():

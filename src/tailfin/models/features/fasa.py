@@ -1,14 +1,14 @@
 """Feature augmentation and sampling adaptation: FASA (Zang et al., ICCV'21).
 
-Training: running class statistics as in `tailfin.models.features.hallucination`, but of the positives of the normal RoI batch;
-class c then yields one made-up feature, mean + sqrt(variance) * noise, with probability `prob` c, at first
+Training: running class statistics as in `models/features/hallucination.py`, but of the positives of the normal RoI
+batch; class c then yields one made-up feature, mean + sqrt(variance) * noise, with probability `prob` c, at first
 proportional to 1 / instances. Their mean cross-entropy is added with weight 0.1 (from the second epoch on)::
 
     module.update(features, labels)                     # positives only are taken
     extra, extra_labels = module.sample()
     loss = loss + module.augmentation_loss(classifier(extra), extra_labels)
 
-After each epoch, over a held-out part of the data (released) or the epoch's own batches (`models/features/__init__.py`)::
+After each epoch, over a held-out part of the data (released) or the epoch's own batches (`AugmentedFeatures`)::
 
     module.observe(row_losses, labels)                  # per-row losses of every batch
     module.adapt()                                      # prob x 0.9 where a cluster's loss rose, x 1.1 where it fell
@@ -20,6 +20,8 @@ similarities; that is the default, `clustering="negated"` hands over their negat
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
@@ -27,8 +29,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tailfin.collectives import sum_over_ranks
-from tailfin.losses.base import ExactBuffers
+from tailfin.losses.base import ClassificationLoss, ExactBuffers
+from tailfin.models.features.base import FeatureModule, Seen
 from tailfin.models.features.hallucination import FeatureStatistics
+from tailfin.models.precision import in_float32
+from tailfin.schema.detectors import FasterRCNNConfig
+from tailfin.schema.features import FASA as FASAConfig
+from tailfin.stats import ClassStats
 
 CLUSTERINGS = ("released", "negated")
 
@@ -150,6 +157,45 @@ class FASA(ExactBuffers):
         distance = torch.cdist(means, means).square()
         groups = affinity_propagation(distance if self.clustering == "released" else -distance)
         return groups.to(self.prob.device)
+
+
+class AugmentedFeatures(FeatureModule):
+    """FASA: the statistics of the sampled foreground rows give made-up features, whose loss is a term of its own.
+
+    The probabilities adapt at the end of each epoch, to the losses of the epoch's own rows (the released code measures
+    them on the validation set). From epoch `start` on there are made-up features.
+    """
+
+    epoch: Tensor
+
+    def __init__(self, fasa: FASA, start: int = 1) -> None:
+        super().__init__()
+        self.fasa = fasa
+        self.start = start
+        self.register_buffer("epoch", torch.zeros((), dtype=torch.int64))  # the one that runs
+
+    def at_epoch(self, epoch: float) -> None:
+        """Close the epoch before where a new one begins."""
+        if math.floor(epoch) > int(self.epoch):
+            self.fasa.adapt()
+            self.epoch.fill_(math.floor(epoch))
+
+    def losses(self, seen: Seen, logits: Tensor) -> dict[str, Tensor]:
+        labels = seen.rows.labels
+        self.fasa.update(seen.shared.detach().float(), labels)
+        self.fasa.observe(F.cross_entropy(logits.detach(), labels, reduction="none"), labels)
+        if int(self.epoch) < self.start:
+            return {}
+        features, labels = self.fasa.sample()
+        logits = in_float32(seen.classifier, features)
+        return {"loss_augmented": self.fasa.augmentation_loss(logits, labels)}
+
+
+def build(config: FASAConfig, detector: FasterRCNNConfig, stats: ClassStats, loss: ClassificationLoss) -> FeatureModule:
+    """The module of a recipe."""
+    options = config.model_dump(exclude={"name"})
+    start = options.pop("start_epoch")
+    return AugmentedFeatures(FASA(stats.instance_count, detector.head_channels, **options), start)
 
 
 def affinity_propagation(

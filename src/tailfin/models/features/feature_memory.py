@@ -1,6 +1,6 @@
 """Feature memory of LOCE (Feng et al., ICCV'21): stored RoI features of every class, drawn against its mean score.
 
-Each class has a ring of its newest `size` features, filled with the boxes that `tailfin.models.features.box_generator` makes
+Each class has a ring of its newest `size` features, filled with the boxes that `models/features/box_generator.py` makes
 around the ground truth; a training step draws classes with probability 1 / (mean score + 1e-7) and takes some stored
 features of each. Their rows train classification and box regression like sampled proposals, with weight 1::
 
@@ -16,14 +16,24 @@ stored in its place: the rows that come out are the same, and the rings a twelft
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from tailfin.collectives import gather_over_ranks
+from tailfin.data.dataset import TrainingDataset, training_loader
+from tailfin.errors import UserError
+from tailfin.losses.base import ClassificationLoss
+from tailfin.losses.ebl import EBL
+from tailfin.models.features.base import ExtraRows, FeatureModule, Seen, StageFacts, Targets
+from tailfin.models.features.box_generator import COPIES, shifted_boxes
 from tailfin.models.features.hallucination import inverse_cdf
+from tailfin.schema.detectors import FasterRCNNConfig
+from tailfin.schema.features import FeatureMemory as FeatureMemoryConfig
+from tailfin.stats import ClassStats
 
 
 class StoredRows(NamedTuple):
@@ -133,6 +143,102 @@ class FeatureMemory(nn.Module):
         if features is not None:
             self._buffers["features"] = features
         return self
+
+
+class RememberedRows(FeatureModule):
+    """LOCE's memory-augmented feature sampling.
+
+    Every iteration: store the features of 16 shifted boxes around each object, draw classes against the loss's mean
+    score, and train classifier and boxes with stored rows of them. `pooled`: features are stored before the shared
+    layers, which the drawn ones then pass anew. `prefill`: before a second stage the memory is filled, class by class,
+    with features of the frozen detector.
+    """
+
+    def __init__(
+        self, memory: FeatureMemory, loss: ClassificationLoss, *, pooled: bool = False, prefill: bool = False
+    ) -> None:
+        super().__init__()
+        if not isinstance(loss, EBL):
+            raise UserError("feature_memory draws classes by the mean score of ebl: set loss=ebl")
+        self.memory = memory
+        self.pooled = pooled
+        self.prefill = prefill
+        self._loss = (loss,)
+
+    def rows(self, seen: Seen) -> ExtraRows:
+        self.remember(seen.pool, seen.head, seen.targets, seen.image_sizes)
+        drawn = self.memory.sample(self._loss[0].mean_score[:-1])
+        features = drawn.features.to(seen.shared.dtype)
+        return ExtraRows(
+            seen.head(features) if self.pooled else features, drawn.labels, drawn.boxes, drawn.gt_boxes, memory=True
+        )
+
+    def around(self, model: Any, stage: StageFacts) -> dict[str, Any]:
+        """Refuse shared layers that train behind what is stored; fill the memory before a second stage."""
+        if not self.pooled and any(value.requires_grad for value in model.roi_heads.head.parameters()):
+            raise UserError(
+                "feature_memory.stores: the shared layers train in this stage, so what is stored behind them grows "
+                "stale; set it to pooled"
+            )
+        if self.prefill and stage.later:
+            self.fill(model, stage)
+        return {}
+
+    @torch.no_grad()
+    def fill(self, model: Any, stage: StageFacts) -> None:
+        """Store features of the detector as it is, until each class has had enough objects to fill its ring."""
+        stage.say("filling the feature memory")
+        accelerator = stage.accelerator
+        model.to(accelerator.device).eval()
+        self.memory.train()
+        dataset = TrainingDataset(stage.source, stage.recipe.data, stage.recipe.seed)
+        plan = stage.plan(dataset)
+        draws = int((stage.stats.image_count > 0).sum()) * -(-self.memory.size // COPIES)
+        sampler = plan.sampler.model_copy(update={"name": "class_aware"})
+        plan = replace(plan, sampler=sampler, epochs=draws / len(plan.rows))
+        batches = training_loader(
+            dataset,
+            plan,
+            start=0,
+            rank=accelerator.process_index,
+            processes=accelerator.num_processes,
+            accumulation=1,
+        )
+        for iteration, (images, targets) in enumerate(batches):
+            stage.seed(iteration)
+            own = [{key: target[key].to(accelerator.device) for key in ("boxes", "labels")} for target in targets]
+            with accelerator.autocast():
+                self.see(model, [image.to(accelerator.device) for image in images], own)
+        model.train()
+
+    def see(self, model: Any, images: list[Tensor], targets: Targets) -> None:
+        """Store what the detector `model` makes of pictures with objects."""
+        pool, sizes = model.pooler(images)
+        self.remember(pool, model.roi_heads.head, targets, sizes)
+
+    @torch.no_grad()
+    def remember(
+        self,
+        pool: Callable[[list[Tensor]], Tensor],
+        head: nn.Module,
+        targets: Targets,
+        image_sizes: list[tuple[int, int]],
+    ) -> None:
+        """Store the features of the shifted boxes around the objects of `targets`."""
+        boxes, labels, objects = shifted_boxes(targets, image_sizes)
+        features = pool(boxes)
+        self.memory.push(features if self.pooled else head(features), labels, torch.cat(boxes), objects)
+
+
+def build(
+    config: FeatureMemoryConfig, detector: FasterRCNNConfig, stats: ClassStats, loss: ClassificationLoss
+) -> FeatureModule:
+    """The module of a recipe."""
+    pooled = config.stores == "pooled"
+    shape = (detector.fpn_channels, detector.roi_size, detector.roi_size) if pooled else (detector.head_channels,)
+    options = config.model_dump(exclude={"name", "stores", "prefill"})
+    memory = FeatureMemory(stats.num_classes, shape, **{**options, "dtype": getattr(torch, config.dtype)})
+    return RememberedRows(memory, loss, pooled=pooled, prefill=config.prefill)
 
 
 def ring_slots(index: Tensor, written: Tensor, size: int) -> tuple[Tensor, Tensor]:

@@ -4,14 +4,14 @@
     probability of class c = (1 - l_c) / sum(1 - l)        l: a long-term indicator in 0..1     (eq. 12)
     feature = mu_c + noise * spread of the class           m features of each of the drawn classes (eq. 13)
 
-Statistics come from the features of the boxes that `tailfin.models.features.box_generator` makes around the ground truth, in
+Statistics come from the features of the boxes that `models/features/box_generator.py` makes around the ground truth, in
 the order: collect, hallucinate, loss::
 
     module.update(features, labels)                                   # features [n, D], labels int64 [n]
     extra, extra_labels = module.sample(loss.indicator_diagonal())
     value = loss(classifier(torch.cat([rows, extra])), torch.cat([row_labels, extra_labels]))
 
-All state is in buffers, so a checkpoint has it.
+All state is in buffers, so a checkpoint has it. `HallucinatedRows` is what a box head trains with.
 """
 
 from __future__ import annotations
@@ -20,6 +20,14 @@ import torch
 from torch import Tensor, nn
 
 from tailfin.collectives import several_ranks, sum_over_ranks
+from tailfin.errors import UserError
+from tailfin.losses.base import ClassificationLoss
+from tailfin.losses.fcbl import FCBL
+from tailfin.models.features.base import ExtraRows, FeatureModule, Seen
+from tailfin.models.features.box_generator import shifted_boxes
+from tailfin.schema.detectors import FasterRCNNConfig
+from tailfin.schema.features import Hallucination
+from tailfin.stats import ClassStats
 
 SPREADS = ("deviation", "variance")
 
@@ -174,3 +182,37 @@ def inverse_cdf(weights: Tensor, uniform: Tensor) -> Tensor:
     weights = torch.where(weights.sum() > 0, weights, torch.ones_like(weights))
     share = weights.cumsum(0) / weights.sum()
     return torch.searchsorted(share, uniform.to(share)).clamp(max=len(share) - 1)
+
+
+class HallucinatedRows(FeatureModule):
+    """BACL's feature hallucination (III-E).
+
+    Every iteration: collect the features of 16 shifted boxes around each object, move the class statistics, and draw
+    made-up features of classes that the loss's long-term indicator finds weak.
+    """
+
+    def __init__(
+        self, hallucination: FeatureHallucination, loss: ClassificationLoss, *, independent_boxes: bool = False
+    ) -> None:
+        super().__init__()
+        if not isinstance(loss, FCBL):
+            raise UserError("hallucination draws classes by the indicator of fcbl: set loss=fcbl")
+        self.hallucination = hallucination
+        self.independent_boxes = independent_boxes
+        self._loss = (loss,)  # in a tuple: the box head owns it, its state is not stored twice
+
+    @torch.no_grad()
+    def rows(self, seen: Seen) -> ExtraRows:
+        boxes, labels, _ = shifted_boxes(seen.targets, seen.image_sizes, independent=self.independent_boxes)
+        self.hallucination.update(seen.head(seen.pool(boxes)).float(), labels)
+        return ExtraRows(*self.hallucination.sample(self._loss[0].indicator_diagonal()))
+
+
+def build(
+    config: Hallucination, detector: FasterRCNNConfig, stats: ClassStats, loss: ClassificationLoss
+) -> FeatureModule:
+    """The module of a recipe."""
+    options = config.model_dump(exclude={"name"})
+    independent = options.pop("independent_boxes")
+    made_up = FeatureHallucination(stats.num_classes, detector.head_channels, **options)
+    return HallucinatedRows(made_up, loss, independent_boxes=independent)

@@ -16,12 +16,18 @@ theta are the classifier's own parameters, which stay as they are. Use::
     loss = MetaReweighter(stats)                       # a ClassificationLoss, as any other
     loss.learn(classifier, features, labels, balanced_features, balanced_labels, inner_lr=0.02)
     value = loss(classifier(features), labels)         # v is constant here
+
+In a detector (`LearntWeights`) every training picture brings a partner, drawn so that classes come about equally often:
+with probability in proportion to 1 / images of its rarest class. The partners' sampled rows are the balanced rows.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -29,9 +35,18 @@ from torch.nn import functional as F
 from torch.optim.adam import adam
 
 from tailfin.collectives import sum_over_ranks
+from tailfin.data.dataset import Source, TrainingDataset
 from tailfin.losses.balanced_sigmoid import BalancedSigmoid
-from tailfin.losses.base import at_least_float32, one_hot
+from tailfin.losses.base import ClassificationLoss, at_least_float32, one_hot
+from tailfin.models.features.base import FeatureModule, Seen, StageFacts
+from tailfin.samplers.repeat_factor import training_labels
+from tailfin.schedule import learning_rate
+from tailfin.schema.data import Data
+from tailfin.schema.detectors import FasterRCNNConfig
+from tailfin.schema.features import MetaReweighting
 from tailfin.stats import ClassStats
+
+PARTNER = "balanced_"  # what a partner's picture, boxes and labels are called in its training picture's target
 
 
 class MetaReweighter(BalancedSigmoid):
@@ -131,3 +146,93 @@ def known_rows(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Rows whose label is not ignored (-1), detached and in float32 at least."""
     keep = labels >= 0
     return at_least_float32(features.detach()[keep]), labels[keep]
+
+
+# ---- in a box head ---------------------------------------------------------------------------------------------------
+
+
+class LearntWeights(FeatureModule):
+    """BALMS's meta reweighter: before the loss, one step of its class weights.
+
+    The first target carries the balanced rows, `balanced_features` [M, D] and `balanced_labels` [M], which the stage's
+    step puts there: those of the pictures' partners (`PartneredDataset`). Without balanced rows the weights stay.
+    `rate` maps a point in epochs to the stage's learning rate there.
+    """
+
+    rate: Callable[[float], float]
+
+    def __init__(self, loss: ClassificationLoss, inner_lr: float | None = None) -> None:
+        super().__init__()
+        assert isinstance(loss, MetaReweighter)
+        self.inner_lr = inner_lr
+        self.epoch = 0.0
+        self._loss = (loss,)
+
+    def at_epoch(self, epoch: float) -> None:
+        self.epoch = epoch
+
+    def rows(self, seen: Seen) -> None:
+        if "balanced_features" in (target := seen.targets[0]):
+            rate = self.inner_lr if self.inner_lr is not None else self.rate(self.epoch)
+            balanced = target["balanced_features"], target["balanced_labels"]
+            self._loss[0].learn(seen.classifier, seen.shared, seen.rows.labels, *balanced, inner_lr=rate)
+
+    def around(self, model: Any, stage: StageFacts) -> dict[str, Any]:
+        """Partners for the pictures, and a step that hands their rows on."""
+        recipe, accelerator = stage.recipe, stage.accelerator
+        dataset = PartneredDataset(stage.source, recipe.data, recipe.seed)
+        plan = stage.plan(dataset)
+        milestones = [plan.iteration_at(epoch) for epoch in recipe.schedule.milestones]
+
+        def rate(epoch: float) -> float:
+            return learning_rate(plan.iteration_at(epoch), plan.iterations, milestones, recipe.schedule)
+
+        def step(model: Any, images: list[Tensor], targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+            with accelerator.autocast():
+                rows = partner_rows(getattr(model, "module", model), targets)
+            losses: dict[str, Tensor] = model(images, [{**targets[0], **rows}, *targets[1:]])
+            return losses
+
+        self.rate = rate
+        return {"dataset": dataset, "plan": plan, "step": step}
+
+
+class PartneredDataset(TrainingDataset):
+    """Training samples with a second picture each, from a class-balanced stream, in the target."""
+
+    def __init__(self, source: Source, config: Data, seed: int) -> None:
+        super().__init__(source, config, seed)
+        image_of, labels = np.unique(np.stack(training_labels(source.index)), axis=1)
+        weights = np.zeros(len(source.index))
+        np.maximum.at(weights, image_of, 1.0 / np.bincount(labels)[labels])
+        self.cumulative = weights.cumsum()
+
+    def sample(self, epoch: int, row: int, copy: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """As the plain one, and the partner's picture uint8 [3, h, w], boxes [m, 4] and labels [m]."""
+        image, target = super().sample(epoch, row, copy)
+        rng = np.random.default_rng([self.seed, 5, epoch, row, copy])
+        drawn = np.searchsorted(self.cumulative, rng.random() * self.cumulative[-1], side="right")
+        partner, own = self._augmented(int(drawn), rng)
+        more = {"image": partner.contiguous(), "boxes": own["boxes"], "labels": own["labels"]}
+        return image, {**target, **{PARTNER + key: value for key, value in more.items()}}
+
+
+@torch.no_grad()
+def partner_rows(model: Any, targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Shared features [M, D] and labels [M] of the partners' sampled rows; nothing in `model` changes."""
+    own = [{key: target[PARTNER + key] for key in ("boxes", "labels")} for target in targets]
+    pictures = [target[PARTNER + "image"] for target in targets]
+    shared, labels = model.sampled_rows(pictures, own)
+    return {PARTNER + "features": shared, PARTNER + "labels": labels}
+
+
+def build(
+    config: MetaReweighting, detector: FasterRCNNConfig, stats: ClassStats, loss: ClassificationLoss
+) -> FeatureModule:
+    """The module of a recipe."""
+    return LearntWeights(loss, config.inner_lr)
+
+
+def build_loss(config: MetaReweighting, stats: ClassStats) -> ClassificationLoss:
+    """The loss in the place of the recipe's `balanced_sigmoid`: the same with class weights that are learnt."""
+    return MetaReweighter(stats, lr=config.lr)

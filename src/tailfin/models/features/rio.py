@@ -21,7 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from tailfin.collectives import gather_over_ranks
+from tailfin.losses.base import ClassificationLoss
+from tailfin.models.features.base import ExtraRows, FeatureModule, Seen
 from tailfin.models.features.feature_memory import StoredRows, ring_slots
+from tailfin.schema.detectors import FasterRCNNConfig
+from tailfin.schema.features import RIO
+from tailfin.stats import ClassStats
 
 
 class FeatureBank(nn.Module):
@@ -104,3 +109,24 @@ class FeatureBank(nn.Module):
         place = torch.searchsorted(self.target_classes, labels).clamp(max=len(self.target_classes) - 1)
         row = torch.where(self.target_classes[place] == labels)[0]
         return row, place[row]
+
+
+class RecalledRows(FeatureModule):
+    """RIO: the newest stored rows of the rare classes in the batch join it, then the batch's own are stored."""
+
+    def __init__(self, bank: FeatureBank) -> None:
+        super().__init__()
+        self.bank = bank
+
+    def rows(self, seen: Seen) -> ExtraRows:
+        rows = seen.rows
+        stored = self.bank.recall(rows.labels)
+        self.bank.push(seen.shared.detach(), rows.labels, torch.cat(rows.boxes), rows.matched)
+        return ExtraRows(stored.features.to(seen.shared.dtype), stored.labels, stored.boxes, stored.gt_boxes)
+
+
+def build(config: RIO, detector: FasterRCNNConfig, stats: ClassStats, loss: ClassificationLoss) -> FeatureModule:
+    """The module of a recipe."""
+    images = torch.from_numpy(stats.image_count)
+    rare = torch.where((images > 0) & (images <= config.max_images))[0]
+    return RecalledRows(FeatureBank(rare, detector.head_channels, size=config.size, cache=config.cache))

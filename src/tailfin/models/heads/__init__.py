@@ -5,45 +5,60 @@
     weight_cosine  models/heads/cosine.py    WeightNormCosine: the same with a learnt length per class (RIO)
     tde            models/heads/tde.py       De-confound-TDE
     forest         models/heads/forest.py    Forest R-CNN: parent classes vote
-    pcb            models/heads/pcb.py  PCB's head in three passes, around a linear or cosine layer
+    pcb            models/heads/pcb.py       PCB's head in three passes, around a linear or cosine layer
     disalign       models/heads/disalign.py  DisAlign: a trained classifier, aligned          second stage
     simcal         models/heads/simcal.py    SimCal: a second head for the tail               second stage
 
-The last two are `CALIBRATORS`: `base` is the classifier that they were trained as, and `calibrate` puts them around it.
-Options are the keywords of the bricks. Some have a loss of their own, a form of softmax cross-entropy, which takes the
-place of the recipe's `softmax`.
+`HEADS` is the one table of them; `schema/heads.py` has their options. The last two are put around a trained classifier
+(`wrap_trained`), which their option `base` names. Some have a loss of their own, a form of softmax cross-entropy, which
+takes the place of the recipe's `softmax`.
+
+To add one: write the module in its own file, add its options to `schema.heads.CLASSIFIERS` and a line to `HEADS`.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
-import numpy as np
-import torch
-from torch import Tensor, nn
-from torchvision.models.detection.faster_rcnn import TwoMLPHead
+from torch import nn
 from torchvision.ops import MultiScaleRoIAlign
 
-from tailfin.calibration import norcal_foreground
-from tailfin.errors import UserError, nearest
+from tailfin.data.dataset import Source
+from tailfin.errors import UserError
 from tailfin.losses.base import ClassificationLoss
 from tailfin.losses.softmax import Softmax
+from tailfin.models.heads import disalign, forest, pcb, simcal
 from tailfin.models.heads.cosine import NormedLinear, WeightNormCosine
-from tailfin.models.heads.disalign import DisAlign, GeneralizedReweight
-from tailfin.models.heads.forest import ForestPredictor, GrownForest, SharedLayer
-from tailfin.models.heads.roi_heads import BoxPredictor, RoIHeads
+from tailfin.models.heads.roi_heads import RoIHeads
+from tailfin.models.heads.spec import HeadSpec, plain_box_head
 from tailfin.models.heads.tde import TDEHead
-from tailfin.schema.detectors import CALIBRATORS, Classifier, FasterRCNNConfig
+from tailfin.schema.detectors import FasterRCNNConfig
+from tailfin.schema.heads import Classifier
 from tailfin.schema.recipe import Recipe
 from tailfin.stats import ClassStats
 
-if TYPE_CHECKING:
-    from tailfin.models.faster_rcnn import FasterRCNN as Detector
 
-BASES = {"pcb": ("linear", "cosine"), "simcal": ("linear", "cosine"), "disalign": ("linear", "cosine", "weight_cosine")}
-SINGLE: dict[str, Callable[..., nn.Module]] = {"cosine": NormedLinear, "weight_cosine": WeightNormCosine}
+class Head(NamedTuple):
+    """How a classifier becomes part of a box head."""
+
+    layer: Callable[..., nn.Module | None] | None = None  # (width, loss, **options): shared features to logits
+    box_head: Callable[[HeadSpec], RoIHeads] = plain_box_head
+    wrap: Callable[..., RoIHeads] | None = None  # (trained box head, stats, **options): that of a second stage
+    samples: Callable[[Source, Recipe, ClassStats], dict[str, Any]] | None = None  # data set and plan of that stage
+    own_loss: bool = False  # a form of softmax cross-entropy of its own
+
+
+HEADS: dict[str, Head] = {
+    "linear": Head(layer=lambda width, loss: None),
+    "cosine": Head(layer=lambda width, loss, **options: NormedLinear(width, loss.num_logits, **options)),
+    "weight_cosine": Head(layer=lambda width, loss, **options: WeightNormCosine(width, loss.num_logits, **options)),
+    "tde": Head(layer=lambda width, loss, **options: TDEHead(width, loss.num_classes, **options)),
+    "forest": Head(box_head=forest.box_head, own_loss=True),
+    "pcb": Head(box_head=pcb.box_head),
+    "disalign": Head(wrap=disalign.align, own_loss=True),
+    "simcal": Head(wrap=simcal.with_twin, samples=simcal.episodes, own_loss=True),
+}
 
 
 def box_heads(
@@ -58,195 +73,58 @@ def box_heads(
 
     A classifier and a loss that do not go together are a `UserError`.
     """
-    from tailfin.models.heads.pcb import IterativeRoIHeads  # imports the box head
+    classifier, inner = config.classifier, config.classifier.inner
+    head, make = HEADS[classifier.name], HEADS[inner.name].layer
 
-    name, given = config.classifier.name, config.classifier.options
-    base = base_of(config.classifier)
-    width, agnostic = config.head_channels, config.box_regression == "class_agnostic"
+    def layer() -> nn.Module | None:
+        return make(config.head_channels, loss, **inner.options) if make is not None else None
+
+    if head.own_loss and head.wrap is None:
+        _needs_softmax(classifier.name, loss)
     try:
-        if name == "forest":
-            _needs_softmax(name, loss)
-            forest = GrownForest(stats, **given)
-            head = SharedLayer(channels, config.roi_size, width)
-            return RoIHeads(pool, head, ForestPredictor(width, forest, agnostic), forest, **options)
-        shared = TwoMLPHead(channels * config.roi_size**2, width)
-        predictor = BoxPredictor(width, loss, agnostic, _layer(base, width, loss))
-        if name == "pcb":
-            options = {**options, **_without_base(given)}
-            size = config.roi_size
-            return IterativeRoIHeads(pool, shared, predictor, loss, channels=channels, roi_size=size, **options)
+        return head.box_head(HeadSpec(config, loss, stats, pool, channels, layer, classifier.keywords, options))
     except ValueError as error:
-        raise UserError(f"detector.classifier {name}: {error}") from None
-    return RoIHeads(pool, shared, predictor, loss, **options)
+        raise UserError(f"detector.classifier {classifier.name}: {error}") from None
 
 
-def calibrate(model: Any, classifier: Classifier, stats: ClassStats) -> None:
-    """Put a calibrator around the trained classifier of `model`, in place; any other classifier is left alone.
+def wrap_trained(model: Any, classifier: Classifier, stats: ClassStats) -> None:
+    """Put a classifier of a second stage around the trained one of `model`, in place; any other leaves it alone.
 
-    What was trained is frozen, the calibrator's own weights train.
+    What was trained is frozen, what is new trains. A feature module whose rows the box head has no place for is a
+    `UserError`.
     """
-    from tailfin.models.heads.simcal import with_calibrated_head  # imports the box head
-
-    name, heads, options = classifier.name, model.roi_heads, _without_base(classifier.options)
-    if name not in CALIBRATORS:
-        return
-    _needs_softmax(name, heads.loss)
-    try:
-        if name == "disalign":
-            width = heads.predictor.bbox_pred.in_features
-            heads.loss = GeneralizedReweight(stats, **options)
-            heads.predictor.cls_score = DisAlign(heads.predictor.cls_score, width, stats.num_classes)
-        else:
-            _refuse_extra_rows(heads.extra_rows, name)
-            model.roi_heads = with_calibrated_head(heads, stats, **options)
-    except ValueError as error:
-        raise UserError(f"detector.classifier {name}: {error}") from None
+    name, head, features = classifier.name, HEADS[classifier.name], model.roi_heads.extra_rows
+    if head.wrap is not None:
+        _needs_softmax(name, model.roi_heads.loss)
+        try:
+            model.roi_heads = head.wrap(model.roi_heads, stats, **classifier.keywords)
+        except ValueError as error:
+            raise UserError(f"detector.classifier {name}: {error}") from None
+    check_features_fit(features, model.roi_heads, classifier)
 
 
-def base_of(classifier: Classifier) -> Classifier:
-    """The classifier inside one that has a `base`; any other is its own."""
-    if classifier.name not in BASES:
-        return classifier
-    return Classifier.model_validate(_named(classifier.options.get("base", "linear")))
-
-
-def uncalibrated(recipe: Recipe) -> Recipe:
-    """The recipe of the detector that a calibrator is put around; any other recipe as it is."""
-    detector = recipe.detector
-    if not isinstance(detector, FasterRCNNConfig) or detector.classifier.name not in CALIBRATORS:
-        return recipe
-    plain = detector.model_copy(update={"classifier": base_of(detector.classifier)})
-    return recipe.model_copy(update={"detector": plain})
-
-
-def check_start(recipe: Recipe) -> None:
-    """Refuse a calibrator in a training that starts from nothing that it could calibrate."""
-    detector = recipe.detector
-    if isinstance(detector, FasterRCNNConfig) and detector.classifier.name in CALIBRATORS:
-        name = detector.classifier.name
+def check_features_fit(features: nn.Module | None, heads: RoIHeads, classifier: Classifier) -> None:
+    """Refuse a feature module whose rows the box head has no place for."""
+    if features is not None and not heads.takes_extra_rows:
         raise UserError(
-            f"detector.classifier {name} calibrates a trained classifier: set method=decoupled and "
-            f"second.classifier={name}"
+            f"detector.classifier {classifier.name} reads pooled features: the rows of a feature module "
+            f"({type(features).__name__}) cannot join it"
         )
 
 
-def check_extra_rows(model: Detector, classifier: Classifier) -> None:
-    """Refuse a feature module beside a box head that has no place for its rows."""
-    if not model.roi_heads.takes_extra_rows:
-        _refuse_extra_rows(model.roi_heads.extra_rows, classifier.name)
+def stage_samples(classifier: Classifier, source: Source, recipe: Recipe, stats: ClassStats) -> dict[str, Any]:
+    """`dataset` and `plan` of a stage that trains `classifier`, where they are not the usual ones."""
+    samples = HEADS[classifier.name].samples
+    return samples(source, recipe, stats) if samples is not None else {}
 
 
-class NorCal(nn.Module):
-    """`norcal_foreground` with the training counts of a model: scores [N, C] to calibrated ones, both float.
-
-    Raises `UserError` for a loss whose scores are not probabilities that leave the background's.
-    """
-
-    counts: Tensor
-
-    def __init__(self, stats: ClassStats, loss: ClassificationLoss, gamma: float) -> None:
-        super().__init__()
-        probe = 10 * torch.linspace(1, 99, 16 * loss.num_logits).square().sin().view(16, -1)
-        if bool((loss.scores(probe).sum(dim=1) > 1 + 1e-4).any()):
-            raise UserError(
-                "evaluation.norcal needs the scores of a softmax over classes and background: those of the loss "
-                f"{type(loss).__name__} add up to more than 1"
-            )
-        self.gamma = gamma
-        self.register_buffer("counts", torch.as_tensor(stats.image_count, dtype=torch.float64), persistent=False)
-
-    def forward(self, scores: Tensor) -> Tensor:
-        return norcal_foreground(scores, self.counts, self.gamma)
-
-
-# ---- options ---------------------------------------------------------------------------------------------------------
-
-
-def check_options(name: str, options: Mapping[str, Any]) -> None:
-    """Raise `ValueError` for an unknown classifier or option, or a wrong value: the schema of `detector.classifier`."""
-    known = {kind: _keywords(kind) for kind in NAMES}
-    if name not in known:
-        raise ValueError(f'there is no classifier "{name}"{nearest(name, known)}')
-    for option in options:
-        if option not in known[name]:
-            choices = nearest(option, known[name]) if known[name] else " (it has no options)"
-            raise ValueError(f'the classifier {name} has no option "{option}"{choices}')
-    given = _without_base(options)
-    counts = np.full(2000, 20)
-    probe = ClassStats(image_count=counts, instance_count=counts, num_images=30)
-    try:
-        if name in BASES:
-            base = _named(options.get("base", "linear"))
-            if not isinstance(base, Mapping) or base.get("name") not in BASES[name]:
-                raise ValueError(f'base must be one of {", ".join(BASES[name])} (given: "{options["base"]}")')
-            check_options(base["name"], {key: value for key, value in base.items() if key != "name"})
-        if name in SINGLE:
-            SINGLE[name](2, 2, **given)
-        elif name == "tde":
-            heads = given.get("num_heads", 2)
-            TDEHead(heads if isinstance(heads, int) and heads > 0 else 1, 2, **given)
-        elif name == "disalign":
-            GeneralizedReweight(probe, **given)
-        elif name == "simcal" and not given.get("instance_threshold", 0) >= 0:
-            raise ValueError(f"instance_threshold must not be negative (given: {given['instance_threshold']})")
-        elif name == "forest":
-            GrownForest(probe, **given)
-        elif name == "pcb" and not all(weight >= 0 for weight in given.get("step_weights", (1.0,))):
-            raise ValueError(f"step_weights must not be negative (given: {given['step_weights']})")
-    except TypeError as error:
-        raise ValueError(str(error)) from None
-
-
-NAMES = ("linear", "cosine", "weight_cosine", "tde", "forest", "pcb", "disalign", "simcal")
-
-
-def _keywords(name: str) -> list[str]:
-    """Option names of a classifier: the keyword-only arguments of its brick."""
-    from tailfin.models.heads.simcal import with_calibrated_head
-
-    if name == "pcb":
-        return ["base", "step_weights"]
-    bricks: dict[str, Callable[..., Any]] = {
-        **{kind: brick.__init__ for kind, brick in SINGLE.items()},
-        "tde": TDEHead.__init__,
-        "forest": GrownForest.__init__,
-        "disalign": GeneralizedReweight.__init__,
-        "simcal": with_calibrated_head,
-    }
-    if name not in bricks:
-        return []
-    own = [p.name for p in inspect.signature(bricks[name]).parameters.values() if p.kind is p.KEYWORD_ONLY]
-    return ["base", *own] if name in BASES else own
-
-
-def _named(base: Any) -> Any:
-    return {"name": base} if isinstance(base, str) else base
-
-
-def _without_base(options: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in options.items() if key != "base"}
-
-
-# ---- what goes together ----------------------------------------------------------------------------------------------
-
-
-def _layer(classifier: Classifier, width: int, loss: ClassificationLoss) -> nn.Module | None:
-    """The module from shared features to logits; none for the plain linear layer."""
-    name, options = classifier.name, classifier.options
-    if name == "linear":
-        return None
-    if name == "cosine":
-        return NormedLinear(width, loss.num_logits, **options)
-    if bool(loss.prior_bias().any()):
-        raise ValueError(f"it has no bias, which {type(loss).__name__} starts with: take linear or cosine, or softmax")
-    if name == "weight_cosine":
-        return WeightNormCosine(width, loss.num_logits, **options)
-    probe = torch.linspace(1, 9, 4 * loss.num_logits).square().sin().view(4, -1)
-    scores = loss.scores(probe)
-    softmax = probe.softmax(dim=1)[:, :-1]
-    if scores.shape != softmax.shape or not torch.allclose(scores, softmax, atol=1e-6):
-        raise ValueError(f"its logits are made for a plain softmax, which the scores of {type(loss).__name__} are not")
-    return TDEHead(width, loss.num_classes, **options)
+def refuse_untrained(classifier: Classifier | None) -> None:
+    """Refuse a classifier of a second stage in a training that starts from nothing that it could be put around."""
+    if classifier is not None and classifier.second_stage:
+        raise UserError(
+            f"detector.classifier {classifier.name} calibrates a trained classifier: set method=decoupled and "
+            f"second.classifier={classifier.name}"
+        )
 
 
 def _needs_softmax(name: str, loss: ClassificationLoss) -> None:
@@ -254,12 +132,4 @@ def _needs_softmax(name: str, loss: ClassificationLoss) -> None:
         raise UserError(
             f"detector.classifier {name} has a form of softmax cross-entropy of its own, in the place of loss=softmax; "
             f"{type(loss).__name__} cannot stand beside it"
-        )
-
-
-def _refuse_extra_rows(module: nn.Module | None, name: str) -> None:
-    if module is not None:
-        raise UserError(
-            f"detector.classifier {name} reads pooled features: the rows of a feature module "
-            f"({type(module).__name__}) cannot join it"
         )

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tailfin.losses.base import at_least_float32
+from tailfin.losses.base import ClassificationLoss, at_least_float32
 
 
 class NormedLinear(nn.Linear):
@@ -56,6 +56,13 @@ class NormedLinear(nn.Linear):
         nn.init.normal_(self.weight, std=0.01)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
+
+    def start(self, loss: ClassificationLoss) -> None:
+        """Begin as the classifier of `loss`, with its first bias."""
+        self.reset_parameters()
+        if self.bias is not None:
+            with torch.no_grad():
+                self.bias.copy_(loss.prior_bias())
 
     def forward(self, features: Tensor) -> Tensor:
         """[N, D] to logits [N, out_features]."""
@@ -97,6 +104,10 @@ class WeightNormCosine(nn.Module):
         with torch.no_grad():
             self.weight_g.copy_(length(self.weight_v))
 
+    def start(self, loss: ClassificationLoss) -> None:
+        """Begin as the classifier of `loss`; `ValueError` for one that wants a first bias."""
+        refuse_prior_bias(loss)
+
     def forward(self, features: Tensor) -> Tensor:
         """[N, D] to logits [N, out_features]."""
         features, direction = at_least_float32(features), at_least_float32(self.weight_v)
@@ -110,3 +121,9 @@ class WeightNormCosine(nn.Module):
 def length(vectors: Tensor) -> Tensor:
     """Euclidean length of the last dimension, which is kept with size 1."""
     return torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
+
+
+def refuse_prior_bias(loss: ClassificationLoss) -> None:
+    """Raise `ValueError` for a loss that starts with a bias, in a classifier that has none."""
+    if bool(loss.prior_bias().any()):
+        raise ValueError(f"it has no bias, which {type(loss).__name__} starts with: take linear or cosine, or softmax")

@@ -26,11 +26,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tailfin.losses.base import ClassificationLoss, at_least_float32
+from tailfin.models.heads.roi_heads import RoIHeads
 from tailfin.stats import ClassStats
 
 
 class DisAlign(nn.Module):
-    """Adaptive calibration of a classifier: [N, D] to [N, C + 1] logits, background last.
+    """A classifier, adapted: [N, D] to [N, C + 1] logits, background last.
 
     Args:
         classifier: module from [N, D] to [N, C + 1] logits. Its parameters are frozen here (`requires_grad` off) and
@@ -73,6 +74,14 @@ class DisAlign(nn.Module):
         foreground = logits[:, :-1]
         change = foreground * (self.logit_scale - 1) + self.logit_bias
         return torch.cat((foreground + confidence * change, logits[:, -1:]), dim=1)
+
+
+def align(heads: RoIHeads, stats: ClassStats, *, exponent: float = 0.8) -> RoIHeads:
+    """The box head `heads` with its trained classifier aligned, in place."""
+    width = heads.predictor.bbox_pred.in_features
+    heads.loss = GeneralizedReweight(stats, exponent=exponent)
+    heads.predictor.cls_score = DisAlign(heads.predictor.cls_score, width, stats.num_classes)
+    return heads
 
 
 class GeneralizedReweight(ClassificationLoss):

@@ -34,6 +34,9 @@ from tailfin.data.index import AnnotationIndex
 from tailfin.errors import UserError, nearest
 from tailfin.files import read_json
 from tailfin.losses.base import ClassificationLoss, at_least_float32
+from tailfin.models.heads.roi_heads import RoIHeads
+from tailfin.models.heads.spec import HeadSpec
+from tailfin.models.precision import in_float32
 from tailfin.stats import ClassStats
 
 RUNS = 10  # of k-means
@@ -140,7 +143,7 @@ class ForestPredictor(nn.Module):
         _start([last], partial(nn.init.normal_, std=0.001))
 
     def forward(self, features: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self.cls_score(features), self.bbox_pred(features)
+        return in_float32(self.cls_score, features), in_float32(self.bbox_pred, features)
 
 
 class GrownForest(Forest):
@@ -196,6 +199,14 @@ class GrownForest(Forest):
                 for source, number in zip(self.sources, self.room, strict=True)
             ]
         )
+
+
+def box_head(spec: HeadSpec) -> RoIHeads:
+    """The box head of a recipe, with its forest as the loss."""
+    forest = GrownForest(spec.stats, **spec.keywords)
+    shared = SharedLayer(spec.channels, spec.config.roi_size, spec.width)
+    predictor = ForestPredictor(spec.width, forest, spec.class_agnostic)
+    return RoIHeads(spec.pool, shared, predictor, forest, **spec.options)
 
 
 # ---- trees -----------------------------------------------------------------------------------------------------------

@@ -8,12 +8,11 @@ softer), weighted 0.2, 0.2, 0.6; the box loss is that of the last pass alone, an
 
     heads = IterativeRoIHeads(pool, head, predictor, losses.build("pcb", stats), roi_size=7, channels=256)
 
-Any classification loss works; one that takes `iter_id` is told the pass.
+Any classification loss works; one with "iter_id" among its `row_facts` is told the pass.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,7 +21,9 @@ from torch import Tensor, nn
 from torchvision.ops import MultiScaleRoIAlign
 
 from tailfin.losses.base import ClassificationLoss
-from tailfin.models.heads.roi_heads import BoxPredictor, RoIHeads, Rows, Targets
+from tailfin.models.features.base import Rows, Targets
+from tailfin.models.heads.roi_heads import BoxPredictor, RoIHeads, Trained
+from tailfin.models.heads.spec import HeadSpec
 
 STEP_WEIGHTS = (0.2, 0.2, 0.6)
 
@@ -72,32 +73,32 @@ class IterativeRoIHeads(RoIHeads):
             raise ValueError(f"step_weights has {len(step_weights)} entries, the loss expects {steps} passes")
         self.step_weights = tuple(step_weights)
         self.refinement = Refinement(loss.num_logits, predictor.bbox_pred.out_features, channels, roi_size)
-        self.loss_takes_step = "iter_id" in inspect.signature(loss.loss).parameters
 
     def parts(self) -> dict[str, nn.Module]:
         """The refinement belongs to the shared layers."""
         return {**super().parts(), "head": nn.ModuleList([self.head, self.refinement])}
 
-    def losses(
+    def train_rows(
         self,
         features: dict[str, Tensor],
         rows: Rows,
         image_sizes: list[tuple[int, int]],
         targets: Targets,
         shared: Tensor | None = None,
-    ) -> dict[str, Tensor]:
-        """Losses of all passes on the sampled rows."""
+    ) -> Trained:
+        """Losses of all passes on the sampled rows; logits and deltas are the last pass's."""
         if self.extra_rows is not None:
             raise ValueError("the iterative head takes no extra rows: they have no pooled features to refine")
         passes = self.passes(features, rows.boxes, image_sizes)
         deltas = passes[-1][1]
-        facts = self.facts(deltas, torch.cat(rows.boxes), rows.labels, rows.matched, rows.gt_index)
+        facts: dict[str, Any] = self.facts(deltas, torch.cat(rows.boxes), rows.labels, rows.matched, rows.gt_index)
         classifier = passes[0][0].new_zeros(())
         for step, (weight, (logits, _)) in enumerate(zip(self.step_weights, passes, strict=True)):
-            keywords = {**facts, "iter_id": step} if self.loss_takes_step else facts
-            classifier = classifier + weight * self.loss(logits, rows.labels, **keywords)
+            if "iter_id" in self.loss.row_facts:
+                facts["iter_id"] = step
+            classifier = classifier + weight * self.loss(logits, rows.labels, **facts)
         box = self.box_regression_loss(deltas, rows.boxes, rows.labels, rows.matched)
-        return {"loss_classifier": classifier, "loss_box_reg": box}
+        return Trained({"loss_classifier": classifier, "loss_box_reg": box}, passes[-1][0], deltas)
 
     def predict(
         self, features: dict[str, Tensor], proposals: list[Tensor], image_sizes: list[tuple[int, int]]
@@ -117,3 +118,10 @@ class IterativeRoIHeads(RoIHeads):
             logits, deltas = self.predictor(self.head(pooled))
             results.append((logits.float(), deltas.float()))
         return results
+
+
+def box_head(spec: HeadSpec) -> RoIHeads:
+    """The box head of a recipe."""
+    shared, predictor = spec.shared(), spec.predictor()
+    options = {**spec.options, **spec.keywords, "channels": spec.channels, "roi_size": spec.config.roi_size}
+    return IterativeRoIHeads(spec.pool, shared, predictor, spec.loss, **options)

@@ -8,7 +8,7 @@ come from the loss; nothing here knows which method it is.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -20,10 +20,20 @@ from torchvision.ops import MultiScaleRoIAlign, box_area, box_iou
 from tailfin.losses.base import ClassificationLoss
 from tailfin.models.detections import select_detections
 from tailfin.models.detector import Limits, Targets
+from tailfin.models.features.base import ExtraRows, FeatureModule, Rows, Seen
+from tailfin.models.precision import in_float32
 
 
 class BoxPredictor(nn.Module):
-    """Linear layers on shared features: [N, D] -> class logits [N, num_logits], box deltas [N, 4] or [N, 4 C]."""
+    """Linear layers on shared features: [N, D] -> class logits [N, num_logits], box deltas [N, 4] or [N, 4 C].
+
+    Both compute in float32, whatever autocast says.
+
+    `classifier` takes the place of the linear layer for the logits; its `start(loss)`, where it has one, sets its first
+    weights and refuses a loss that it does not go with.
+    """
+
+    cls_score: Any
 
     def __init__(
         self, channels: int, loss: ClassificationLoss, class_agnostic: bool, classifier: nn.Module | None = None
@@ -33,65 +43,26 @@ class BoxPredictor(nn.Module):
         self.bbox_pred = nn.Linear(channels, 4 if class_agnostic else 4 * loss.num_classes)
         nn.init.normal_(self.bbox_pred.weight, std=0.001)
         nn.init.zeros_(self.bbox_pred.bias)
-        if isinstance(self.cls_score, nn.Linear):  # another kind has its own start, and no bias
+        if classifier is None:
             nn.init.normal_(self.cls_score.weight, std=0.01)
             with torch.no_grad():
                 self.cls_score.bias.copy_(loss.prior_bias())
+        elif hasattr(classifier, "start"):
+            self.cls_score.start(loss)
 
     def forward(self, features: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """`labels` [N] are those of training rows; a classifier that follows them says so (`takes_labels`)."""
         if labels is not None and getattr(self.cls_score, "takes_labels", False):
-            return self.cls_score(features, labels), self.bbox_pred(features)
-        return self.cls_score(features), self.bbox_pred(features)
+            return in_float32(self.cls_score, features, labels), in_float32(self.bbox_pred, features)
+        return in_float32(self.cls_score, features), in_float32(self.bbox_pred, features)
 
 
-class Rows(NamedTuple):
-    """Sampled proposals of a batch, images one after another."""
+class Trained(NamedTuple):
+    """What a training step makes of its sampled rows."""
 
-    boxes: list[Tensor]  # per image [n, 4]
-    labels: Tensor  # int64 [N], background C
-    matched: Tensor  # [N, 4] the ground-truth box of each row; of no meaning on background rows
-    gt_index: Tensor  # int64 [N] the object of each row, counted over the batch; -1 on background rows
-
-
-class ExtraRows(NamedTuple):
-    """Rows that a feature module adds to the sampled ones: made up, or stored in earlier iterations.
-
-    Without boxes they take part in the classification loss alone, with them in the box loss too.
-    """
-
-    features: Tensor  # [E, D] shared features
-    labels: Tensor  # int64 [E]
-    boxes: Tensor | None = None  # [E, 4] the box of each feature, and that of its object
-    gt_boxes: Tensor | None = None
-    memory: bool = False  # whether a loss counts them as rows of a memory
-
-
-class Seen(NamedTuple):
-    """What a feature module sees of a training iteration."""
-
-    rows: Rows
-    shared: Tensor  # [N, D] features of the sampled rows
-    targets: Targets
-    image_sizes: list[tuple[int, int]]  # (height, width) without padding
-    pool: Callable[[list[Tensor]], Tensor]  # boxes per image [M, 4] to pooled features [N, channels, size, size]
-    head: nn.Module  # pooled to shared features
-    classifier: nn.Module  # shared features to logits
-
-
-class FeatureModule(nn.Module):
-    """Takes part in the training of a box head beside its sampled rows; each method has what it needs of this.
-
-    State is in buffers and the same on every process. One with a method `at_epoch` is told the time.
-    """
-
-    def rows(self, seen: Seen) -> ExtraRows | None:
-        """Rows that join the sampled ones; called once per iteration, before the losses."""
-        return None
-
-    def losses(self, seen: Seen, logits: Tensor) -> dict[str, Tensor]:
-        """Further losses by name; `logits` [N, num_logits] are those of the sampled rows."""
-        return {}
+    losses: dict[str, Tensor]
+    logits: Tensor  # [N, num_logits] and
+    deltas: Tensor  # [N, 4] or [N, 4 C] of the sampled rows, float32
 
 
 class RoIHeads(nn.Module):
@@ -102,11 +73,13 @@ class RoIHeads(nn.Module):
         head: pooled features to the shared vector [N, D].
         predictor: shared vector [N, D] (and, in training, labels [N] or none) to (class logits, box deltas).
         loss: the classification loss; it is a submodule, so its buffers travel with the checkpoint.
+        box_loss_beta: of smooth_l1, below which it is quadratic.
+        box_stds: by which box deltas are divided.
         limits: what `forward` reports in evaluation.
     """
 
     predictor: Any  # features and, in training, labels to logits and deltas; its `cls_score` is what extra rows pass
-    takes_extra_rows = True  # a head of another kind may not
+    takes_extra_rows = True  # whether shared vectors that come from elsewhere can be classified like its own
 
     def __init__(
         self,
@@ -119,6 +92,8 @@ class RoIHeads(nn.Module):
         batch: int = 512,
         fg_fraction: float = 0.25,
         box_loss: str = "l1",
+        box_loss_beta: float = 1 / 9,
+        box_stds: Sequence[float] = (0.1, 0.1, 0.2, 0.2),
         box_loss_weight: float = 1.0,
         limits: Limits = Limits(1e-4, 300, 0.5),
     ) -> None:
@@ -129,8 +104,11 @@ class RoIHeads(nn.Module):
         self.loss = loss
         self.matcher = Matcher(fg_iou, fg_iou, allow_low_quality_matches=False)
         self.sampler = BalancedPositiveNegativeSampler(batch, fg_fraction)
-        self.box_coder = BoxCoder((10.0, 10.0, 5.0, 5.0))
+        self.box_stds = tuple(box_stds)
+        across, down, width, height = (1 / std for std in self.box_stds)
+        self.box_coder = BoxCoder((across, down, width, height))
         self.box_loss = box_loss
+        self.box_loss_beta = box_loss_beta
         self.box_loss_weight = box_loss_weight
         self.limits = limits
         self.extra_rows: FeatureModule | None = None
@@ -174,10 +152,20 @@ class RoIHeads(nn.Module):
     ) -> dict[str, Tensor]:
         """Losses of the sampled rows and of what the feature module adds; `shared` [N, D] are the rows' features,
         where the caller has them already."""
+        return self.train_rows(features, rows, image_sizes, targets, shared).losses
+
+    def train_rows(
+        self,
+        features: dict[str, Tensor],
+        rows: Rows,
+        image_sizes: list[tuple[int, int]],
+        targets: Targets,
+        shared: Tensor | None = None,
+    ) -> Trained:
+        """`losses`, with the logits and deltas that they are made of."""
         if shared is None:
             shared = self.head(self.pool(features, rows.boxes, image_sizes))
         logits, deltas = (value.float() for value in self.predictor(shared, rows.labels))
-        boxes, labels, matched = torch.cat(rows.boxes), rows.labels, rows.matched
         more, further = None, {}
         if self.extra_rows is not None:
             seen = Seen(
@@ -191,10 +179,15 @@ class RoIHeads(nn.Module):
             )
             more = self.extra_rows.rows(seen)
             further = self.extra_rows.losses(seen, logits)
+        return Trained({**self.losses_of(logits, deltas, rows, more), **further}, logits, deltas)
+
+    def losses_of(self, logits: Tensor, deltas: Tensor, rows: Rows, more: ExtraRows | None = None) -> dict[str, Tensor]:
+        """`loss_classifier` and `loss_box_reg` of the sampled rows' logits and deltas and the rows that join them."""
+        boxes, labels, matched = torch.cat(rows.boxes), rows.labels, rows.matched
         if more is not None:
             labels = torch.cat([labels, more.labels])
             if more.boxes is None or more.gt_boxes is None:
-                more_logits = self.predictor.cls_score(more.features).float()
+                more_logits = in_float32(self.predictor.cls_score, more.features)
             else:
                 more_logits, more_deltas = (value.float() for value in self.predictor(more.features))
                 deltas = torch.cat([deltas, more_deltas])
@@ -202,7 +195,7 @@ class RoIHeads(nn.Module):
             logits = torch.cat([logits, more_logits])
         box = self.box_regression_loss(deltas, [boxes], labels[: len(boxes)], matched)
         facts = self.facts(deltas, boxes, labels, matched, rows.gt_index, memory=more is not None and more.memory)
-        return {"loss_classifier": self.loss(logits, labels, **facts), "loss_box_reg": box, **further}
+        return {"loss_classifier": self.loss(logits, labels, **facts), "loss_box_reg": box}
 
     def facts(
         self, deltas: Tensor, boxes: Tensor, labels: Tensor, matched: Tensor, gt_index: Tensor, *, memory: bool = False
@@ -234,8 +227,11 @@ class RoIHeads(nn.Module):
         return boxes.new_zeros(len(labels)).index_put_((rows,), overlap / union.clamp(min=1e-9))
 
     @torch.no_grad()
-    def sample(self, proposals: list[Tensor], targets: Targets) -> Rows:
-        """Ground truth joined to the proposals, matched by IoU and sampled."""
+    def sample(self, proposals: list[Tensor], targets: Targets, draws: Sequence[Tensor] | None = None) -> Rows:
+        """Ground truth joined to the proposals (behind them), matched by IoU and sampled.
+
+        `draws` takes the place of the sampling: int64 indices per image into proposals and objects.
+        """
         background = self.loss.num_classes
         boxes = [torch.cat((own, target["boxes"].to(own))) for own, target in zip(proposals, targets, strict=True)]
         matches, labels = [], []
@@ -248,8 +244,10 @@ class RoIHeads(nn.Module):
             matches.append(match)
             labels.append(torch.where(match >= 0, target["labels"][match.clamp(min=0)], background))
         # torchvision's sampler reads >= 1 as foreground and 0 as background
-        fg_masks, bg_masks = self.sampler([(label < background).long() for label in labels])
-        rows = [torch.where(fg | bg)[0] for fg, bg in zip(fg_masks, bg_masks, strict=True)]
+        if draws is None:
+            fg_masks, bg_masks = self.sampler([(label < background).long() for label in labels])
+            draws = [torch.where(fg | bg)[0] for fg, bg in zip(fg_masks, bg_masks, strict=True)]
+        rows = draws
         matched, objects, before = [], [], 0
         for row, match, target in zip(rows, matches, targets, strict=True):
             truth, match = target["boxes"].to(boxes[0]), match[row]
@@ -261,6 +259,7 @@ class RoIHeads(nn.Module):
             torch.cat([label[row] for label, row in zip(labels, rows, strict=True)]),
             torch.cat(matched),
             torch.cat(objects),
+            torch.cat([row >= len(own) for row, own in zip(rows, proposals, strict=True)]),
         )
 
     def box_regression_loss(self, deltas: Tensor, proposals: list[Tensor], labels: Tensor, matched: Tensor) -> Tensor:
@@ -270,7 +269,7 @@ class RoIHeads(nn.Module):
         wanted = self.box_coder.encode_single(matched[rows], boxes[rows])
         found = self._own_deltas(deltas, rows, labels)
         if self.box_loss == "smooth_l1":
-            total = F.smooth_l1_loss(found, wanted, beta=1 / 9, reduction="sum")
+            total = F.smooth_l1_loss(found, wanted, beta=self.box_loss_beta, reduction="sum")
         else:
             total = F.l1_loss(found, wanted, reduction="sum")
         return self.box_loss_weight * total / max(len(labels), 1)

@@ -1,12 +1,13 @@
 """SimCal (Wang et al., ECCV'20): after normal training, a second classification head for the tail on balanced episodes.
 
-The detector is frozen. A copy of its box head (shared layers and classifier) is trained on episodes: classes drawn
-uniformly, then an image of each, then only that image's proposals of that class, with as many background proposals.
-At test time the two heads are joined: classes with fewer than `instance_threshold` training instances take the
-calibrated head's softmax, all others and the background the original's; nothing is renormalised::
+The detector is frozen. A copy of its box head (shared layers and classifier) is trained on episodes
+(`tailfin.samplers.episodes`): classes drawn uniformly, then an image of each, then only that image's proposals of that
+class, with as many background proposals. At test time the two heads are joined: classes with fewer than
+`instance_threshold` training instances take the calibrated head's softmax, all others and the background the
+original's; nothing is renormalised::
 
     detector.requires_grad_(False)
-    detector.roi_heads = with_calibrated_head(detector.roi_heads, stats)    # the new head alone is trained
+    detector.roi_heads = with_twin(detector.roi_heads, stats)               # the new head alone is trained
     for classes, rows in zip(*draw_episodes(image_of, labels, 1000, rng)):  # an epoch: 1000 episodes
         images, targets = load(rows)
         for target, label in zip(targets, classes):
@@ -17,16 +18,20 @@ calibrated head's softmax, all others and the background the original's; nothing
 from __future__ import annotations
 
 import copy
+from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tailfin.data.dataset import Source
 from tailfin.losses.base import ClassificationLoss, at_least_float32
 from tailfin.losses.softmax import Softmax
-from tailfin.models.heads.roi_heads import BoxPredictor, RoIHeads, Rows, Targets
+from tailfin.models.features.base import Rows, Targets
+from tailfin.models.heads.roi_heads import BoxPredictor, RoIHeads
+from tailfin.models.precision import in_float32
+from tailfin.samplers.episodes import EpisodeDataset, EpisodePlan
+from tailfin.schema.recipe import Recipe
 from tailfin.stats import ClassStats
 
 INSTANCE_THRESHOLD = 100  # LVIS; 400 for COCO-LT
@@ -89,15 +94,15 @@ class DualPredictor(nn.Module):
     def forward(self, pooled: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
             original, deltas = self.predictor(self.head(pooled))
-        calibrated = self.calibrated_classifier(self.calibrated_head(pooled))
+        calibrated = in_float32(self.calibrated_classifier, self.calibrated_head(pooled))
         return torch.cat([original, calibrated.to(original.dtype)], dim=1), deltas
 
 
-class CalibrationRoIHeads(RoIHeads):
-    """`RoIHeads` in calibration: `targets[i]["sampled_class"]` says which class of image i its rows are taken from.
+class TwinRoIHeads(RoIHeads):
+    """`RoIHeads` with a second classifier, on rows of the class that `targets[i]["sampled_class"]` names in image i.
 
-    Without it all classes of an image take part. Made by `with_calibrated_head`; in training it returns the
-    classification loss alone.
+    Without it all classes of an image take part. Made by `with_twin`; in training it returns the classification loss
+    alone.
     """
 
     takes_extra_rows = False
@@ -122,20 +127,20 @@ class CalibrationRoIHeads(RoIHeads):
         sampled = None
         if "sampled_class" in targets[0]:
             sampled = torch.stack([target["sampled_class"] for target in targets]).to(rows.labels.device)
-        labels = calibration_labels(rows.labels, image_of, sampled, self.loss.num_classes)
+        labels = episode_labels(rows.labels, image_of, sampled, self.loss.num_classes)
         chosen = labels >= 0
         boxes = [own[keep] for own, keep in zip(rows.boxes, chosen.split(counts), strict=True)]
         logits, _ = self.predict(features, boxes, image_sizes)
         return {"loss_classifier": self.loss(logits, labels[chosen])}
 
 
-def with_calibrated_head(
+def with_twin(
     roi_heads: RoIHeads,
     stats: ClassStats,
     *,
     instance_threshold: float = INSTANCE_THRESHOLD,
     fresh: bool = False,
-) -> CalibrationRoIHeads:
+) -> TwinRoIHeads:
     """Box heads that share the trained, now frozen parts of `roi_heads` (a softmax detector's) and add the twin.
 
     Only the twin asks for gradients; the loss is `SimCal`, and detections use both heads.
@@ -143,7 +148,7 @@ def with_calibrated_head(
     predictor = roi_heads.predictor
     if not isinstance(predictor, BoxPredictor) or not isinstance(roi_heads.loss, Softmax):
         raise ValueError("SimCal calibrates a plain box predictor that was trained with the loss softmax")
-    return CalibrationRoIHeads(
+    return TwinRoIHeads(
         roi_heads.pool,
         nn.Identity(),
         DualPredictor(roi_heads.head, predictor, fresh=fresh),
@@ -155,29 +160,26 @@ def with_calibrated_head(
     )
 
 
-def draw_episodes(
-    image_of: NDArray[np.int64],
-    labels: NDArray[np.int64],
-    episodes: int,
-    rng: np.random.Generator,
-    classes_per_episode: int = 16,
-    images_per_class: int = 1,
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Bi-level sampling: (classes, image rows), each int64 [episodes, classes_per_episode * images_per_class].
-
-    Every class with an annotation is equally likely, with replacement; then every image that shows it, likewise. An
-    episode's entries stand class by class. (`image_of`, `labels`) list every annotation.
-    """
-    pairs = np.unique(np.stack([labels, image_of], axis=1), axis=0)
-    if len(pairs) == 0:
-        raise ValueError("bi-level sampling needs at least one annotation")
-    present, first, sizes = np.unique(pairs[:, 0], return_index=True, return_counts=True)
-    drawn = np.repeat(rng.integers(len(present), size=(episodes, classes_per_episode)), images_per_class, axis=1)
-    place = first[drawn] + rng.integers(sizes[drawn])
-    return present[drawn], pairs[place, 1]
+def episodes(source: Source, recipe: Recipe, stats: ClassStats) -> dict[str, Any]:
+    """Data set and order of the stage that trains the twin: episodes, with the sampler class_aware; else the usual."""
+    if recipe.sampler.name != "class_aware":
+        return {}
+    dataset = EpisodeDataset(source, recipe.data, recipe.seed)
+    schedule = recipe.schedule
+    plan = EpisodePlan(
+        source.index,
+        dataset.rows(),
+        stats,
+        recipe.sampler,
+        schedule.batch,
+        schedule.epochs,
+        recipe.seed,
+        recipe.data.group_by_aspect,
+    )
+    return {"dataset": dataset, "plan": plan}
 
 
-def calibration_labels(
+def episode_labels(
     labels: Tensor,
     image_of: Tensor,
     sampled_class: Tensor | None,

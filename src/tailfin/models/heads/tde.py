@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tailfin.collectives import sum_over_ranks
-from tailfin.losses.base import ExactBuffers, at_least_float32
+from tailfin.losses.base import ClassificationLoss, ExactBuffers, at_least_float32
+from tailfin.models.heads.cosine import refuse_prior_bias
 
 EPS = 1e-9  # added to the features' lengths, in the logits but not in the cosine, as in the original
 
@@ -93,6 +94,17 @@ class TDEHead(ExactBuffers):
         bound = 1 / math.sqrt(self.weight.shape[1])
         nn.init.uniform_(self.weight, -bound, bound)
         self.embedding.zero_()
+
+    def start(self, loss: ClassificationLoss) -> None:
+        """Begin as the classifier of `loss`; `ValueError` for one whose scores are not a plain softmax."""
+        refuse_prior_bias(loss)
+        probe = torch.linspace(1, 9, 4 * loss.num_logits).square().sin().view(4, -1)
+        scores = loss.scores(probe)
+        softmax = probe.softmax(dim=1)[:, :-1]
+        if scores.shape != softmax.shape or not torch.allclose(scores, softmax, atol=1e-6):
+            raise ValueError(
+                f"its logits are made for a plain softmax, which the scores of {type(loss).__name__} are not"
+            )
 
     def forward(self, features: Tensor, labels: Tensor | None = None) -> Tensor:
         """[N, D] and, for training, labels int64 [N] (0..C-1, background C, ignored -1) to [N, C + 1] logits.

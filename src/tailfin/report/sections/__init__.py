@@ -15,10 +15,10 @@ from tailfin.report.sections.curves import curves
 from tailfin.report.sections.examples import examples
 from tailfin.report.sections.groups import groups
 from tailfin.report.sections.overview import overview
-from tailfin.report.sections.pretraining import pretraining
 from tailfin.report.sections.provenance import provenance
 from tailfin.report.sections.scatter import scatter
 from tailfin.report.sections.summary import summary
+from tailfin.report.sections.views import pretraining
 
 SECTIONS: tuple[Callable[[Sequence[Run]], Section | None], ...] = (
     overview,

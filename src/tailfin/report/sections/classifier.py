@@ -20,7 +20,7 @@ import torch
 from markupsafe import Markup
 
 from tailfin import losses
-from tailfin.config import check_recipe, parse_yaml
+from tailfin.config import parse_yaml, stored_recipe
 from tailfin.errors import UserError
 from tailfin.losses.base import ClassificationLoss
 from tailfin.losses.fcbl import FCBL
@@ -91,7 +91,7 @@ def _read(run: Run) -> _Model | None:
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            recipe = check_recipe(parse_yaml(metadata["recipe"], str(path)), str(path))
+            recipe = stored_recipe(parse_yaml(metadata["recipe"], str(path)), str(path))
             stats = ClassStats.from_dict(json.loads(metadata["categories"]))
             names = list(file.keys())
             weights = sorted((name for name in names if _WEIGHT.fullmatch(name)), key=_natural)

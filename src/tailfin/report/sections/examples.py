@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from pycocotools import mask as coco_mask
 
 from tailfin.data.images import read_image
 from tailfin.data.index import AnnotationIndex, image_folder, image_path, open_index
@@ -109,7 +110,7 @@ def _pictures(shown: Sequence[tuple[int, Run]], notes: list[str]) -> Iterator[di
     truth, shown = _open(shown, notes)
     seeds = _seeds(truth)
     ids = [int(truth.index.image_ids[row]) for row, _ in seeds]
-    found = [_detections(run.results, tuple(ids)) for _, run in shown]
+    found = [_detections(run, tuple(ids), notes) for _, run in shown]
     candidates = []
     for row, label in seeds:
         panels = [_panel(truth, row, detections[int(truth.index.image_ids[row])]) for detections in found]
@@ -129,15 +130,23 @@ def _pictures(shown: Sequence[tuple[int, Run]], notes: list[str]) -> Iterator[di
         notes.append(f"{len(unread)} of the pictures could not be read: {unread[0]}")
 
 
-def _detections(file: Path, ids: tuple[int, ...]) -> dict[int, Detections]:
-    state = file.stat()
-    return _read(file, state.st_mtime_ns, state.st_size, ids)
+def _detections(run: Run, ids: tuple[int, ...], notes: list[str]) -> dict[int, Detections]:
+    files = [run.results] + ([run.masks] if run.masks is not None else [])
+    states = [(file, file.stat().st_mtime_ns, file.stat().st_size) for file in files]
+    try:
+        return _read(tuple(states), ids)
+    except UserError as error:
+        if run.masks is None:
+            raise
+        notes.append(f"The masks of {run.name} are not drawn: {error}")
+        return _read(tuple(states[:1]), ids)
 
 
 @functools.lru_cache(maxsize=8)
-def _read(file: Path, changed: int, size: int, ids: tuple[int, ...]) -> dict[int, Detections]:
+def _read(states: tuple[tuple[Path, int, int], ...], ids: tuple[int, ...]) -> dict[int, Detections]:
     """A live page is made anew every few seconds: results that have not changed are read once."""
-    return read_detections(file, ids)
+    files = [file for file, _, _ in states]
+    return read_detections(files[0], ids, files[1] if len(files) > 1 else None)
 
 
 def _open(shown: Sequence[tuple[int, Run]], notes: list[str]) -> tuple[_Truth, list[tuple[int, Run]]]:
@@ -214,7 +223,7 @@ def _panel(truth: _Truth, row: int, detections: Detections) -> _Panel:
     labels = labels.clip(max=len(truth.index.categories) - 1)
     if not np.array_equal(truth.index.category_ids[labels], detections.categories[:keep]):
         raise UserError("the results hold category ids that the evaluated file does not have")
-    best = Detections(detections.boxes[:keep], detections.categories[:keep], detections.scores[:keep])
+    best = detections.best(keep)
     boxes, truth_labels, crowd = truth.objects(row)
     verdict = judge(boxes[~crowd], truth_labels[~crowd], best.boxes, labels)
     area = np.prod(best.boxes[:, 2:] - best.boxes[:, :2], axis=1)
@@ -259,7 +268,10 @@ def _picture(truth: _Truth, shown: Sequence[tuple[int, Run]], candidate: _Candid
     )
     canvas = np.asarray(small)
     factor = np.array([canvas.shape[1] / image.shape[1], canvas.shape[0] / image.shape[0]] * 2)
-    drawn = draw_detections(canvas, boxes * factor, labels, index.names, dashed=crowd)
+    masks = None
+    if any(panel.detections.masks is not None for panel in candidate.panels):
+        masks = _shrunk(index.readable_segmentations.image_masks(row), canvas)
+    drawn = draw_detections(canvas, boxes * factor, labels, index.names, masks=masks, dashed=crowd)
     panels = [{"title": "ground truth", "color": "", "image": _data_uri(drawn), "note": _objects(len(labels))}]
     own_boxes, own_labels = boxes[~crowd], labels[~crowd]
     for (number, run), panel in zip(shown, candidate.panels, strict=True):
@@ -288,7 +300,7 @@ def _picture(truth: _Truth, shown: Sequence[tuple[int, Run]], candidate: _Candid
 def _draw(
     canvas: np.ndarray, panel: _Panel, boxes: np.ndarray, labels: np.ndarray, names: Sequence[str], about: int
 ) -> Image.Image:
-    """Detections in the colour of their verdict, and the objects that none of them met, dashed.
+    """Detections in the colour of their verdict with their masks, and the objects that none of them met, dashed.
 
     Where there are many, only missed objects of the class that the picture is about are named.
     """
@@ -300,6 +312,10 @@ def _draw(
     ]
     texts = [f"{names[label]} {score:.2f}" for label, score in zip(panel.labels, panel.detections.scores, strict=True)]
     texts += [f"missed: {names[label]}" if few or label == about else "" for label in labels[missed]]
+    masks = None
+    if panel.detections.masks:
+        found = coco_mask.decode(panel.detections.masks).transpose(2, 0, 1)
+        masks = np.pad(_shrunk(found, canvas), ((0, int(missed.sum())), (0, 0), (0, 0)))
     return draw_detections(
         canvas,
         np.concatenate([panel.detections.boxes, boxes[missed]]),
@@ -307,8 +323,17 @@ def _draw(
         names,
         colors=colors + [_MISSED] * int(missed.sum()),
         texts=texts,
+        masks=masks,
         dashed=np.arange(len(texts)) >= len(panel.labels),
     )
+
+
+def _shrunk(masks: np.ndarray, canvas: np.ndarray) -> np.ndarray:
+    """Masks [N, H, W] at the size of a canvas [h, w, 3], by the nearest pixel; bool [N, h, w]."""
+    down, across = (
+        (np.arange(canvas.shape[axis]) + 0.5) * masks.shape[axis + 1] // canvas.shape[axis] for axis in (0, 1)
+    )
+    return masks[:, down.astype(np.int64)][..., across.astype(np.int64)].astype(bool)
 
 
 def _objects(number: int) -> str:

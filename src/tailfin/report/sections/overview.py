@@ -106,10 +106,12 @@ def _speed(run: Run) -> str:
 def _headline(run: Run) -> list[tuple[str, float]]:
     if run.metrics is None:
         return []
-    values: dict[str, Any] = next(
-        (run.metrics[kind] for kind in ("bbox", "segm") if isinstance(run.metrics.get(kind), dict)), {}
-    )
-    return [(key, values[key]) for key in _HEADLINE if defined(values.get(key))]
+    kinds = [kind for kind in ("bbox", "segm") if isinstance(run.metrics.get(kind), dict)]
+    values: dict[str, Any] = run.metrics[kinds[0]] if kinds else {}
+    found = [(key, values[key]) for key in _HEADLINE if defined(values.get(key))]
+    if len(kinds) == 2 and defined(run.metrics["segm"].get("AP")):
+        found.append(("mask AP", run.metrics["segm"]["AP"]))
+    return found
 
 
 def _progress(run: Run) -> dict[str, Any] | None:

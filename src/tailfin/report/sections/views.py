@@ -1,7 +1,7 @@
 """What a pre-training has learnt to see: paired boxes in both views, reconstructions, masks, and similarities.
 
 The pictures come from `RUN/stages/*/pictures.npz`, which the stage writes at its end; its docstring
-(`tailfin.methods.drcl.look`) lists the arrays. An array is missing where its term was not trained.
+(`tailfin.pretraining.look`) lists the arrays. An array is missing where its term was not trained.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from PIL import Image
 
 from tailfin.report import build_report
 from tailfin.report.runs import read_runs
-from tailfin.report.sections.pretraining import pretraining
+from tailfin.report.sections.views import pretraining
 
 
 def arrays(reconstruction: bool = True, similarities: bool = True) -> dict[str, np.ndarray]:

@@ -1,0 +1,156 @@
+"""The mask branch of Mask R-CNN (He et al., ICCV'17): beside the box head, a small network that outlines the object.
+
+    boxes -> RoIAlign 14 x 14 -> four 3 x 3 convolutions -> 2 x 2 deconvolution -> 28 x 28 logits of the box's class
+
+The last layer has a filter per class, or one for all; only that of the row's own class is computed, so that 1203
+classes cost what one does. It may be `NormedConv2d`, as in the Seesaw models with normalised masks.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torchvision.ops import MultiScaleRoIAlign
+
+from tailfin.losses.base import at_least_float32
+from tailfin.models.features.base import Rows, Targets
+from tailfin.models.mask_ops import TargetStyle, mask_loss, mask_targets
+from tailfin.models.normed_conv import NormedConv2d
+
+CHUNK = 256  # boxes whose masks are computed at a time in evaluation: 28 x 28 cells of 256 channels are 0.8 MB each
+
+
+class MaskHead(nn.Module):
+    """Pooled features [N, in_channels, m, m] to [N, channels, 2 m, 2 m]."""
+
+    def __init__(self, in_channels: int, channels: int = 256, layers: int = 4) -> None:
+        super().__init__()
+        widths = [in_channels, *[channels] * layers]
+        self.convs = nn.ModuleList(
+            nn.Conv2d(before, width, 3, padding=1) for before, width in zip(widths, widths[1:], strict=False)
+        )
+        self.upsample = nn.ConvTranspose2d(widths[-1], channels, 2, stride=2)
+        for layer in (*self.convs, self.upsample):
+            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        for conv in self.convs:
+            pooled = conv(pooled).relu()
+        return self.upsample(pooled).relu()
+
+
+class MaskPredictor(nn.Module):
+    """A 1 x 1 convolution from mask features [N, channels, m, m] to logits.
+
+    Args:
+        num_masks: filters, one per class or a single one.
+        temperature: of a normalised convolution; none: a plain one.
+    """
+
+    def __init__(self, channels: int, num_masks: int, temperature: float | None = None) -> None:
+        super().__init__()
+        self.conv: nn.Conv2d
+        if temperature is not None:
+            self.conv = NormedConv2d(channels, num_masks, 1, temperature=temperature)
+        else:
+            self.conv = nn.Conv2d(channels, num_masks, 1)
+            nn.init.kaiming_normal_(self.conv.weight, mode="fan_out", nonlinearity="relu")
+            assert self.conv.bias is not None
+            nn.init.zeros_(self.conv.bias)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Logits of all filters, [N, num_masks, m, m]."""
+        return self.conv(features)
+
+    def own(self, features: Tensor, labels: Tensor) -> Tensor:
+        """Logits of each row's own class, [N, m, m], float32 at least; labels int64 [N], which a single filter
+        does not look at."""
+        weight = self.conv.weight
+        if isinstance(self.conv, NormedConv2d):
+            features, weight = self.conv.directions(features)
+        bias = self.conv.bias
+        assert bias is not None
+        rows = labels if len(weight) > 1 else torch.zeros_like(labels)
+        chosen = weight[rows, :, 0, 0].to(features.dtype)  # [N, channels]
+        logits = torch.bmm(chosen[:, None], features.flatten(2)).view(len(features), *features.shape[2:])
+        return at_least_float32(logits) + at_least_float32(bias)[rows, None, None]
+
+
+class MaskBranch(nn.Module):
+    """Masks of boxes: their loss in training, probabilities in evaluation.
+
+    Args:
+        pool: features of the levels and boxes to [N, channels, m, m].
+        head: pooled features to [N, width, 2 m, 2 m].
+        predictor: those to logits.
+        style: how targets are made of masks, see `mask_ops.mask_targets`.
+        weight: of the loss.
+    """
+
+    def __init__(
+        self,
+        pool: MultiScaleRoIAlign,
+        head: nn.Module,
+        predictor: MaskPredictor,
+        *,
+        style: TargetStyle = "mmdet_bitmap",
+        weight: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.pool = pool
+        self.head = head
+        self.predictor = predictor
+        self.style: TargetStyle = style
+        self.weight = weight
+
+    def logits(
+        self, features: dict[str, Tensor], boxes: list[Tensor], labels: Tensor, image_sizes: list[tuple[int, int]]
+    ) -> Tensor:
+        """[N, m, m] of the boxes [n, 4] of each image and their classes int64 [N]."""
+        return self.predictor.own(self.head(self.pool(features, boxes, image_sizes)), labels)
+
+    def losses(
+        self,
+        features: dict[str, Tensor],
+        rows: Rows,
+        image_sizes: list[tuple[int, int]],
+        targets: Targets,
+        num_classes: int,
+    ) -> dict[str, Tensor]:
+        """`loss_mask` of the sampled foreground rows whose object has a mask (`mask_valid`, where targets have it).
+
+        Empty where neither the branch nor anything below it trains.
+        """
+        if not any(value.requires_grad for value in (*self.parameters(), *features.values())):
+            return {}
+        counts = [len(own) for own in rows.boxes]
+        image_of = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)).to(rows.labels.device)
+        learnt = rows.labels < num_classes
+        if all("mask_valid" in target for target in targets):
+            valid = torch.cat([target["mask_valid"] for target in targets])
+            if len(valid):
+                learnt = learnt & valid[rows.gt_index.clamp(min=0)]
+        chosen = torch.where(learnt)[0]
+        image_of, labels = image_of[chosen], rows.labels[chosen]
+        per_image: list[int] = torch.bincount(image_of, minlength=len(counts)).tolist()
+        boxes = list(torch.cat(rows.boxes)[chosen].split(per_image))
+        size = 2 * int(self.pool.output_size[0])
+        wanted, before = [], 0
+        for own, index, target in zip(boxes, rows.gt_index[chosen].split(per_image), targets, strict=True):
+            wanted.append(mask_targets(target["masks"], own, size, self.style, matched=index - before))
+            before += len(target["masks"])
+        logits = self.logits(features, boxes, labels, image_sizes)
+        return {"loss_mask": self.weight * mask_loss(logits[:, None], torch.cat(wanted), labels)}
+
+    @torch.no_grad()
+    def probabilities(
+        self, features: dict[str, Tensor], boxes: list[Tensor], labels: Tensor, image_sizes: list[tuple[int, int]]
+    ) -> Tensor:
+        """[N, m, m] of the boxes of each image and their classes int64 [N]; some boxes at a time."""
+        pooled = self.pool(features, boxes, image_sizes)
+        parts = [
+            self.predictor.own(self.head(own), classes).sigmoid()
+            for own, classes in zip(pooled.split(CHUNK), labels.split(CHUNK), strict=True)
+        ]
+        return torch.cat(parts)

@@ -1,0 +1,39 @@
+"""Joining classes and pictures by name."""
+
+from __future__ import annotations
+
+import pytest
+
+from tailfin.joins import PictureNames, join_classes
+
+
+def test_classes_are_joined_and_what_has_no_partner_is_known():
+    join = join_classes(["a", "b", "c"], ["c", "x", "a"])
+    assert join.rows.tolist() == [2, -1, 0]
+    assert join.missing == ["b"] and join.unknown == ["x"]
+    assert join_classes(["a"], ["a", "a"]).rows.tolist() == [0]
+    assert join_classes([], ["a"]).rows.tolist() == []
+
+
+@pytest.mark.parametrize(
+    ("wanted", "rows"),
+    [
+        ("train/1.jpg", [0]),
+        ("val/1.jpg", [1]),
+        ("/data/train/1.jpg", [0]),
+        ("train\\1.jpg", [0]),
+        ("./train/1.jpg", [0]),
+        ("1.jpg", [0, 1]),
+        ("test/1.jpg", []),
+        ("2.png", [2]),
+        ("2", [2]),
+        ("2.jpg", []),
+        ("with%20space.jpg", [3]),
+        ("with space.jpg", [3]),
+        ("a.b", [4]),
+    ],
+)
+def test_pictures_are_found_with_more_or_fewer_folders(wanted, rows):
+    names = PictureNames(["train/1.jpg", "val/1.jpg", "deep/2.png", "with space.jpg", "a.b.jpg", None])
+    assert names.find(wanted) == rows and names.known
+    assert not PictureNames([None]).known
