@@ -192,7 +192,15 @@ def _parts(model: nn.Module) -> list[tuple[str, nn.Module]]:
 @contextmanager
 def _rehearsing(model: Detector) -> Iterator[None]:
     """The outputs are those of `Detector.rehearsed`, whatever an untrained network finds."""
-    model.outputs = lambda images, targets=None: model.rehearsed(images)  # type: ignore[method-assign]
+
+    def rehearsed(images: Sequence[Tensor], targets: Any = None) -> Any:
+        del model.outputs  # a detector may rehearse on its own outputs
+        try:
+            return model.rehearsed(images)
+        finally:
+            model.outputs = rehearsed  # type: ignore[method-assign]
+
+    model.outputs = rehearsed  # type: ignore[method-assign]
     try:
         yield
     finally:
