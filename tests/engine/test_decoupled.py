@@ -106,3 +106,33 @@ def test_mistakes(tmp_path, tiny_set, tiny_recipe):
         )
     with pytest.raises(UserError, match="data"):
         load_recipe(tiny_recipe, ["method=decoupled", "second.data.resise=square"])
+
+
+def test_on_a_detector_without_a_box_head(tmp_path, tiny_set):
+    """Deformable DETR: its parts by their own names; what does not train keeps its bits, the loss may be another."""
+    recipe = tmp_path / "detr.yaml"
+    recipe.write_text(DETR)
+    run = tailfin.train(recipe, train=tiny_set[0], out=tmp_path / "run", overrides=["second.trains=[classifier]"])
+    first = load_file(run / "stages" / "1-representation" / "model.safetensors")
+    last = load_file(run / "model.safetensors")
+    changed = {key for key in last if key not in first or not torch.equal(first[key], last[key])}
+    assert changed and all(key.startswith(("class_embed.", "criterion.")) for key in changed)
+    assert tailfin.load(run).recipe.loss.name == "eqlv2"
+    with pytest.raises(UserError, match=r'second.trains: deformable_detr has no part "rpn"'):
+        load_recipe(recipe)
+
+
+DETR = """\
+method: decoupled
+weights: none
+detector:
+  {name: deformable_detr, norm: bn, frozen_layers: 0, widths: [32, 32, 32, 32, 32], blocks: [1, 1, 1, 1], levels: 2,
+   channels: 32, encoder_layers: 1, decoder_layers: 2, heads: 4, points: 2, feedforward: 32, queries: 12}
+loss: focal
+schedule: {epochs: 0.5, batch: 4, optimizer: adamw, lr: 1e-3, warmup: 0, milestones: [], clip: 0.1}
+second:
+  loss: eqlv2
+  schedule: {epochs: 0.5, batch: 4, optimizer: adamw, lr: 1e-3, warmup: 0, milestones: [], clip: 0.1}
+data: {resize: square, sizes: [64], workers: 0}
+evaluation: {max_dets: 20, batch: 2}
+"""

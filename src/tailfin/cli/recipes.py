@@ -18,6 +18,7 @@ from tailfin.errors import UserError, nearest
 from tailfin.files import write_atomic
 from tailfin.recipes import Blocked, Row, Runnable
 from tailfin.schema.recipe import Recipe
+from tailfin.schema.stages import PRETRAIN, stages
 
 app = typer.Typer(help="List, show and copy recipes and published rows.", no_args_is_help=True, add_completion=False)
 
@@ -160,7 +161,8 @@ def _papers_of(name: str, runs: list[tuple[Row, Runnable | Blocked]]) -> list[st
 
 def _recipe_entry(name: str, papers: list[str]) -> tuple[str, ...]:
     recipe = load_recipe(name)
-    method = recipe.loss.name if recipe.second is None else f"{recipe.loss.name}, then {recipe.second.loss.name}"
+    losses = [stage.recipe.loss.name for stage in stages(recipe) if stage.name != PRETRAIN]
+    method = ", then ".join(dict.fromkeys(losses))  # a loss that goes on in the next stage is said once
     if recipe.sampler.name != "plain":
         method += f", {recipe.sampler.name}"
     about = recipe.about

@@ -258,6 +258,10 @@ def step_recipe(recipe: R, step: Step) -> R:
 
 def _check_steps(recipe: Any) -> None:
     settings: Stepwise = recipe.stepwise
+    if not recipe.detector.CLASSES:
+        raise ValueError(
+            f"method stepwise needs a detector with classes: detector.name {recipe.detector.name} has none"
+        )
     for name in ("head", "tail", "both"):
         step = getattr(settings, name)
         try:
@@ -266,10 +270,6 @@ def _check_steps(recipe: Any) -> None:
                 step_recipe(recipe, step)
         except ValidationError as error:
             raise ValueError(explain(error, f"stepwise.{name}.data", Data)) from None
-    if not recipe.detector.CLASSES:
-        raise ValueError(
-            f"method stepwise needs a detector with classes: detector.name {recipe.detector.name} has none"
-        )
     if settings.base == "given" and recipe.pretraining is not None:
         raise ValueError("stepwise.base given is a trained detector: pretraining has no place before it")
     if settings.base == "head" and recipe.sampler.name != "plain":

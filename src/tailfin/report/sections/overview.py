@@ -10,6 +10,7 @@ import numpy as np
 
 from tailfin.report.page import Section, color, count, defined, render
 from tailfin.report.runs import Run
+from tailfin.schema.stages import stages
 
 _HEADLINE = ("AP", "APr", "APc", "APf", "AP1", "AP2", "AP3", "AP4")
 
@@ -57,6 +58,7 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         rows += [
             ("Recipe", recipe.name),
             ("Method", f"{recipe.method} · loss {recipe.loss.name} · sampler {recipe.sampler.name}"),
+            ("Stages", _stages(run)),
             ("Detector", f"{recipe.detector.name} · {recipe.backbone} · weights {Path(recipe.weights).name}"),
             ("Schedule", _schedule(run)),
             (
@@ -80,6 +82,16 @@ def _schedule(run: Run) -> str:
     assert run.recipe is not None
     schedule = run.recipe.schedule
     return f"{schedule.epochs:g} epochs · batch {schedule.batch} · {schedule.optimizer} · lr {schedule.lr:g}"
+
+
+def _stages(run: Run) -> str:
+    """Those of the recipe, in order, where there are several, and which of them another run has trained."""
+    assert run.recipe is not None
+    names = [stage.name for stage in stages(run.recipe)]
+    listed = run.environment.get("reused")
+    taken = {facts.get("stage") for facts in listed if isinstance(facts, dict)} if isinstance(listed, list) else set()
+    shown = [f"{name} (of another run)" if name in taken else name for name in names]
+    return " → ".join(shown) if len(shown) > 1 else ""
 
 
 def _data_name(root: str, file: str) -> str:
