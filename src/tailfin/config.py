@@ -20,7 +20,7 @@ import yaml
 from pydantic import ValidationError
 
 from tailfin.errors import UserError
-from tailfin.files import existing_file
+from tailfin.files import existing_file, read_text
 from tailfin.schema.base import as_number
 from tailfin.schema.problems import explain
 from tailfin.schema.recipe import Recipe
@@ -65,11 +65,7 @@ def load_recipe(name: str | Path, overrides: Iterable[str] | Mapping[str, Any] =
 def recipe_from_file(path: str | Path) -> Recipe:
     """A recipe from one YAML file, for example `RUN/recipe.yaml`."""
     path = existing_file(path, "recipe")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"recipe {path} is not UTF-8 text ({error})") from None
-    values = parse_yaml(text, str(path))
+    values = parse_yaml(read_text(path, "recipe"), str(path))
     if not isinstance(values, dict):
         raise UserError(f"{path} is not a recipe: a mapping of keys is needed, this is {_kind(values)}")
     return check_recipe(values, str(path))

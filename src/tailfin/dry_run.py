@@ -16,6 +16,7 @@ from torch import nn
 from tailfin.data.dataset import TrainingDataset, open_source
 from tailfin.data.smooth_tail import ALL, divide, planned_steps
 from tailfin.errors import UserError
+from tailfin.inference import category_ids_for
 from tailfin.methods.stepwise import class_specific
 from tailfin.models import build_detector
 from tailfin.report.draw import draw_detections
@@ -33,9 +34,11 @@ def show_plan(recipe: Recipe, out: Path | None) -> None:
     """Print what `train` would do and write `dry-run.jpg` (beside `out` where it is given)."""
     train = open_source(recipe.data.train, recipe.data.root, "train")
     stats = ClassStats.from_index(train.index, group_bounds=recipe.evaluation.group_bounds)
+    if recipe.data.val.annotations:  # what training would refuse, the plan refuses too
+        category_ids_for(stats.names, open_source(recipe.data.val, recipe.data.root, "val").index)
     dataset = TrainingDataset(train, recipe.data, recipe.seed)
     plan = batch_plan(recipe, dataset, stats)
-    model, _ = build_detector(recipe, stats, start=False)
+    model, _ = build_detector(recipe, stats, start=recipe.weights not in ("imagenet", "none"))
     first = [dataset.sample(*key) for key in next(plan.keys(0, slice(0, 1), 1))]
 
     table = Table("", "", title=f"plan of {recipe.name}", title_justify="left", show_header=False)

@@ -106,7 +106,8 @@ def _fractional(boxes: Floats) -> bool:
 
 
 def _inside(corners: Floats, sizes: Floats) -> NDArray[np.bool_]:
-    return (corners[:, :2] >= -TOLERANCE).all(1) & (corners[:, 2:] <= sizes + TOLERANCE).all(1)
+    inside = [corners[:, :2] >= -TOLERANCE, corners[:, 2:] <= sizes + TOLERANCE]
+    return np.asarray(np.concatenate(inside, 1).all(axis=1), bool)
 
 
 def _fractions_form(boxes: Floats) -> str:
