@@ -24,8 +24,8 @@ from pydantic import ValidationError
 
 from tailfin import recipes
 from tailfin.errors import UserError
-from tailfin.files import existing_file
-from tailfin.recipe_values import assign, parse_recipe, parse_yaml, read_text, split_override
+from tailfin.files import existing_file, read_text
+from tailfin.recipe_values import assign, parse_recipe, parse_yaml, split_override
 from tailfin.schema.presets import PRESETS, change_preset, own_terms
 from tailfin.schema.problems import explain
 from tailfin.schema.recipe import Recipe
@@ -59,7 +59,7 @@ def load_recipe(name: str | Path, overrides: Iterable[str] | Mapping[str, Any] =
 def recipe_from_file(path: str | Path) -> Recipe:
     """The recipe that a run has stored, `RUN/recipe.yaml`."""
     path = existing_file(path, "recipe")
-    values, _ = parse_recipe(read_text(path), str(path))
+    values, _ = parse_recipe(read_text(path, "recipe"), str(path))
     return stored_recipe(values, str(path))
 
 

@@ -17,7 +17,7 @@ from torch import nn
 from tailfin.data.dataset import TrainingDataset, open_source
 from tailfin.data.smooth_tail import ALL, PlannedStep, divide, planned_steps
 from tailfin.errors import UserError
-from tailfin.inference import check_kinds
+from tailfin.inference import category_ids_for, check_kinds
 from tailfin.models import build_detector
 from tailfin.report.draw import draw_detections
 from tailfin.run import batch_plan
@@ -34,9 +34,11 @@ def show_plan(recipe: Recipe, out: Path | None) -> None:
     """Print what `train` would do and write `dry-run.jpg` (beside `out` where it is given)."""
     train = open_source(recipe.data.train, recipe.data.root, "train")
     stats = ClassStats.from_index(train.index, group_bounds=recipe.evaluation.group_bounds)
+    if recipe.data.val.annotations:  # what training would refuse, the plan refuses too
+        category_ids_for(stats.names, open_source(recipe.data.val, recipe.data.root, "val").index)
     dataset = TrainingDataset(train, recipe.data, recipe.seed)
     plan = batch_plan(recipe, dataset, stats)
-    model, _ = build_detector(recipe, stats, start=False)
+    model, _ = build_detector(recipe, stats, start=recipe.weights not in ("imagenet", "none"))
     kinds: Any = model.kinds
     check_kinds(model, recipe.evaluation.iou, "evaluation.iou")
     if "segm" in kinds:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
@@ -54,16 +53,6 @@ def parse_yaml(text: str, source: str) -> Any:
         return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{source} is not valid YAML: {' '.join(str(error).split())}") from None
-
-
-def read_text(path: Path) -> str:
-    """The text of a recipe's file."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise UserError(f"recipe {path} is not a text file in UTF-8") from None
-    except OSError as error:
-        raise UserError(f"recipe {path} cannot be read: {error.strerror}") from None
 
 
 def parse_recipe(text: str, source: str) -> tuple[dict[str, Any], dict[str, Variant]]:

@@ -92,3 +92,22 @@ def test_a_localizer_predicts_no_classes(tailfin, tiny_set, tmp_path):
     with pytest.raises(UserError, match="a localizer finds objects and knows no classes"):
         package.load(run).predict(picture)
     assert files(tmp_path) == before and not (tmp_path / "drawn").exists()
+
+
+def test_dry_run_refuses_what_training_refuses(tailfin, tiny_recipe, tiny_set, tmp_path, monkeypatch, edited):
+    monkeypatch.chdir(tmp_path)
+
+    def other(document):
+        document["categories"][0]["name"] = "violet"
+
+    train = ["train", tiny_recipe, "--train", tiny_set[0], "--dry-run"]
+    assert '"red" is not in the file' in tailfin(*train, "--val", edited(tiny_set[1], other)).error
+    assert "none.json does not exist" in tailfin(*train, "--val", "none.json").error
+    assert "start.pth does not exist" in tailfin(*train, "--weights", "start.pth").error
+
+
+def test_data_of_the_working_directory_is_not_taken_by_chance(tailfin, tiny_set, tmp_path, monkeypatch):
+    monkeypatch.chdir(tiny_set[0].parent)
+    error = tailfin("train", "fod/faster_rcnn_r18_softmax", "--out", tmp_path / "run").error
+    assert "no training data is named, and train.json of the working directory would be taken" in error
+    assert not (tmp_path / "run").exists()

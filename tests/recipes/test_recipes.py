@@ -229,8 +229,10 @@ def test_unknown_names_get_the_nearest(tmp_path):
 
 def test_a_file_that_is_not_text(tmp_path):
     path = tmp_path / "r.yaml"
-    path.write_bytes(b"\xff\xfe\x00\x81")
-    assert refusal(load_recipe, path) == f"recipe {path} is not a text file in UTF-8"
+    path.write_bytes(b"loss: \xe9qlv2\n")
+    assert refusal(load_recipe, path).startswith(f"recipe {path} is not UTF-8 text: byte 6 (line 1) is 0xe9")
+    path.write_text("loss: eqlv2\nweights: imagenet\n", encoding="utf-16")
+    assert load_recipe(path).loss.name == "eqlv2"
 
 
 def test_recipes_state_the_numbers_of_their_row():

@@ -52,6 +52,8 @@ def train(
     given = (overrides, train_json, val_json, train_images, val_images, out, weights, stage1, reuse)
     if resume is not None and any(given):
         raise UserError("--resume goes on with the run as it was begun: no overrides and no other options")
+    if recipe is not None and train_json is None and not Path(recipe).is_file():
+        _check_data_is_named(recipe, overrides or [])
     if dry_run:
         from tailfin.dry_run import show_plan
 
@@ -81,6 +83,21 @@ def train(
             reuse=reuse,
         )
     show_result(folder)
+
+
+def _check_data_is_named(recipe: str, overrides: list[str]) -> None:
+    """Refuse what a recipe of tailfin finds by chance: the file of the working directory that has its data's name."""
+    from tailfin.config import load_recipe
+
+    data = load_recipe(recipe, overrides).data
+    file = Path(data.train.annotations)
+    if not data.root and data.train.annotations and not file.is_absolute() and file.is_file():
+        if any(text.startswith("data.train") for text in overrides):
+            return
+        raise UserError(
+            f"{recipe}: no training data is named, and {file} of the working directory would be taken: give --train "
+            f"FILE and --val FILE, or data.root=FOLDER (data.root=. for this one)"
+        )
 
 
 def show_result(folder: Path) -> None:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from tailfin.data.document import Document, positions, subset, with_train_counts
 from tailfin.errors import UserError, nearest
-from tailfin.files import existing_file, read_json
+from tailfin.files import read_json, read_text
 
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
@@ -123,7 +123,7 @@ def read_listed(path: Path) -> dict[str, list[int]] | list[int]:
     if path.suffix == ".json":
         value: Any = read_json(path, "list of images")
     else:
-        value = existing_file(path, "list of images").read_text(encoding="utf-8", errors="replace").split()
+        value = read_text(path, "list of images").split()
         value = [int(word) if word.isdecimal() else word for word in value]
     lists = value.items() if isinstance(value, dict) else [("", value)]
     for name, ids in lists:

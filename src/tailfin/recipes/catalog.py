@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from tailfin.errors import UserError, nearest
-from tailfin.files import existing_file
-from tailfin.recipe_values import Variant, assign, parse_recipe, read_text, split_override, with_variant
+from tailfin.files import existing_file, read_text
+from tailfin.recipe_values import Variant, assign, parse_recipe, split_override, with_variant
 from tailfin.recipes.moved import MOVED
 
 FOLDER = Path(__file__).parent
@@ -50,7 +50,7 @@ class Found:
     @property
     def text(self) -> str:
         """The YAML text of the whole file."""
-        return read_text(self.path)
+        return read_text(self.path, "recipe")
 
     def values(self) -> dict[str, Any]:
         """The recipe's plain values, named, with its variant and overrides applied."""
@@ -115,7 +115,7 @@ def find_file(name: str) -> Found | None:
     path = existing_file(file, "recipe")
     if not variant:
         return Found(path.stem, str(path), path)
-    _chosen(parse_recipe(read_text(path), str(path))[1], variant, str(path))
+    _chosen(parse_recipe(read_text(path, "recipe"), str(path))[1], variant, str(path))
     return Found(f"{path.stem}:{variant}", f"{path}:{variant}", path, variant)
 
 
@@ -128,7 +128,7 @@ def for_row(found: Found, row_id: str, overrides: list[str]) -> Found:
 @cache
 def _parsed(path: Path) -> tuple[dict[str, Any], dict[str, Variant]]:
     """A file of the package; not to be changed."""
-    return parse_recipe(read_text(path), f"recipe {_file_name(path)}")
+    return parse_recipe(read_text(path, "recipe"), f"recipe {_file_name(path)}")
 
 
 def _file_name(path: Path) -> str:
