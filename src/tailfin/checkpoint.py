@@ -139,10 +139,22 @@ def resume_point(stage: Path) -> Path | None:
     for folder in (stage / "last", stage / "last.new", stage / "last.old"):
         mark, state = folder / "complete.json", folder / "state.pt"
         if mark.is_file() and state.is_file():
-            facts = read_json(mark)
-            if facts.get("bytes") == state.stat().st_size:
-                complete.append((int(facts["iteration"]), state))
+            size, iteration = _completed(mark)
+            if size == state.stat().st_size:
+                complete.append((iteration, state))
     return max(complete, key=lambda entry: entry[0])[1] if complete else None
+
+
+def _completed(mark: Path) -> tuple[int, int]:
+    """(bytes, iteration) of a mark. It is written in one piece, so a damaged one is not what a kill leaves."""
+    try:
+        facts = read_json(mark)
+        size, iteration = (facts[key] for key in ("bytes", "iteration"))
+        if type(size) is int and type(iteration) is int:
+            return size, iteration
+    except (UserError, LookupError, TypeError):
+        pass
+    raise UserError(f"resume point {mark} is damaged: remove the folder {mark.parent} to do without this resume point")
 
 
 def load_resume_point(stage: Path) -> dict[str, Any] | None:

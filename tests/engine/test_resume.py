@@ -143,6 +143,13 @@ class TestResumePoints:
     def test_none(self, tmp_path):
         assert checkpoint.load_resume_point(tmp_path) is None
 
+    @pytest.mark.parametrize("text", ["", "[]", "[1, 2]", "5", '{"bytes": 4}', '{"bytes": "x", "iteration": 1}', "{"])
+    def test_a_damaged_mark_is_one_message(self, tmp_path, text):
+        checkpoint.save_resume_point(tmp_path, {"iteration": 5}, 5)
+        (tmp_path / "last" / "complete.json").write_text(text)
+        with pytest.raises(UserError, match=r"complete.json is damaged: remove the folder"):
+            checkpoint.load_resume_point(tmp_path)
+
     def test_code_in_a_resume_point_is_refused(self, tmp_path):
         class Evil:
             def __reduce__(self):

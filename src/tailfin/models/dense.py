@@ -29,6 +29,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.models.detection.faster_rcnn import TwoMLPHead
 from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import generalized_box_iou_loss
 
@@ -43,7 +44,9 @@ from tailfin.models.dense_ops import flatten_map
 from tailfin.models.detections import best_detections
 from tailfin.models.detector import Compared, Detections, Detector, Limits, Targets, reported, valid_cells
 from tailfin.models.precision import in_float32
+from tailfin.models.roi_align import PyramidRoIAlign
 
+BOX_BINS, BOX_SAMPLES, BOX_CHANNELS = 7, 2, 1024  # of boxes that pre-training contrasts: Faster R-CNN's
 LOGIT_SPREAD = 1.0  # standard deviation of a trained head's logits around their first value, roughly
 
 
@@ -264,6 +267,17 @@ class DenseDetector(Detector):
         return self.class_loss
 
     # ---- what methods and tools ask --------------------------------------------------------------------------------
+
+    @property
+    def box_channels(self) -> int:
+        """Width of the vector that `box_layers` make of a box."""
+        return BOX_CHANNELS
+
+    def box_layers(self) -> tuple[PyramidRoIAlign, nn.Module | None]:
+        """What pools boxes, and new layers on it, Faster R-CNN's: this detector has no box head."""
+        backbone = self.backbone
+        pool = PyramidRoIAlign(backbone.level_names, backbone.level_strides, BOX_BINS, BOX_SAMPLES)
+        return pool, TwoMLPHead(backbone.out_channels * BOX_BINS**2, BOX_CHANNELS)
 
     def annotation_scores(self, images: Sequence[Tensor], targets: Targets) -> tuple[Tensor, Tensor]:
         """Scores of the anchor whose predicted box overlaps each annotation most."""

@@ -144,6 +144,15 @@ class FasterRCNN(Detector):
 
     # ---- what methods and tools ask --------------------------------------------------------------------------------
 
+    @property
+    def box_channels(self) -> int:
+        """Width of a box's shared vector."""
+        return self.roi_heads.predictor.cls_score.in_features
+
+    def box_layers(self) -> tuple[PyramidRoIAlign, nn.Module | None]:
+        """What pools boxes, and new layers on it: none, the box head's own make the vector."""
+        return self.roi_heads.pool, None
+
     def annotation_scores(self, images: Sequence[Tensor], targets: Targets) -> tuple[Tensor, Tensor]:
         """Scores of the proposal that overlaps each annotation most."""
         batch = self.batch(images)

@@ -22,14 +22,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchvision.models.detection.faster_rcnn import TwoMLPHead
 
 from tailfin.errors import UserError
 from tailfin.models.backbones import Body
 from tailfin.models.dense import DenseDetector
 from tailfin.models.detector import Targets
 from tailfin.models.faster_rcnn import FasterRCNN
-from tailfin.models.roi_align import PyramidRoIAlign
 from tailfin.pretraining.box import AssignedBoxContrast, LocalContrast
 from tailfin.pretraining.contrast import ContrastHeads
 from tailfin.pretraining.dense import DenseContrast
@@ -39,8 +37,6 @@ from tailfin.pretraining.momentum import MomentumNetwork, cosine_momentum
 from tailfin.pretraining.reconstruction import DualReconstruction
 from tailfin.pretraining.term import Iteration, Term
 from tailfin.schema.pretraining import Pretraining
-
-TRUNK_BINS, TRUNK_SAMPLES, TRUNK_CHANNELS = 7, 2, 1024  # of boxes where the detector has no box head: Faster R-CNN's
 
 
 class PreTrainer(nn.Module):
@@ -126,7 +122,7 @@ def contrast_heads(detector: FasterRCNN | DenseDetector, config: Pretraining) ->
     channels, _ = deepest(detector.backbone.body)
     options = {
         "image": (weights.hcl, config.image, channels),
-        "box": (weights.lcl, config.box, _shared_channels(detector)),
+        "box": (weights.lcl, config.box, detector.box_channels),
         "dense": (weights.dense, config.dense, channels),
     }
     return ContrastHeads({name: (own, width) for name, (weight, own, width) in options.items() if weight})
@@ -141,7 +137,7 @@ def build_terms(detector: FasterRCNN | DenseDetector, config: Pretraining, heads
         terms["image"] = kind(weights.hcl, heads["image"])
     if weights.lcl:
         box = AssignedBoxContrast if config.box.rois == "assigned" else LocalContrast
-        pool, trunk = _pooling(detector)
+        pool, trunk = detector.box_layers()
         options: dict[str, Any] = {"levels": config.box.levels, "alone": not config.detects, "trunk": trunk}
         terms["box"] = box(weights.lcl, heads["box"], pool, **options)
     if weights.dense:
@@ -159,24 +155,8 @@ def build_terms(detector: FasterRCNN | DenseDetector, config: Pretraining, heads
     if config.detects and config.det_loss == "class_aware":
         terms["detection"] = ClassAwareDetection(weights.det)
     elif config.detects:
-        terms["detection"] = ClassAgnosticDetection(weights.det, _shared_channels(detector))
+        terms["detection"] = ClassAgnosticDetection(weights.det, detector.box_channels)
     return terms
-
-
-def _pooling(detector: FasterRCNN | DenseDetector) -> tuple[PyramidRoIAlign, nn.Module | None]:
-    """What pools boxes, and layers on it for a detector without a box head."""
-    if isinstance(detector, FasterRCNN):
-        return detector.roi_heads.pool, None
-    backbone = detector.backbone
-    pool = PyramidRoIAlign(backbone.level_names, backbone.level_strides, TRUNK_BINS, TRUNK_SAMPLES)
-    return pool, TwoMLPHead(backbone.out_channels * TRUNK_BINS**2, TRUNK_CHANNELS)
-
-
-def _shared_channels(detector: FasterRCNN | DenseDetector) -> int:
-    """Width of a box's shared vector."""
-    if not isinstance(detector, FasterRCNN):
-        return TRUNK_CHANNELS
-    return detector.roi_heads.predictor.cls_score.in_features
 
 
 def deepest(body: Body) -> tuple[int, int]:
