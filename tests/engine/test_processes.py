@@ -27,6 +27,7 @@ from tailfin.stats import ClassStats
 # notes the pictures of every step of its rank, then is the command line
 RECORDER = """
 import atexit, json, os, sys
+import torch
 from tailfin.cli.main import main
 from tailfin.models.faster_rcnn import FasterRCNN
 
@@ -39,7 +40,12 @@ def noting(self, images, targets=None, limits=None):
 
 FasterRCNN.forward = noting
 folder = sys.argv.pop(1)
-atexit.register(lambda: json.dump(seen, open(f"{folder}/seen-{os.environ['RANK']}.json", "w")))
+
+def at_exit():
+    json.dump(seen, open(f"{folder}/seen-{os.environ['RANK']}.json", "w"))
+    print("process group:", "open" if torch.distributed.is_initialized() else "ended")
+
+atexit.register(at_exit)
 main()
 """
 CHANGES = ["schedule.epochs=3", "schedule.ema=0.9", "evaluation.batch=1", "evaluation.every=2", "schedule.lr=0.02"]
@@ -102,6 +108,7 @@ def straight(tmp_path_factory, arguments) -> Path:
     folder = tmp_path_factory.mktemp("two")
     (folder / "recorder.py").write_text(RECORDER)
     output = finished(torchrun(folder / "recorder.py", folder, "train", *arguments, "--out", folder / "run"))
+    assert output.count("process group: ended") == 2
     assert output.count("stage train:") == 1 and output.count("report  ") == 1  # one voice
     return folder / "run"
 

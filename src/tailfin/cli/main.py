@@ -88,12 +88,14 @@ def main() -> None:
     warnings.showwarning = _show_warning
     try:
         code = app(prog_name="tailfin", standalone_mode=False)
+        _leave_group()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         code = 2
     except Interrupted as stop:
         if int(os.environ.get("RANK", "0")) == 0:
             print(f"{stop}; go on with: tailfin train --resume {stop.run}", file=sys.stderr)
+        _leave_group()
         code = stop.exit_code
     except (typer.Abort, KeyboardInterrupt):
         print("stopped", file=sys.stderr)
@@ -106,6 +108,14 @@ def main() -> None:
             raise
         code = _usage(error)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _leave_group() -> None:
+    """End the process group, whose threads can otherwise abort a process that has done its work. Not after a mistake:
+    the others may still wait, and leaving could then wait for them."""
+    distributed = getattr(sys.modules.get("torch"), "distributed", None)
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def _show_warning(
