@@ -16,8 +16,7 @@ from torch import nn
 
 from tailfin.data.dataset import TrainingDataset, open_source
 from tailfin.data.smooth_tail import ALL, PlannedStep, divide, planned_steps
-from tailfin.errors import UserError
-from tailfin.inference import category_ids_for, check_kinds
+from tailfin.inference import check_kinds, check_validation
 from tailfin.models import build_detector
 from tailfin.report.draw import draw_detections
 from tailfin.run import batch_plan
@@ -35,7 +34,7 @@ def show_plan(recipe: Recipe, out: Path | None) -> None:
     train = open_source(recipe.data.train, recipe.data.root, "train")
     stats = ClassStats.from_index(train.index, group_bounds=recipe.evaluation.group_bounds)
     if recipe.data.val.annotations:  # what training would refuse, the plan refuses too
-        category_ids_for(stats.names, open_source(recipe.data.val, recipe.data.root, "val").index)
+        check_validation(stats, open_source(recipe.data.val, recipe.data.root, "val").index, recipe.evaluation.iou)
     dataset = TrainingDataset(train, recipe.data, recipe.seed)
     plan = batch_plan(recipe, dataset, stats)
     model, _ = build_detector(recipe, stats, start=recipe.weights not in ("imagenet", "none"))
@@ -145,12 +144,10 @@ def memory_estimate(
 
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     model.train()
-    held = []
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        held.append(model([image], [target]))
+        losses = model([image], [target])  # as long as it lives, so does what backward needs
     activations = sum(size for pointer, size in kept.items() if pointer not in own)
-    if not held:
-        raise UserError("the detector returned no losses")
+    del losses
     return weights + trainable * (1 + states), activations * (recipe.schedule.batch // recipe.schedule.accumulation)
 
 

@@ -56,6 +56,14 @@ def counts_by_id(stats: ClassStats, index: AnnotationIndex) -> TrainCounts:
     )
 
 
+def check_validation(stats: ClassStats, index: AnnotationIndex, wanted: Sequence[str]) -> None:
+    """Refuse, before a detector is trained, a file that it could not be measured on: other classes, or masks wanted
+    and not there."""
+    category_ids_for(stats.names, index)
+    if "segm" in wanted:
+        check_masks(index)
+
+
 def check_masks(index: AnnotationIndex) -> None:
     """Refuse to measure masks on a file that lacks some, before a detector is trained or run for it."""
     parts = index.readable_segmentations

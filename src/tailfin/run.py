@@ -23,7 +23,7 @@ from tailfin.engine import Step, check_shares, detector_step, fit
 from tailfin.errors import UserError
 from tailfin.evaluation.results import merge_shards, result_files
 from tailfin.files import read_json, write_atomic, write_json
-from tailfin.inference import category_ids_for, check_kinds, check_masks, counts_by_id, infer
+from tailfin.inference import check_kinds, check_validation, counts_by_id, infer
 from tailfin.models import build_detector
 from tailfin.models.detector import Detector
 from tailfin.processes import make_accelerator, on_main
@@ -48,9 +48,7 @@ class Run:
         self.val = open_source(recipe.data.val, recipe.data.root, "val") if recipe.data.val.annotations else None
         self.stats = ClassStats.from_index(self.train.index, group_bounds=recipe.evaluation.group_bounds)
         if self.val is not None:
-            category_ids_for(self.stats.names, self.val.index)
-            if "segm" in recipe.evaluation.iou:
-                check_masks(self.val.index)
+            check_validation(self.stats, self.val.index, recipe.evaluation.iou)
         data = Data(self.stats, self.train.index.fingerprint, self.val.index.fingerprint if self.val else "")
         self.reused = Reused()  # finished stages that take the place of training them
         if stage1 is not None:

@@ -100,8 +100,14 @@ def test_dry_run_refuses_what_training_refuses(tailfin, tiny_recipe, tiny_set, t
     def other(document):
         document["categories"][0]["name"] = "violet"
 
+    def without_masks(document):
+        for annotation in document["annotations"]:
+            annotation.pop("segmentation", None)
+
     train = ["train", tiny_recipe, "--train", tiny_set[0], "--dry-run"]
     assert '"red" is not in the file' in tailfin(*train, "--val", edited(tiny_set[1], other)).error
+    bare = tailfin(*train, "evaluation.iou=[bbox, segm]", "--val", edited(tiny_set[1], without_masks)).error
+    assert "iou type segm needs the mask of every annotation" in bare
     assert "none.json does not exist" in tailfin(*train, "--val", "none.json").error
     assert "start.pth does not exist" in tailfin(*train, "--weights", "start.pth").error
 
