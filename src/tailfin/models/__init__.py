@@ -121,27 +121,19 @@ def _pyramid(
     return pyramid_backbone(body, layers=config.fpn_layers, channels=config.fpn_channels, pool=config.fpn_pool)
 
 
-def _retinanet(
-    recipe: Recipe, stats: ClassStats, loss: ClassificationLoss, body: dict[str, Tensor] | None, source: str
+def _dense(
+    build: Callable[..., Detector],
+    recipe: Recipe,
+    stats: ClassStats,
+    loss: ClassificationLoss,
+    body: dict[str, Tensor] | None,
+    source: str,
 ) -> Detector:
-    config = cast(RetinaNetConfig, recipe.detector)
-    backbone = _dense_pyramid(recipe, config, body, source)
-    return build_retinanet(backbone, loss, config, _limits(recipe), channels_last=recipe.schedule.channels_last)
-
-
-def _atss(
-    recipe: Recipe, stats: ClassStats, loss: ClassificationLoss, body: dict[str, Tensor] | None, source: str
-) -> Detector:
-    config = cast(ATSSConfig, recipe.detector)
-    backbone = _dense_pyramid(recipe, config, body, source)
-    return build_atss(backbone, loss, config, _limits(recipe), channels_last=recipe.schedule.channels_last)
-
-
-def _dense_pyramid(
-    recipe: Recipe, config: RetinaNetConfig | ATSSConfig, body_state: dict[str, Tensor] | None, source: str
-) -> Backbone:
-    body = _body(recipe, config, body_state, source)
-    return pyramid_backbone(body, layers=config.fpn_layers, channels=config.fpn_channels, convs=config.fpn_convs)
+    """A one-stage detector that `build` assembles on a pyramid."""
+    config = cast(RetinaNetConfig | ATSSConfig, recipe.detector)
+    own = _body(recipe, config, body, source)
+    backbone = pyramid_backbone(own, layers=config.fpn_layers, channels=config.fpn_channels, convs=config.fpn_convs)
+    return build(backbone, loss, config, _limits(recipe), channels_last=recipe.schedule.channels_last)
 
 
 def _deformable_detr(
@@ -168,8 +160,8 @@ BUILDERS: dict[str, Builder] = {
     "cascade_rcnn": _cascade_rcnn,
     "deformable_detr": _deformable_detr,
     "localizer": _localizer,
-    "retinanet": _retinanet,
-    "atss": _atss,
+    "retinanet": partial(_dense, build_retinanet),
+    "atss": partial(_dense, build_atss),
 }
 
 

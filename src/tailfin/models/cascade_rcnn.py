@@ -70,17 +70,19 @@ class CascadeHeads(nn.Module):
         heads = self.heads()[stage]
         counts = [len(own) for own in boxes]
         agnostic = deltas.shape[1] == 4
-        labels = None
+        classes: Sequence[Tensor | None] = [None] * len(boxes)
         if not agnostic:
             labels = heads.loss.scores(logits).argmax(dim=1)
             if rows is not None:
                 labels = torch.where(rows.labels < heads.loss.num_classes, rows.labels, labels)
-        refined = []
-        for image, (own, moves) in enumerate(zip(boxes, deltas.split(counts), strict=True)):
-            classes = None if labels is None else labels.split(counts)[image]
-            moved = refine_boxes(own, moves, classes, image_sizes[image], heads.box_stds, agnostic)
-            refined.append(moved if rows is None else moved[~rows.added.split(counts)[image]])
-        return refined
+            classes = labels.split(counts)
+        refined = [
+            refine_boxes(*own, heads.box_stds, agnostic)
+            for own in zip(boxes, deltas.split(counts), classes, image_sizes, strict=True)
+        ]
+        if rows is None:
+            return refined
+        return [own[~added] for own, added in zip(refined, rows.added.split(counts), strict=True)]
 
     def detect(self, scores: Tensor, deltas: Tensor, *rest: Any) -> Detections:
         """Detections of the last stage, see `RoIHeads.detect`."""

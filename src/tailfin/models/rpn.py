@@ -81,7 +81,7 @@ class RPN(RegionProposalNetwork):
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Boxes [n, 4] and objectness in 0..1 [n] per picture, best first, without gradients; `targets` are for a
         network whose proposals depend on them in training."""
-        boxes = self.box_coder.decode(raw.deltas.detach(), raw.anchors).view(len(raw.anchors), -1, 4)
+        boxes = self._decoded(raw)
         return self.filter_proposals(boxes, raw.objectness, image_sizes, raw.per_level)
 
     def propose_more(
@@ -89,12 +89,16 @@ class RPN(RegionProposalNetwork):
     ) -> tuple[list[Tensor], list[Tensor]]:
         """`propose` with at least `count` boxes per level before the suppression and per picture after it, and with a
         suppression within each level that is no stricter than `nms_iou`."""
-        boxes = self.box_coder.decode(raw.deltas.detach(), raw.anchors).view(len(raw.anchors), -1, 4)
+        boxes = self._decoded(raw)
         wider = copy.copy(self)  # shares all weights; the limits are its own
         wider.nms_thresh = max(nms_iou, self.nms_thresh)
         wider._pre_nms_top_n = {key: max(value, count) for key, value in self._pre_nms_top_n.items()}
         wider._post_nms_top_n = {key: max(value, count) for key, value in self._post_nms_top_n.items()}
         return RegionProposalNetwork.filter_proposals(wider, boxes, raw.objectness, image_sizes, raw.per_level)
+
+    def _decoded(self, raw: RPNOutputs) -> Tensor:
+        """Boxes [B, A, 4] of all anchors, without gradients."""
+        return self.box_coder.decode(raw.deltas.detach(), raw.anchors).view(len(raw.anchors), -1, 4)
 
     def losses(self, raw: RPNOutputs, targets: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
         """`loss_rpn_objectness` and `loss_rpn_box_reg` over sampled anchors."""
@@ -139,7 +143,7 @@ class ResamplingRPN(RPN):
     ) -> tuple[list[Tensor], list[Tensor]]:
         if not self.training or targets is None:
             return super().propose(raw, image_sizes)
-        decoded = self.box_coder.decode(raw.deltas.detach(), raw.anchors).view(len(raw.anchors), -1, 4)
+        decoded = self._decoded(raw)
         objectness = raw.objectness.detach().reshape(len(decoded), -1)
         best = self._get_top_n_idx(objectness, raw.per_level)
         level_of = torch.repeat_interleave(torch.tensor(raw.per_level, device=best.device))[best]

@@ -247,19 +247,18 @@ class RoIHeads(nn.Module):
         if draws is None:
             fg_masks, bg_masks = self.sampler([(label < background).long() for label in labels])
             draws = [torch.where(fg | bg)[0] for fg, bg in zip(fg_masks, bg_masks, strict=True)]
-        rows = draws
         matched, objects, before = [], [], 0
-        for row, match, target in zip(rows, matches, targets, strict=True):
+        for row, match, target in zip(draws, matches, targets, strict=True):
             truth, match = target["boxes"].to(boxes[0]), match[row]
             matched.append(truth[match.clamp(min=0)] if len(truth) else truth.new_zeros((len(row), 4)))
             objects.append(torch.where(match >= 0, match + before, -1))
             before += len(truth)
         return Rows(
-            [own[row] for own, row in zip(boxes, rows, strict=True)],
-            torch.cat([label[row] for label, row in zip(labels, rows, strict=True)]),
+            [own[row] for own, row in zip(boxes, draws, strict=True)],
+            torch.cat([label[row] for label, row in zip(labels, draws, strict=True)]),
             torch.cat(matched),
             torch.cat(objects),
-            torch.cat([row >= len(own) for row, own in zip(rows, proposals, strict=True)]),
+            torch.cat([row >= len(own) for row, own in zip(draws, proposals, strict=True)]),
         )
 
     def box_regression_loss(self, deltas: Tensor, proposals: list[Tensor], labels: Tensor, matched: Tensor) -> Tensor:
