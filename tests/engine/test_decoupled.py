@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
+from small_detr import DETR
 
 import tailfin
 from tailfin.config import load_recipe
@@ -111,7 +112,7 @@ def test_mistakes(tmp_path, tiny_set, tiny_recipe):
 def test_on_a_detector_without_a_box_head(tmp_path, tiny_set):
     """Deformable DETR: its parts by their own names; what does not train keeps its bits, the loss may be another."""
     recipe = tmp_path / "detr.yaml"
-    recipe.write_text(DETR)
+    recipe.write_text(DECOUPLED)
     run = tailfin.train(recipe, train=tiny_set[0], out=tmp_path / "run", overrides=["second.trains=[classifier]"])
     first = load_file(run / "stages" / "1-representation" / "model.safetensors")
     last = load_file(run / "model.safetensors")
@@ -122,17 +123,13 @@ def test_on_a_detector_without_a_box_head(tmp_path, tiny_set):
         load_recipe(recipe)
 
 
-DETR = """\
+DECOUPLED = (
+    DETR
+    + """\
 method: decoupled
-weights: none
-detector:
-  {name: deformable_detr, norm: bn, frozen_layers: 0, widths: [32, 32, 32, 32, 32], blocks: [1, 1, 1, 1], levels: 2,
-   channels: 32, encoder_layers: 1, decoder_layers: 2, heads: 4, points: 2, feedforward: 32, queries: 12}
-loss: focal
 schedule: {epochs: 0.5, batch: 4, optimizer: adamw, lr: 1e-3, warmup: 0, milestones: [], clip: 0.1}
 second:
   loss: eqlv2
   schedule: {epochs: 0.5, batch: 4, optimizer: adamw, lr: 1e-3, warmup: 0, milestones: [], clip: 0.1}
-data: {resize: square, sizes: [64], workers: 0}
-evaluation: {max_dets: 20, batch: 2}
 """
+)

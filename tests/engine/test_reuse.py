@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from small_detr import DETR
 
 import tailfin
 from tailfin.checkpoint import file_hash
@@ -135,21 +136,17 @@ def test_every_key_counts_but_those_that_cannot_matter(tiny_recipe):
 
 # ---- any stage: --reuse ----------------------------------------------------------------------------------------------
 
-STEPWISE = """\
+STEPWISE = (
+    DETR
+    + """\
 method: stepwise
-weights: none
-detector:
-  {name: deformable_detr, norm: bn, frozen_layers: 0, widths: [32, 32, 32, 32, 32], blocks: [1, 1, 1, 1], levels: 2,
-   channels: 32, encoder_layers: 1, decoder_layers: 2, heads: 4, points: 2, feedforward: 32, queries: 12}
-loss: focal
 schedule: {epochs: 0.5, batch: 4, optimizer: adamw, lr: 1e-3, warmup: 0, milestones: [], clip: 0.1}
 stepwise:
   division: [10]
   head: {per_head_class: 8, per_tail_class: 2, lr: 1e-3}
   tail: {per_head_class: 4, lr: 1e-3, epochs: 1, milestones: []}
-data: {resize: square, sizes: [64], workers: 0}
-evaluation: {max_dets: 20, batch: 2}
 """
+)
 PRETRAINING = """\
 pretraining:
   preset: moco_v2

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from small_detr import DETR
 
 import tailfin
 from tailfin import exemplar_scores
@@ -30,23 +31,19 @@ from tailfin.stop_signals import Interrupted
 from tailfin.training_log import TrainingLog
 
 pytestmark = pytest.mark.usefixtures("quick_training")
-RECIPE = """\
+RECIPE = (
+    DETR
+    + """\
 method: stepwise
-weights: none
-detector:
-  {name: deformable_detr, norm: bn, frozen_layers: 0, widths: [32, 32, 32, 32, 32], blocks: [1, 1, 1, 1], levels: 2,
-   channels: 32, encoder_layers: 1, decoder_layers: 2, heads: 4, points: 2, feedforward: 32, queries: 12}
-loss: focal
 schedule: {epochs: 1, batch: 4, optimizer: adamw, lr: 1e-3, warmup: 0, milestones: [], clip: 0.1}
 stepwise:
   division: [10]
   exemplars: {shard: 4}
   head: {per_head_class: 8, per_tail_class: 2, lr: 1e-3}
   tail: {per_head_class: 4, lr: 1e-3, photometric: false}
-data: {resize: square, sizes: [64], workers: 0}
 logging: {every: 1, checkpoint_every: 2}
-evaluation: {max_dets: 20, batch: 2}
 """
+)
 
 
 @pytest.fixture(scope="module")
