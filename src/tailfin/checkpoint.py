@@ -147,14 +147,15 @@ def resume_point(stage: Path) -> Path | None:
 
 def _completed(mark: Path) -> tuple[int, int]:
     """(bytes, iteration) of a mark. It is written in one piece, so a damaged one is not what a kill leaves."""
+    damaged = UserError(f"resume point {mark} is damaged: remove the folder {mark.parent} to do without it")
     try:
         facts = read_json(mark)
-        size, iteration = (facts[key] for key in ("bytes", "iteration"))
-        if type(size) is int and type(iteration) is int:
-            return size, iteration
+        size, iteration = facts["bytes"], facts["iteration"]
     except (UserError, LookupError, TypeError):
-        pass
-    raise UserError(f"resume point {mark} is damaged: remove the folder {mark.parent} to do without this resume point")
+        raise damaged from None
+    if type(size) is not int or type(iteration) is not int:
+        raise damaged
+    return size, iteration
 
 
 def load_resume_point(stage: Path) -> dict[str, Any] | None:

@@ -67,12 +67,12 @@ def _rows(
             raise UserError(_unknown(label, unknown, id_key, ids[unknown], known, truth_label))
         return rows
 
+    keys = [(number, name if isinstance(name, str) and name else None) for number, name in zip(ids, names, strict=True)]
     place = {number: row for row, number in enumerate(known.tolist())}
     pairs: dict[tuple[Any, Any], int] = {}
     moved: set[tuple[Any, Any]] = set()
     first = ""
-    for entry, (number, name) in enumerate(zip(ids, names, strict=True)):
-        name = name if isinstance(name, str) and name else None
+    for entry, (number, name) in enumerate(keys):
         if (number, name) in pairs:
             continue
         where = f"{label}: entry {entry}"
@@ -106,7 +106,6 @@ def _rows(
         else:
             raise UserError(_unknown(label, entry, id_key, number, known, truth_label))
         pairs[number, name] = row
-    keys = [(number, name if isinstance(name, str) and name else None) for number, name in zip(ids, names, strict=True)]
     if moved:
         count = sum(key in moved for key in keys)
         warnings.warn(

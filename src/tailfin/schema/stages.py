@@ -15,7 +15,7 @@ it starts from: with the same inputs, all the way up, a finished stage of anothe
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -47,9 +47,8 @@ class Stage(Generic[R]):
     inputs: Inputs  # flat keys of the run's recipe -> values
     number: int = 1  # 0: nothing is trained, the recipe's `weights` are the stage's detector
     starts_from: str = WEIGHTS  # or the name of an earlier stage
-    trains: tuple[
-        str, ...
-    ] = ()  # parts of the detector, or `CLASS_SPECIFIC`; empty: all that the recipe does not freeze
+    # parts of the detector, or `CLASS_SPECIFIC`; empty: all that the recipe does not freeze
+    trains: tuple[str, ...] = ()
     hands_on: tuple[str, ...] = ("detector",)  # to later stages
     # files of the run folder that follow from the stage -> the further keys that they depend on
     files: Mapping[str, Inputs] = field(default_factory=dict)
@@ -69,8 +68,8 @@ def stages(recipe: R) -> list[Stage[R]]:
     parts = ("backbone", "fpn", "rpn", "head", *(("classifier", "box") if whole.pretraining.keep_predictor else ()))
     kept = {"pretraining.keep_predictor": whole.pretraining.keep_predictor}
     before = Stage(PRETRAIN, pretraining_recipe(recipe), _pretraining_inputs(whole), hands_on=parts)
-    follower, *rest = (_replaced(stage, number=stage.number + 1) for stage in own)
-    follower = _replaced(follower, starts_from=PRETRAIN, inputs={**follower.inputs, **kept})
+    follower, *rest = (replace(stage, number=stage.number + 1) for stage in own)
+    follower = replace(follower, starts_from=PRETRAIN, inputs={**follower.inputs, **kept})
     return [before, follower, *rest]
 
 
@@ -334,7 +333,3 @@ def _section(recipe: Any, name: str) -> dict[str, Any]:
 def _dumped(section: Any, *keys: str) -> dict[str, Any]:
     values: dict[str, Any] = section.model_dump(mode="json", include=set(keys))
     return values
-
-
-def _replaced(stage: Stage[R], **changes: Any) -> Stage[R]:
-    return Stage(**{**{name: getattr(stage, name) for name in Stage.__dataclass_fields__}, **changes})
