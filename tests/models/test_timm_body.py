@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import nn
 
+import tailfin
 from tailfin import ClassStats
+from tailfin.api import resolve_recipe
 from tailfin.checkpoint import load_model_file, save_model
 from tailfin.config import check_recipe, load_recipe
 from tailfin.errors import UserError
@@ -330,3 +332,35 @@ def test_every_detector_takes_a_step(recipe, overrides):
     model, notes = build_detector(built, STATS)
     assert notes == ["random start"]
     step(model)
+
+
+def test_weights_of_a_file_reach_their_places(tmp_path):
+    torch.manual_seed(1)
+    network = timm.create_model("convnext_atto", num_classes=7)  # a classifier of other classes is left out
+    torch.save(network.state_dict(), tmp_path / "atto.pth")
+    recipe = small(str(tmp_path / "atto.pth"), "timm/convnext_atto", norm="own")
+    model, notes = build_detector(recipe, STATS)
+    assert notes == [f"backbone: {tmp_path / 'atto.pth'}"]
+    own = model.backbone.body["network"].state_dict()
+    theirs = {key.replace(".", "_"): value for key, value in network.state_dict().items()}
+    assert own and all(torch.equal(value, theirs[key.replace(".", "_")]) for key, value in own.items())
+
+
+def test_a_pretraining_stage_on_timm(tiny_set, tmp_path, quick_training):
+    """2DRCL's terms read the body's layers; the method goes on from the weights of the stage."""
+    schedule = "{epochs: 0.5, batch: 4, warmup: 0}"
+    overrides = ["backbone=timm/convnext_atto", "detector.norm=own", f"schedule={schedule}", "data.workers=0"]
+    overrides += [f"pretraining.schedule={schedule}", "pretraining.image.queue=16", "pretraining.box.queue=16"]
+    overrides += ["data.sizes=[64]", "pretraining.views.sizes=[64]"]
+    train, val = tiny_set
+    run = tailfin.train("fod/drcl_r18", train=train, val=val, out=tmp_path / "run", overrides=overrides)
+    whole = load_model_file(run / "model.safetensors").weights
+    stage = load_model_file(run / "pretrained.safetensors").weights
+    key = "backbone.body.network.stages_3.blocks.1.conv_dw.weight"
+    assert stage[key].shape == whole[key].shape == (320, 1, 7, 7) and torch.isfinite(whole[key]).all()
+
+
+def test_packaged_is_a_name_and_no_path(tiny_set):
+    train, val = tiny_set
+    recipe = resolve_recipe("fod/packaged", train=train, val=val)
+    assert recipe.weights == "packaged"
