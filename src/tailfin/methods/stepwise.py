@@ -39,6 +39,7 @@ from tailfin.processes import on_main
 from tailfin.run import Run
 from tailfin.samplers.plan import BatchPlan
 from tailfin.samplers.stepwise import step_factors
+from tailfin.schema.backbones import NAMED_WEIGHTS
 from tailfin.schema.recipe import Recipe
 from tailfin.schema.stepwise import EVERYTHING, Stepwise
 from tailfin.schema.training import Sampler
@@ -127,7 +128,7 @@ def _given(run: Run) -> Detector:
     planned = run.planned("base")
     path = run.out / "stages" / planned.folder / "model.safetensors"
     recipe = run.final_recipe = planned.recipe
-    if recipe.weights in ("none", "imagenet"):
+    if recipe.weights in NAMED_WEIGHTS:
         raise UserError(f"stepwise.base given needs a trained detector: weights is {recipe.weights}, not a model file")
     model, notes = build_detector(recipe, run.stats, start=not path.exists())
     if path.exists():

@@ -17,7 +17,8 @@ from tailfin.errors import UserError
 from tailfin.files import existing_file
 from tailfin.losses.base import ClassificationLoss
 from tailfin.models.atss import build_atss
-from tailfin.models.backbones import Backbone, Body, imagenet_state, load_body, pyramid_backbone, resnet_body
+from tailfin.models.backbones import Backbone, pyramid_backbone
+from tailfin.models.bodies import build_body, named_state
 from tailfin.models.cascade_rcnn import CascadeRCNN, build_cascade_rcnn
 from tailfin.models.convert_torchvision import (
     convert_rcnn,
@@ -34,9 +35,9 @@ from tailfin.models.localizer import build_localizer
 from tailfin.models.mask_rcnn import build_mask_rcnn
 from tailfin.models.rescoring import build_rescorer
 from tailfin.models.retinanet import build_retinanet
+from tailfin.schema.backbones import NAMED_WEIGHTS
 from tailfin.schema.detectors import (
     ATSSConfig,
-    DetectorSection,
     FasterRCNNConfig,
     LocalizerConfig,
     RetinaNetConfig,
@@ -106,18 +107,10 @@ def _limits(recipe: Recipe) -> Limits:
     return Limits(own.score_threshold, own.max_dets, own.nms)
 
 
-def _body(recipe: Recipe, config: DetectorSection, body_state: dict[str, Tensor] | None, source: str) -> Body:
-    body = resnet_body(recipe.backbone, norm=config.norm)
-    if body_state is not None:
-        load_body(body, body_state, source)
-    body.freeze(config.frozen_layers)
-    return body
-
-
 def _pyramid(
     recipe: Recipe, config: FasterRCNNConfig | LocalizerConfig, body_state: dict[str, Tensor] | None, source: str
 ) -> Backbone:
-    body = _body(recipe, config, body_state, source)
+    body = build_body(recipe, config, body_state, source)
     return pyramid_backbone(body, layers=config.fpn_layers, channels=config.fpn_channels, pool=config.fpn_pool)
 
 
@@ -131,7 +124,7 @@ def _dense(
 ) -> Detector:
     """A one-stage detector that `build` assembles on a pyramid."""
     config = cast(RetinaNetConfig | ATSSConfig, recipe.detector)
-    own = _body(recipe, config, body, source)
+    own = build_body(recipe, config, body, source)
     backbone = pyramid_backbone(own, layers=config.fpn_layers, channels=config.fpn_channels, convs=config.fpn_convs)
     return build(backbone, loss, config, _limits(recipe), channels_last=recipe.schedule.channels_last)
 
@@ -153,7 +146,7 @@ def _localizer(
 
 
 Builder = Callable[[Recipe, ClassStats, ClassificationLoss, dict[str, Tensor] | None, str], Detector]
-# by `detector.name`; the last arguments are the weights of the ResNet body, where there are any, and their source
+# by `detector.name`; the last arguments are the weights of the body, where there are any, and their source
 BUILDERS: dict[str, Builder] = {
     "faster_rcnn": partial(_one_box_head, build_faster_rcnn),
     "mask_rcnn": partial(_one_box_head, build_mask_rcnn),
@@ -195,13 +188,11 @@ RELEASED: dict[str, Callable[[dict[str, Tensor], ClassStats, ClassificationLoss,
 
 
 def _starting_weights(recipe: Recipe, weights: str) -> tuple[dict[str, Tensor] | None, dict[str, Tensor] | None]:
-    """(weights of the ResNet body, weights of a whole detector), at most one of them."""
+    """(weights of the body, weights of a whole detector), at most one of them."""
     if weights == "none":
         return None, None
-    if weights == "imagenet":
-        if recipe.detector.norm == "gn":
-            raise UserError('weights: imagenet has batch norm and does not fit detector.norm "gn"')
-        return imagenet_state(recipe.backbone), None
+    if weights in NAMED_WEIGHTS:
+        return named_state(recipe, weights), None
     path = existing_file(weights, "weights")
     if path.suffix == ".safetensors":
         state, metadata = read_safetensors(path)
@@ -211,7 +202,7 @@ def _starting_weights(recipe: Recipe, weights: str) -> tuple[dict[str, Tensor] |
 
 
 def _read_pickle(path: Path) -> dict[str, Tensor]:
-    """The state dict of a ResNet or of a released detector (.pth); a pickle that wants code is refused."""
+    """The state dict of a backbone or of a released detector (.pth); a pickle that wants code is refused."""
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # the options in a released checkpoint
             state = torch.load(path, map_location="cpu", weights_only=True)

@@ -228,7 +228,7 @@ def pyramid_backbone(
 
 
 def load_body(body: nn.Module, state: dict[str, Tensor], source: str) -> None:
-    """Load classification weights into the body; the classifier (`fc.*`) is left out, all else must fit."""
+    """Load classification weights into the body; a classifier `fc.*` is left out, all else must fit."""
     state = {key: value for key, value in state.items() if not key.startswith("fc.")}
     own = body.state_dict()
     wrong = {

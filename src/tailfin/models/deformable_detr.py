@@ -27,7 +27,8 @@ from transformers.models.deformable_detr.modeling_deformable_detr import (
 
 from tailfin.losses.base import ClassificationLoss
 from tailfin.losses.focal import Focal
-from tailfin.models.backbones import Backbone, load_body, resnet_body, small_body
+from tailfin.models.backbones import Backbone
+from tailfin.models.bodies import build_body
 from tailfin.models.deformable_attention import DeformableAttention, EncoderLayer, Shapes
 from tailfin.models.detector import Compared, Detections, Detector, Limits, Targets, reported
 from tailfin.models.detr_criterion import Outputs, SetCriterion
@@ -319,16 +320,10 @@ def build_deformable_detr(
 ) -> DeformableDETR:
     """The recipe's Deformable DETR.
 
-    `body_state` are weights of the ResNet; `source` is where they come from, for messages.
+    `body_state` are weights of the backbone's body; `source` is where they come from, for messages.
     """
     config = cast(DeformableDETRConfig, recipe.detector)
-    if config.widths:
-        body = small_body(config.widths, config.blocks, norm=config.norm)
-    else:
-        body = resnet_body(recipe.backbone, norm=config.norm)
-    if body_state is not None:
-        load_body(body, body_state, source)
-    body.freeze(config.frozen_layers)
+    body = build_body(recipe, config, body_state, source)
     used = body.layer_names[-min(config.levels, 3) :]
     backbone = Backbone(body.take({layer: str(level) for level, layer in enumerate(used)}))
     limits = Limits(recipe.evaluation.score_threshold, recipe.evaluation.max_dets)

@@ -26,7 +26,8 @@ class DetectorSection(Section):
     CASCADE: ClassVar[bool] = False  # several box heads, one after another
     CLASSES: ClassVar[bool] = True  # it tells classes apart
     name: str
-    norm: Literal["frozen_bn", "bn", "gn"] = "frozen_bn"  # of the backbone; a random start needs "bn" or "gn"
+    # of the backbone; a random start needs another than "frozen_bn"; "own": those of a timm backbone, trained
+    norm: Literal["frozen_bn", "bn", "gn", "own"] = "frozen_bn"
     frozen_layers: Annotated[int, Field(ge=0, le=5)] = 2  # of stem, layer1..layer4, from below; 2 = stem and layer1
 
 

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
+from tailfin.schema.backbones import check_backbone, known_backbone
 from tailfin.schema.base import Count, Fraction, Section, by_name
 from tailfin.schema.calibration import Calibration
 from tailfin.schema.data import Data
@@ -67,8 +68,9 @@ class Recipe(Section):
     about: About = About()
     method: Annotated[str, AfterValidator(known_method)] = "baseline"  # of `schema.stages.METHODS`
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    weights: str = "none"  # "imagenet" (torchvision's own loader), "none", or a file: a tailfin model or a ResNet
-    backbone: Literal["resnet18", "resnet34", "resnet50", "resnet101"] = "resnet50"
+    # "imagenet" (the loader of torchvision or timm), "packaged", "none", or a file: a tailfin model or a backbone
+    weights: str = "none"
+    backbone: Annotated[str, AfterValidator(known_backbone)] = "resnet50"  # a ResNet, or timm/NAME
     detector: Detector = FasterRCNNConfig()
     loss: Annotated[Loss, BeforeValidator(by_name)] = Loss()
     sampler: Annotated[Sampler, BeforeValidator(by_name)] = Sampler()
@@ -89,6 +91,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Recipe:
+        check_backbone(self.backbone, self.weights, self.detector.norm)
         if self.weights == "none" and self.detector.norm == "frozen_bn":
             raise ValueError(
                 'a random start (weights: none) cannot train with detector.norm "frozen_bn": use "bn" or "gn"'

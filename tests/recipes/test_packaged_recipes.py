@@ -1,0 +1,59 @@
+"""Recipes that start from packaged ImageNet weights: one detector per set, which differs in the method alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tailfin import ClassStats, recipes
+from tailfin.config import load_recipe
+from tailfin.models import build_detector
+from tailfin.schema.stages import second_recipe
+
+NAMES = [name for name in recipes.names() if name.split(":")[0].endswith("/packaged")]
+LOSSES = {"": ("softmax",), "rfs": ("softmax",), "bacl": ("objectness", "fcbl")}
+
+
+def test_names():
+    assert sorted({name.split("/")[0] for name in NAMES}) == ["fod", "road12"]
+    assert {name.partition(":")[2] for name in NAMES} == set(LOSSES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_recipe(name):
+    recipe, base = load_recipe(name), load_recipe(name.split(":")[0])
+    variant = name.partition(":")[2]
+    assert (recipe.weights, recipe.backbone) == ("packaged", "timm/tf_efficientnet_lite0")
+    assert (recipe.detector.norm, recipe.detector.frozen_layers, recipe.data.sizes) == ("frozen_bn", 2, (128,))
+    stages = [recipe, second_recipe(recipe)] if recipe.second else [recipe]
+    assert tuple(stage.loss.name for stage in stages) == LOSSES[variant]
+    assert recipe.sampler.name == ("rfs" if variant == "rfs" else "plain")
+    assert recipe.detector == base.detector and recipe.evaluation == base.evaluation
+    assert sum(stage.schedule.epochs for stage in stages) == base.schedule.epochs
+    for stage in stages:
+        assert stage.data.model_copy(update={"copy_paste": False}) == base.data
+        method = {"epochs", "milestones", "weight_decay"} if len(stages) > 1 else set()
+        assert stage.schedule.model_dump(exclude=method) == base.schedule.model_dump(exclude=method)
+    assert recipe.about.title and f"tailfin train {name}" in recipe.about.command
+    assert "tailfin[weights]" in recipe.about.notes
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_takes_a_step(name):
+    """Each stage learns from a picture; the stem and the first layer do not."""
+    pytest.importorskip("timm", reason="timm is not installed")
+    recipe = load_recipe(name)
+    stats = ClassStats(image_count=[400, 60, 5], instance_count=[600, 60, 5], num_images=450)
+    picture = torch.rand(3, 96, 96, generator=torch.Generator().manual_seed(0))
+    target = {"boxes": torch.tensor([[8.0, 8.0, 60.0, 60.0], [30.0, 20.0, 90.0, 90.0]]), "labels": torch.tensor([0, 2])}
+    for stage in [recipe, second_recipe(recipe)] if recipe.second else [recipe]:
+        torch.manual_seed(0)
+        model, _ = build_detector(stage, stats, start=False)
+        if stage is not recipe:
+            model.freeze_but(recipe.second.trains)
+        value = torch.stack(list(model.train()([picture], [target]).values())).sum()
+        assert torch.isfinite(value)
+        value.backward()
+        assert any(own.grad.abs().sum() > 0 for own in model.parts()["classifier"].parameters() if own.requires_grad)
+        body = list(model.backbone.body.parameters())
+        assert body[0].grad is None and (body[-1].grad is None) == (stage is not recipe)
