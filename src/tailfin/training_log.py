@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from tailfin.files import write_atomic, writing
 from tailfin.samplers.plan import BatchPlan
 from tailfin.schema.recipe import Recipe
 
@@ -75,18 +76,17 @@ class TrainingLog:
 
     def _write(self, line: dict[str, Any]) -> None:
         if self.accelerator.is_main_process:
-            with self.path.open("a") as file:
+            with writing(self.path), self.path.open("a") as file:
                 file.write(json.dumps(line) + "\n")
 
     def _forget_after(self, start: int) -> None:
         """Drop lines of iterations that will be run again, and a line that a kill left half-written."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        lines = self.path.read_text("utf-8", "replace").splitlines() if self.path.exists() else []
         kept = []
         for line in lines:
             try:
                 if json.loads(line)["iteration"] <= start:
                     kept.append(line)
-            except (ValueError, KeyError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 continue
-        self.path.write_text("".join(line + "\n" for line in kept))
+        write_atomic(self.path, "".join(line + "\n" for line in kept))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import warnings
@@ -54,6 +55,9 @@ def verb(name: str) -> Any:
     return typer.main.get_command(alone)
 
 
+# what a disk or a folder's rights can do to any command: no fault of the program, so no traceback
+DISK = {errno.ENOSPC, errno.EROFS, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EIO, errno.ENAMETOOLONG}
+DISK.add(getattr(errno, "EDQUOT", errno.ENOSPC))
 PACKAGE = Path(__file__).resolve().parents[1]
 
 app = typer.Typer(
@@ -103,6 +107,13 @@ def main() -> None:
     except BrokenPipeError:  # the reader (`| head`) has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 141
+    except OSError as error:
+        if error.errno not in DISK:
+            raise
+        from tailfin.files import disk_problem
+
+        print(f"error: {disk_problem(error)}", file=sys.stderr)
+        code = 2
     except Exception as error:
         if not hasattr(error, "format_message"):
             raise

@@ -19,7 +19,7 @@ import numpy as np
 from tailfin.config import recipe_from_file
 from tailfin.errors import UserError, nearest
 from tailfin.evaluation.results import segm_results_path
-from tailfin.files import read_json
+from tailfin.files import read_object
 from tailfin.schema.recipe import Recipe
 
 # Columns of metrics.jsonl that are not parts of the loss.
@@ -171,10 +171,7 @@ def _recipe(path: Path, missing: list[str]) -> tuple[Recipe | None, str]:
 def _optional(file: Path, what: str) -> dict[str, Any] | None:
     if not file.is_file():
         return None
-    value = read_json(file, what)
-    if not isinstance(value, dict):
-        raise UserError(f"{what} {file} must hold a JSON object, not {type(value).__name__}")
-    return value
+    return read_object(file, what)
 
 
 def _stage_folders(path: Path) -> list[Path]:
