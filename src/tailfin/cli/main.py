@@ -13,7 +13,7 @@ from typing import Any, TextIO
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from tailfin.errors import UserError
+from tailfin.errors import UserError, printable
 from tailfin.stop_signals import Interrupted
 from tailfin.version import __version__
 
@@ -94,7 +94,7 @@ def main() -> None:
         code = app(prog_name="tailfin", standalone_mode=False)
         _leave_group()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         code = 2
     except Interrupted as stop:
         if int(os.environ.get("RANK", "0")) == 0:
@@ -112,7 +112,7 @@ def main() -> None:
             raise
         from tailfin.files import disk_problem
 
-        print(f"error: {disk_problem(error)}", file=sys.stderr)
+        print(f"error: {printable(disk_problem(error))}", file=sys.stderr)
         code = 2
     except Exception as error:
         if not hasattr(error, "format_message"):
@@ -136,7 +136,7 @@ def _show_warning(
     """Warnings of tailfin to its user are one line; those of other packages keep Python's form."""
     if category is UserWarning and PACKAGE in Path(filename).parents:
         if int(os.environ.get("RANK", "0")) == 0:
-            print(f"warning: {message}", file=sys.stderr)
+            print(f"warning: {printable(str(message))}", file=sys.stderr)
     else:
         print(warnings.formatwarning(message, category, filename, lineno, line), end="", file=file or sys.stderr)
 
