@@ -146,7 +146,11 @@ def _bytes_changed(data: bytes, rng: random.Random) -> bytes:
         case 3:
             return data[:start] + rng.randbytes(end - start) + data[end:]
         case 4:
-            return data[:start] + rng.choice([b"\0", b"\xff\xfe", b"\xef\xbb\xbf", b'"', b"-", b"e999", b"\n"]) + data[end:]
+            return (
+                data[:start]
+                + rng.choice([b"\0", b"\xff\xfe", b"\xef\xbb\xbf", b'"', b"-", b"e999", b"\n"])
+                + data[end:]
+            )
         case _:
             return data[:start] + bytes(byte ^ 1 << rng.randrange(8) for byte in data[start:end]) + data[end:]
 

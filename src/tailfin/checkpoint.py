@@ -170,37 +170,52 @@ def save_resume_point(stage: Path, state: dict[str, Any], iteration: int) -> Non
                 last.rename(old)
             new.rename(last)
     except UserError:
-        if resume_point(stage) != file:  # else it is whole, and the only one where `last` has been moved away
+        if file not in _found(stage)[0][:1]:  # else it is whole, and the only one where `last` has been moved away
             shutil.rmtree(new, ignore_errors=True)
         raise
     shutil.rmtree(old, ignore_errors=True)
 
 
 def resume_points(stage: Path) -> list[Path]:
-    """Files of the complete resume points of a stage, the newest first; a damaged one is a warning."""
+    """Files of the complete resume points of a stage, the newest first.
+
+    A damaged one, which no kill leaves, is a warning where there is another, else a `UserError`: training does not
+    begin again by itself.
+    """
+    complete, problems = _found(stage)
+    if problems and not complete:
+        raise UserError(problems[0])
+    for problem in problems:
+        warnings.warn(f"an older resume point is used: {problem}", UserWarning, stacklevel=2)
+    return complete
+
+
+def resume_point(stage: Path) -> Path | None:
+    """File of the newest complete resume point of a stage, or none; see `resume_points`."""
+    return next(iter(resume_points(stage)), None)
+
+
+def _found(stage: Path) -> tuple[list[Path], list[str]]:
+    """(complete resume points, the newest first; what is wrong with others that are no leftovers of a kill)."""
     complete: list[tuple[int, Path]] = []
+    problems = []
     for folder in (stage / name for name in PLACES):
         mark, state = folder / "complete.json", folder / "state.pt"
         if not (mark.is_file() and state.is_file()):
             continue
         try:
             facts = read_object(mark)
-            iteration, size = facts.get("iteration"), facts.get("bytes")
-            if type(iteration) is not int or type(size) is not int:
-                raise UserError(f"{mark} does not hold an iteration and a number of bytes")
-            if size != state.stat().st_size and folder.name == PLACES[0]:  # a kill leaves only the other two so
-                raise UserError(f"{state} is damaged, it has {state.stat().st_size} of {size} bytes")
-        except UserError as error:
-            warnings.warn(f"the resume point {folder} is not used: {error}", UserWarning, stacklevel=2)
-            continue
-        if size == state.stat().st_size:
+        except UserError:
+            facts = {}
+        iteration, size = facts.get("iteration"), facts.get("bytes")
+        damaged = mark if type(iteration) is not int or type(size) is not int else state
+        if damaged is state and size == state.stat().st_size:
             complete.append((iteration, state))
-    return [state for _, state in sorted(complete, key=lambda entry: -entry[0])]
-
-
-def resume_point(stage: Path) -> Path | None:
-    """File of the newest complete resume point of a stage, or none."""
-    return next(iter(resume_points(stage)), None)
+        elif damaged is mark or folder.name == PLACES[0]:  # a kill leaves a shorter state in the other two alone
+            problems.append(
+                f"resume point {damaged} is damaged: remove the folder {folder} to do without this resume point"
+            )
+    return [state for _, state in sorted(complete, key=lambda entry: -entry[0])], problems
 
 
 def load_resume_point(stage: Path) -> dict[str, Any] | None:

@@ -8,11 +8,9 @@ so an interrupted selection goes on with the next one and ends with the same bit
 from __future__ import annotations
 
 import os
-import zlib
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -23,7 +21,7 @@ from torch import Tensor
 from tailfin.data.dataset import Source, by_aspect, evaluation_loader
 from tailfin.data.index import CleanBoxes
 from tailfin.errors import UserError
-from tailfin.files import writing
+from tailfin.files import read_npz, writing
 from tailfin.inference import category_ids_for
 from tailfin.models.detector import Detector
 from tailfin.progress import Progress
@@ -159,13 +157,10 @@ def _shard(folder: Path, number: int) -> Path:
 
 def _read(path: Path) -> Scores:
     """A shard; a damaged one, or one with code in it, is a `UserError`."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            rows, scores = np.asarray(file["rows"]), np.asarray(file["scores"])
-        if rows.ndim != 1 or rows.shape != scores.shape or rows.dtype.kind not in "iu" or scores.dtype.kind != "f":
-            raise ValueError("its arrays are not rows and scores")
-    except (OSError, EOFError, ValueError, KeyError, AttributeError, TypeError, BadZipFile, zlib.error) as error:
-        raise UserError(f"{path} is damaged ({error}); remove it to have its pictures scored again") from None
+    arrays = read_npz(path, "scores")
+    rows, scores = arrays.get("rows", np.zeros(0)), arrays.get("scores", np.zeros(1))
+    if rows.ndim != 1 or rows.shape != scores.shape or rows.dtype.kind not in "iu" or scores.dtype.kind != "f":
+        raise UserError(f"scores {path} are damaged; remove the file to have its pictures scored again")
     return rows, scores
 
 

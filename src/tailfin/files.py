@@ -103,6 +103,44 @@ def read_object(path: str | os.PathLike[str], what: str = "JSON file") -> dict[s
     return value
 
 
+LARGEST = 1_000_000  # values in a YAML file: aliases of aliases would fill the memory
+
+
+def check_values(value: Any, known: dict[int, int] | None = None) -> int:
+    """Values inside what YAML has read, those of an alias as often as it is used.
+
+    Raises:
+        ValueError: they are too many, one stands for what it is inside of, or a text has half of a surrogate pair.
+    """
+    known = {} if known is None else known
+    if isinstance(value, str) and not value.isascii():
+        value.encode()
+    if not isinstance(value, dict | list):
+        return 1
+    if known.get(id(value)) == 0:
+        raise ValueError("an alias stands for what it is inside of")
+    if id(value) not in known:
+        known[id(value)] = 0
+        inside = [*value, *value.values()] if isinstance(value, dict) else value
+        known[id(value)] = 1 + sum(check_values(part, known) for part in inside)
+        if known[id(value)] > LARGEST:
+            raise ValueError(f"its aliases stand for more than {LARGEST:,} values")
+    return known[id(value)]
+
+
+def read_npz(path: str | os.PathLike[str], what: str = "file") -> dict[str, Any]:
+    """The arrays of an .npz file by name; a damaged one, or one with pickled objects, is a `UserError`."""
+    import numpy as np
+
+    path = existing_file(path, what)
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}
+    except Exception as error:  # numpy and zipfile may raise anything on damaged bytes
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{what} {path} is damaged or no .npz file: {reason}") from None
+
+
 _MARKS = (  # the longer first: UTF-32's begins with UTF-16's
     (codecs.BOM_UTF8, "utf-8"),
     (codecs.BOM_UTF32_LE, "utf-32-le"),
