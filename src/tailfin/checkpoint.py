@@ -208,10 +208,11 @@ def _found(stage: Path) -> tuple[list[Path], list[str]]:
         except UserError:
             facts = {}
         iteration, size = facts.get("iteration"), facts.get("bytes")
-        damaged = mark if type(iteration) is not int or type(size) is not int else state
-        if damaged is state and size == state.stat().st_size:
+        whole = type(iteration) is int and type(size) is int
+        if isinstance(iteration, int) and whole and size == state.stat().st_size:
             complete.append((iteration, state))
-        elif damaged is mark or folder.name == PLACES[0]:  # a kill leaves a shorter state in the other two alone
+        elif not whole or folder.name == PLACES[0]:  # a kill leaves a shorter state in the other two alone
+            damaged = state if whole else mark
             problems.append(
                 f"resume point {damaged} is damaged: remove the folder {folder} to do without this resume point"
             )
