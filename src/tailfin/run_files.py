@@ -52,6 +52,7 @@ WRITTEN = re.compile(
     rf"|tailfin/([^/]+/)*(events\.out\.tfevents\.[^/]+|hparams\.yml)"  # TensorBoard's
 )
 FOLDERS = re.compile(rf"results\.shards|exemplars\.shards|stages(/\d+-[^/]+(/{_names(PLACES)})?)?|tailfin(/.+)?")
+SAFETENSORS = re.compile(r"(stages/\d+-[^/]+/)?\.tmp[A-Za-z0-9]{6}")  # what its writer calls a file before it is whole
 TEMPORARY = re.compile(r"\.(.+)\.(\d+|[a-z0-9_]{8}|\d+\.part)")
 
 
@@ -60,6 +61,8 @@ def is_leftover(name: str) -> bool:
     folder, slash, last = name.rpartition("/")
     if last.endswith(".shard.part"):
         return WRITTEN.fullmatch(name.removesuffix(".part")) is not None
+    if SAFETENSORS.fullmatch(name):
+        return True
     found = TEMPORARY.fullmatch(last)
     return found is not None and WRITTEN.fullmatch(f"{folder}{slash}{found.group(1)}") is not None
 

@@ -58,6 +58,8 @@ LEFT = (
     "exemplars.shards/.000003.npz.99",
     "stages/1-train/.best.safetensors.5",
     "stages/1-train/.metrics.jsonl.abcdefgh",
+    "stages/1-train/.tmpu6TN5i",
+    ".tmpAbc123",
 )
 FOREIGN = (
     ".recipe.yaml.bak",
@@ -66,6 +68,7 @@ FOREIGN = (
     "recipe.yaml.12345678",
     "stages/1-train/.mine.4711",
     "deeper/.recipe.yaml.a1b2c3d_",
+    "deeper/.tmpu6TN5i",
     ".git/config",
 )
 
