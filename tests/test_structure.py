@@ -31,7 +31,7 @@ ORDER = (
     ("evaluation",),
     ("mask_encoding", "inference", "exemplar_scores"),
     ("report", "pictures"),
-    ("processes", "provenance", "reuse", "run"),
+    ("processes", "provenance", "reuse", "run_files", "run"),
     ("methods", "dry_run"),
     ("api",),
     ("calibration_search", "cost", "propose"),

@@ -16,7 +16,7 @@ import torch
 
 from tailfin import evaluation
 from tailfin.api import load
-from tailfin.checkpoint import file_hash, load_model_file, save_model
+from tailfin.checkpoint import content_hash, load_model_file, save_model
 from tailfin.data.dataset import Source, evaluation_loader
 from tailfin.data.document import load_document, positions, subset
 from tailfin.data.index import image_folder, open_index
@@ -86,7 +86,7 @@ def calibrate(
     file = load_model_file(path)
     recipe = file.recipe.model_copy(update={"calibration": Calibration(gamma=gamma)})
     target.parent.mkdir(parents=True, exist_ok=True)
-    save_model(target, plain, recipe, file.stats, parents=[file_hash(path)])
+    save_model(target, plain, recipe, file.stats, parents=[content_hash(path)])
     return gamma, tried
 
 

@@ -159,7 +159,7 @@ def fit(accelerator: Accelerator, stage: Stage) -> nn.Module:
                 save(done)
                 raise Interrupted(received, stage.folder.parent.parent)
     _average_norms(accelerator, plain, average)
-    log.close()
+    log.close(stage.dataset.skipped if recipe.data.on_bad_image == "skip" else None)
     accelerator.wait_for_everyone()
     accelerator.free_memory()  # the optimiser's state, which the accelerator would hold through later stages
     return average.module if average is not None else plain

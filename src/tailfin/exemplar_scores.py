@@ -21,6 +21,7 @@ from torch import Tensor
 from tailfin.data.dataset import Source, by_aspect, evaluation_loader
 from tailfin.data.index import CleanBoxes
 from tailfin.errors import UserError
+from tailfin.files import read_npz, writing
 from tailfin.inference import category_ids_for
 from tailfin.models.detector import Detector
 from tailfin.progress import Progress
@@ -69,7 +70,8 @@ def score_annotations(
     shares = [(number, share) for number, share in shares if not _shard(folder, number).exists()]
     if not shares:
         return
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     # only the very last shard can be shorter than whole batches, so the loader's batches never straddle two shards
     loader = evaluation_loader(
         source, config, batch=batch, rank=0, processes=1, rows=np.concatenate([share for _, share in shares])
@@ -100,9 +102,9 @@ def score_annotations(
 
 def read_scores(folder: Path, annotations: int) -> Scores:
     """All shards of a folder, in the order of the index; `annotations` is how many there must be."""
-    parts = [np.load(path, allow_pickle=False) for path in sorted(folder.glob("*.npz"))]
-    rows = np.concatenate([part["rows"] for part in parts]) if parts else np.zeros(0, np.int64)
-    scores = np.concatenate([part["scores"] for part in parts]) if parts else np.zeros(0, np.float32)
+    parts = [_read(path) for path in sorted(folder.glob("*.npz")) if not path.name.startswith(".")]
+    rows = np.concatenate([rows for rows, _ in parts]) if parts else np.zeros(0, np.int64)
+    scores = np.concatenate([scores for _, scores in parts]) if parts else np.zeros(0, np.float32)
     if len(rows) != annotations or len(np.unique(rows)) != annotations:
         raise UserError(
             f"{folder}: its shards hold {len(rows)} scored annotations, {annotations} are needed; "
@@ -153,11 +155,20 @@ def _shard(folder: Path, number: int) -> Path:
     return folder / f"{number:06d}.npz"
 
 
+def _read(path: Path) -> Scores:
+    """A shard; a damaged one, or one with code in it, is a `UserError`."""
+    arrays = read_npz(path, "scores")
+    rows, scores = arrays.get("rows", np.zeros(0)), arrays.get("scores", np.zeros(1))
+    if rows.ndim != 1 or rows.shape != scores.shape or rows.dtype.kind not in "iu" or scores.dtype.kind != "f":
+        raise UserError(f"scores {path} are damaged; remove the file to have its pictures scored again")
+    return rows, scores
+
+
 def _write(path: Path, found: Sequence[Scores]) -> None:
     """A shard under a temporary name first, so that one that is there is whole."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with temporary.open("wb") as file:
+        with writing(path), temporary.open("wb") as file:
             np.savez(
                 file, rows=np.concatenate([rows for rows, _ in found]), scores=np.concatenate([s for _, s in found])
             )

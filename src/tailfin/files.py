@@ -9,6 +9,8 @@ from __future__ import annotations
 import codecs
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,22 +37,42 @@ def existing_file(path: str | os.PathLike[str], what: str = "file") -> Path:
     raise UserError(f"{what} {path} does not exist{hint}")
 
 
-def write_atomic(path: str | os.PathLike[str], data: str | bytes) -> None:
-    """Write `data` so that `path` is either the old file or the whole new one, never a part."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    payload = data.encode() if isinstance(data, str) else data
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+@contextmanager
+def writing(path: str | os.PathLike[str]) -> Iterator[None]:
+    """A full disk, a read-only folder, a spent quota while `path` is written: a `UserError` that names it."""
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(payload)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).chmod(ordinary_mode())
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+        yield
+    except OSError as error:
+        raise UserError(f"{os.fspath(path)} cannot be written: {error.strerror or error}") from None
+
+
+def disk_problem(error: OSError) -> str:
+    """One line about a file that could not be read or written."""
+    reason = error.strerror or str(error) or type(error).__name__
+    return f"{os.fspath(error.filename)}: {reason}" if isinstance(error.filename, str | os.PathLike) else reason
+
+
+def write_atomic(path: str | os.PathLike[str], data: str | bytes) -> None:
+    """Write `data` so that `path` is either the old file or the whole new one, never a part.
+
+    Raises:
+        UserError: the disk is full, the folder cannot be written, ...; the old file is as it was.
+    """
+    path = Path(path)
+    payload = data.encode() if isinstance(data, str) else data
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(payload)
+                file.flush()
+                os.fsync(file.fileno())
+            Path(temporary).chmod(ordinary_mode())
+            Path(temporary).replace(path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
 
 
 def write_json(path: str | os.PathLike[str], value: Any, *, indent: int = 0) -> None:
@@ -71,6 +93,52 @@ def read_json(path: str | os.PathLike[str], what: str = "JSON file") -> Any:
         raise UserError(not_utf8(data, f"{what} {path}")) from None
     except (msgspec.DecodeError, RecursionError) as error:
         raise UserError(f"{what} {path} is not valid JSON: {error}") from None
+
+
+def read_object(path: str | os.PathLike[str], what: str = "JSON file") -> dict[str, Any]:
+    """As `read_json`, of a file that holds a JSON object; anything else is a `UserError`."""
+    value = read_json(path, what)
+    if not isinstance(value, dict):
+        raise UserError(f"{what} {os.fspath(path)} must hold a JSON object, not {type(value).__name__}")
+    return value
+
+
+LARGEST = 1_000_000  # values in a YAML file: aliases of aliases would fill the memory
+
+
+def check_values(value: Any, known: dict[int, int] | None = None) -> int:
+    """Values inside what YAML has read, those of an alias as often as it is used.
+
+    Raises:
+        ValueError: they are too many, one stands for what it is inside of, or a text has half of a surrogate pair.
+    """
+    known = {} if known is None else known
+    if isinstance(value, str) and not value.isascii():
+        value.encode()
+    if not isinstance(value, dict | list):
+        return 1
+    if known.get(id(value)) == 0:
+        raise ValueError("an alias stands for what it is inside of")
+    if id(value) not in known:
+        known[id(value)] = 0
+        inside = [*value, *value.values()] if isinstance(value, dict) else value
+        known[id(value)] = 1 + sum(check_values(part, known) for part in inside)
+        if known[id(value)] > LARGEST:
+            raise ValueError(f"its aliases stand for more than {LARGEST:,} values")
+    return known[id(value)]
+
+
+def read_npz(path: str | os.PathLike[str], what: str = "file") -> dict[str, Any]:
+    """The arrays of an .npz file by name; a damaged one, or one with pickled objects, is a `UserError`."""
+    import numpy as np
+
+    path = existing_file(path, what)
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}
+    except Exception as error:  # numpy and zipfile may raise anything on damaged bytes
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{what} {path} is damaged or no .npz file: {reason}") from None
 
 
 _MARKS = (  # the longer first: UTF-32's begins with UTF-16's

@@ -97,7 +97,7 @@ def nearest_id(number: int, known: np.ndarray) -> str:
     """The end of a message about an unknown id: the ids that exist."""
     if not known.size:
         return " (there are none)"
-    near = int(known[np.abs(known - number).argmin()])
+    near = int(known[np.abs(known.astype(np.float64) - float(number)).argmin()])  # the number may be of any size
     return f" (nearest: {near}; {len(known)} ids from {int(known[0])} to {int(known[-1])})"
 
 

@@ -19,6 +19,7 @@ from accelerate.state import AcceleratorState, PartialState, is_initialized
 from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
 
 from tailfin.errors import UserError
+from tailfin.files import disk_problem
 from tailfin.schema.recipe import Recipe
 
 T = TypeVar("T")
@@ -89,13 +90,18 @@ def limit_threads() -> None:
 
 
 def on_main(accelerator: Accelerator | PartialState, action: Callable[[], T]) -> T:
-    """Run `action` on the main process; its value, or its `UserError`, reaches every process."""
+    """Run `action` on the main process; its value, or its `UserError`, reaches every process.
+
+    An `OSError` (a full disk, a lost folder) is a `UserError` too: the others would wait for a value that never comes.
+    """
     outcome: list[Any] = [None, None]
     if accelerator.is_main_process:
         try:
             outcome[0] = action()
         except UserError as error:
             outcome[1] = str(error)
+        except OSError as error:
+            outcome[1] = disk_problem(error)
     if accelerator.num_processes > 1:
         outcome = broadcast_object_list(outcome)
     if outcome[1] is not None:

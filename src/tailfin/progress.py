@@ -9,6 +9,8 @@ from types import TracebackType
 import rich.progress
 from rich.console import Console
 
+from tailfin.errors import printable
+
 LINE_EVERY = 15.0  # seconds between plain lines
 
 
@@ -56,7 +58,9 @@ class Progress:
     def note(self, text: str) -> None:
         """A line of its own."""
         if self.enabled:
-            (self.bar.console if self.bar is not None else self.console).print(text, highlight=False, soft_wrap=True)
+            (self.bar.console if self.bar is not None else self.console).print(
+                printable(text), highlight=False, markup=False, soft_wrap=True
+            )
 
 
 def _clock(seconds: float) -> str:

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torchvision.ops import box_iou
 
 from tailfin.api import load
-from tailfin.checkpoint import file_hash
+from tailfin.checkpoint import content_hash
 from tailfin.data.dataset import Source, by_aspect, evaluation_loader
 from tailfin.data.index import AnnotationIndex, image_folder, open_index
 from tailfin.data.proposal_search import selective_search
@@ -217,4 +217,4 @@ def _best_pairs(iou: NDArray[np.float32]) -> NDArray[np.float32]:
 
 def _made_by(model: Path, name: str) -> str:
     path = model / "model.safetensors" if model.is_dir() else model
-    return f"{name} {file_hash(path)}"
+    return f"{name} {content_hash(path)}"

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from tailfin.errors import UserError, nearest
+from tailfin.files import check_values
 from tailfin.schema.base import as_number
 from tailfin.schema.upgrade import former_keys
 
@@ -50,7 +51,9 @@ class _Loader(yaml.SafeLoader):
 def parse_yaml(text: str, source: str) -> Any:
     """YAML text to plain values; a syntax error is a `UserError` with file, line and column."""
     try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+        value = yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+        check_values(value)
+        return value
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{source} is not valid YAML: {' '.join(str(error).split())}") from None
 

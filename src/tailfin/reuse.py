@@ -10,16 +10,17 @@ with the same inputs (`tailfin.schema.stages`), in order, up to the first that d
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tailfin.checkpoint import ModelFile, file_hash, load_model_file
+from tailfin.checkpoint import ModelFile, content_hash, file_hash, load_model_file
 from tailfin.config import recipe_from_file
 from tailfin.errors import UserError
-from tailfin.files import read_json
+from tailfin.files import read_object, writing
 from tailfin.schema.recipe import Recipe
 from tailfin.schema.stages import PRETRAIN, Stage, differences, own_inputs, stages
 from tailfin.stats import ClassStats
@@ -50,10 +51,11 @@ class Finished:
     def copy_to(self, out: Path) -> None:
         """The stage in the run folder `out`, its model last and whole: with it the stage counts as finished."""
         folder = out / "stages" / self.stage.folder
-        folder.mkdir(parents=True, exist_ok=True)
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
         for name in BESIDE:
             if (other := self.model.with_name(name)).is_file():
-                shutil.copyfile(other, folder / name)
+                _copy(other, folder / name)
         for file in self.files:
             _copy(file, out / file.name)
         _copy(self.model, folder / "model.safetensors")
@@ -108,7 +110,7 @@ def _matched(option: str, given: Path, plan: Sequence[Stage[Recipe]], data: Data
         theirs = their_plan[number] if their_plan else _alone(file)
         reason = _reason(stage, theirs, demanded)
         if not reason and their_plan:
-            reason = _other_weights(stage, theirs, file, [finished.sha256 for finished in reused.stages])
+            reason = _other_weights(stage, theirs, file, reused.stages)
         if not reason and _chosen_on_val(stage.recipe) and trained_on.get("val") != data.val:
             reason = "its weights were chosen on other validation annotations"
         if reason and demanded:
@@ -116,8 +118,8 @@ def _matched(option: str, given: Path, plan: Sequence[Stage[Recipe]], data: Data
         if reason:
             reused.notes.append(f"stage {stage.name} is not taken from {run}: {reason}")
             break
-        sha256 = file_hash(models[number])
-        files, missing = _files(stage, theirs, run, sha256)
+        sha256 = content_hash(models[number])
+        files, missing = _files(stage, theirs, run, (sha256, file_hash(models[number])))
         reused.stages.append(Finished(stage, models[number].absolute(), sha256, run.absolute(), files))
         if missing:
             reused.notes.append(missing)
@@ -164,7 +166,9 @@ def _check_data(option: str, run: Path, file: ModelFile, data: Data) -> dict[str
             f"{option}: it has other classes ({file.stats.num_classes}, this run has {data.stats.num_classes})"
         )
     environment = run / "environment.json"
-    trained_on: dict[str, str] = read_json(environment).get("data", {}) if environment.is_file() else {}
+    trained_on = read_object(environment).get("data", {}) if environment.is_file() else {}
+    if not isinstance(trained_on, dict):
+        raise UserError(f"{option}: {environment} is damaged, its data are no JSON object")
     counts = (file.stats.image_count.tolist(), file.stats.instance_count.tolist())
     own = (data.stats.image_count.tolist(), data.stats.instance_count.tolist())
     if trained_on.get("train") not in (None, data.train) or counts != own:
@@ -193,15 +197,17 @@ def _reason(stage: Stage[Recipe], theirs: Stage[Recipe], demanded: bool) -> str:
     return f"this recipe would train another first stage: {shown}. To take it as it is: {overrides}"
 
 
-def _other_weights(stage: Stage[Recipe], theirs: Stage[Recipe], file: ModelFile, before: Sequence[str]) -> str:
-    """Why a model file does not come from its run's recipe and the stages `before` it (their hashes); or empty."""
+def _other_weights(stage: Stage[Recipe], theirs: Stage[Recipe], file: ModelFile, before: Sequence[Finished]) -> str:
+    """Why a model file does not come from its run's recipe and the stages `before` it; or empty."""
     if differences(own_inputs(file.recipe), own_inputs(theirs.recipe)):
         return f"{file.path} was trained by another recipe than its run has now"
     parents = json.loads(file.metadata.get("parents", "[]"))
     if stage.number == 0:
         source = Path(stage.recipe.weights)
-        return "" if source.is_file() and parents == [file_hash(source)] else f"{source} is another file by now"
-    if parents != list(before):
+        known = source.is_file() and parents in ([content_hash(source)], [file_hash(source)])
+        return "" if known else f"{source} is another file by now"
+    # runs of earlier versions name their parents by the bytes of their files
+    if parents != [one.sha256 for one in before] and parents != [file_hash(one.model) for one in before]:
         return f"{file.path} started from other weights than the stages before it have"
     return ""
 
@@ -218,7 +224,9 @@ def _chosen_on_val(recipe: Recipe) -> bool:
     return recipe.evaluation.select == "best" or recipe.evaluation.patience > 0
 
 
-def _files(stage: Stage[Recipe], theirs: Stage[Recipe], run: Path, sha256: str) -> tuple[tuple[Path, ...], str]:
+def _files(
+    stage: Stage[Recipe], theirs: Stage[Recipe], run: Path, hashes: Sequence[str]
+) -> tuple[tuple[Path, ...], str]:
     """Files of the run folder that follow from a stage and are the same; and why one that later stages need is not."""
     found = []
     for name, inputs in stage.files.items():
@@ -228,7 +236,7 @@ def _files(stage: Stage[Recipe], theirs: Stage[Recipe], run: Path, sha256: str) 
         different = differences(theirs.files[name], inputs)
         if different:
             return (), f"{name} is not taken from {run}: {_listed(different)}"
-        if read_json(path).get("model") != sha256:
+        if read_object(path).get("model") not in hashes:
             return (), f"{name} is not taken from {run}: it was made with another model"
         found.append(path)
     return tuple(found), ""
@@ -245,6 +253,10 @@ def _text(value: Any) -> str:
 
 def _copy(source: Path, target: Path) -> None:
     """A copy that is there whole or not at all."""
-    begun = target.with_name(f".{target.name}")
-    shutil.copyfile(source, begun)
-    begun.replace(target)
+    begun = target.with_name(f".{target.name}.{os.getpid()}")
+    with writing(target):
+        try:
+            shutil.copyfile(source, begun)
+            begun.replace(target)
+        finally:
+            begun.unlink(missing_ok=True)

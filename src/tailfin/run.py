@@ -15,14 +15,14 @@ import torch
 from torch import nn
 
 from tailfin import evaluation
-from tailfin.checkpoint import file_hash, load_model_file, resume_point, save_model
+from tailfin.checkpoint import content_hash, load_model_file, resume_point, save_model
 from tailfin.config import dump_recipe, recipe_from_file
 from tailfin.data.dataset import TrainingDataset, open_source
 from tailfin.engine import Stage as Optimisation
 from tailfin.engine import Step, check_shares, detector_step, fit
 from tailfin.errors import UserError
 from tailfin.evaluation.results import merge_shards, result_files
-from tailfin.files import read_json, write_atomic, write_json
+from tailfin.files import read_object, write_atomic, write_json, writing
 from tailfin.inference import check_kinds, check_validation, counts_by_id, infer
 from tailfin.models import build_detector
 from tailfin.models.detector import Detector
@@ -30,11 +30,14 @@ from tailfin.processes import make_accelerator, on_main
 from tailfin.progress import Progress
 from tailfin.provenance import environment, now
 from tailfin.reuse import Data, Reused, finished_stages, first_stage
+from tailfin.run_files import empty_run, lock, remove_leftovers, unlock
 from tailfin.samplers.plan import BatchPlan
 from tailfin.schema.recipe import Recipe
 from tailfin.schema.stages import Stage, stages
 from tailfin.stats import ClassStats
 from tailfin.weights import load_whole
+
+SHOWN = 8  # files in a message
 
 
 class Run:
@@ -59,6 +62,7 @@ class Run:
         self.final_recipe = recipe  # of the stage that made the final model: what rebuilds it
         self.stages_done = 0
         self.begun = False
+        self.lock: int | None = None  # of the main process, see `tailfin.run_files`
 
     def detector(self, recipe: Recipe | None = None) -> Detector:
         """The recipe's detector with its starting weights, the same on every process; says what it starts from.
@@ -150,7 +154,7 @@ class Run:
                 self.accelerator.wait_for_everyone()  # until all have read it
             on_main(self.accelerator, lambda: self._save(finished, model, recipe, name))
             on_main(self.accelerator, lambda: best.unlink(missing_ok=True))
-        self.parents = [*self.parents, file_hash(finished)]
+        self.parents = [*self.parents, content_hash(finished)]
         return cast(Detector, model)
 
     def measure(self, model: nn.Module, keep: bool = False) -> dict[str, Any]:
@@ -226,11 +230,25 @@ class Run:
             config = {"recipe": dump_recipe(self.recipe), "run": str(self.out)}
             self.accelerator.init_trackers("tailfin", config=config)
 
+    def close(self) -> None:
+        """Let other processes write to the folder."""
+        unlock(self.out, self.lock)
+        self.lock = None
+
     def _save(self, path: Path, model: nn.Module, recipe: Recipe, stage: str) -> None:
         save_model(path, model, recipe, self.stats, parents=self.parents, stage=stage)
 
     def _record(self) -> None:
-        self.out.mkdir(parents=True, exist_ok=True)
+        self.lock = lock(self.out)
+        with writing(self.out):
+            remove_leftovers(self.out)
+        path = self.out / "environment.json"
+        before = read_object(path, "environment file") if path.exists() else None
+        if before is not None and _of_training(before, path) != self.train.index.fingerprint:
+            raise UserError(
+                f"{self.out} was begun with other training annotations than {self.train.index.path} holds now; "
+                "training cannot go on with them"
+            )
         for finished in self.reused.stages:  # before recipe.yaml, which makes the folder a run that can be resumed
             finished.copy_to(self.out)
             beside = "".join(f" with {file.name}" for file in finished.files)
@@ -238,15 +256,9 @@ class Run:
         for note in self.reused.notes:
             self.say(note)
         write_atomic(self.out / "recipe.yaml", dump_recipe(self.recipe))
-        path = self.out / "environment.json"
-        if path.exists():
-            before = read_json(path)
-            if before.get("data", {}).get("train") != self.train.index.fingerprint:
-                raise UserError(
-                    f"{self.out} was begun with other training annotations than {self.train.index.path} holds now; "
-                    "training cannot go on with them"
-                )
-            before.setdefault("resumed", []).append(now())
+        if before is not None:
+            resumed = before.get("resumed")
+            before["resumed"] = [*(resumed if isinstance(resumed, list) else []), now()]
             write_json(path, before, indent=1)
         else:
             facts = environment(self.recipe, self.accelerator, self.train, self.val)
@@ -261,6 +273,15 @@ class Run:
             write_report([self.out])
         except UserError as error:  # the numbers are safe; `tailfin report` can be run again
             self.say(f"no report: {error}")
+
+
+def _of_training(before: dict[str, Any], path: Path) -> str:
+    """The fingerprint of the training annotations in an environment file."""
+    data = before.get("data")
+    value = data.get("train") if isinstance(data, dict) else None
+    if not isinstance(value, str):
+        raise UserError(f"environment file {path} is damaged: it does not say what the run was trained on (data.train)")
+    return value
 
 
 def batch_plan(recipe: Recipe, dataset: TrainingDataset, stats: ClassStats) -> BatchPlan:
@@ -292,9 +313,9 @@ def run_folder(out: str | Path | None, recipe: Recipe, *, overwrite: bool = Fals
                 f"--out {path} exists already; add --overwrite to replace it, or go on with it: "
                 f"tailfin train --resume {path}"
             )
-        if not (path / "recipe.yaml").exists():
-            raise UserError(f"--overwrite: {path} is not a run folder (it has no recipe.yaml), it is left as it is")
-        shutil.rmtree(path)
+        if foreign := empty_run(path):
+            more = ", ..." if len(foreign) > SHOWN else ""
+            Progress("", 1).note(f"--overwrite: not of a run, they stay: {', '.join(foreign[:SHOWN])}{more}")
     return path
 
 

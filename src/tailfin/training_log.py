@@ -10,8 +10,11 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor
 
+from tailfin.files import write_atomic, write_json, writing
+from tailfin.progress import Progress
 from tailfin.samplers.plan import BatchPlan
 from tailfin.schema.recipe import Recipe
 
@@ -70,23 +73,37 @@ class TrainingLog:
             return {"AP": value, "iteration": done, "waited": 0}
         return {**best, "waited": best["waited"] + 1}
 
-    def close(self) -> None:
+    def close(self, skipped: dict[str, int] | None = None) -> None:
+        """The end of the stage. `skipped` are pictures that this process has left out (since it was started), with how
+        many samples: those of all processes are counted, and listed in `skipped.json`."""
         self.sums = []
+        if skipped is None:
+            return
+        total: dict[str, int] = {}
+        for message, count in gather_object(sorted(skipped.items())):
+            total[message] = total.get(message, 0) + count
+        if total and self.accelerator.is_main_process:
+            path = self.path.with_name("skipped.json")
+            write_json(path, [{"picture": message, "samples": total[message]} for message in sorted(total)], indent=1)
+            pictures = "1 picture" if len(total) == 1 else f"{len(total)} pictures"
+            Progress("", 1).note(
+                f"stage {self.name}: {pictures} skipped in {sum(total.values())} samples of "
+                f"{self.plan.iterations * self.batch}, listed in {path}"
+            )
 
     def _write(self, line: dict[str, Any]) -> None:
         if self.accelerator.is_main_process:
-            with self.path.open("a") as file:
+            with writing(self.path), self.path.open("a") as file:
                 file.write(json.dumps(line) + "\n")
 
     def _forget_after(self, start: int) -> None:
         """Drop lines of iterations that will be run again, and a line that a kill left half-written."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        lines = self.path.read_text("utf-8", "replace").splitlines() if self.path.exists() else []
         kept = []
         for line in lines:
             try:
                 if json.loads(line)["iteration"] <= start:
                     kept.append(line)
-            except (ValueError, KeyError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 continue
-        self.path.write_text("".join(line + "\n" for line in kept))
+        write_atomic(self.path, "".join(line + "\n" for line in kept))

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from small_detr import DETR
 
 import tailfin
-from tailfin.checkpoint import file_hash
+from tailfin.checkpoint import content_hash
 from tailfin.config import load_recipe
 from tailfin.errors import UserError
 from tailfin.schema.stages import differences, stages
@@ -49,10 +49,10 @@ def test_the_same_second_stage_gives_the_same_bits(tmp_path, train, base):
     before, after = load_file(base / "model.safetensors"), load_file(run / "model.safetensors")
     assert all(torch.equal(before[key], after[key]) for key in before)
     assert (run / STAGE).read_bytes() == (base / STAGE).read_bytes()
-    assert parents(run / "model.safetensors")[0] == parents(base / "model.safetensors")[0] == file_hash(base / STAGE)
+    assert parents(run / "model.safetensors")[0] == parents(base / "model.safetensors")[0] == content_hash(base / STAGE)
     facts = json.loads((run / "environment.json").read_text())["reused"]
     assert facts == [
-        {"stage": "representation", "run": str(base), "model": str(base / STAGE), "sha256": file_hash(base / STAGE)}
+        {"stage": "representation", "run": str(base), "model": str(base / STAGE), "sha256": content_hash(base / STAGE)}
     ]
     log = Path("stages", "1-representation", "metrics.jsonl")
     assert (run / log).read_bytes() == (base / log).read_bytes()
@@ -64,7 +64,7 @@ def test_arms_of_an_ablation_share_it(tmp_path, train, base):
     changes = ["second.loss.alpha=0", "second.features=null", "evaluation.max_dets=5", "logging.every=2"]
     margin = train(tmp_path / "margin", *changes, stage1=base / STAGE)
     weights = load_file(margin / "model.safetensors")
-    assert parents(margin / "model.safetensors")[0] == file_hash(base / STAGE)
+    assert parents(margin / "model.safetensors")[0] == content_hash(base / STAGE)
     assert not any("extra_rows" in key for key in weights)
     assert not torch.equal(weights["roi_heads.loss.num_gt"], torch.zeros(3, dtype=torch.float64))
 
@@ -77,7 +77,7 @@ def test_a_baseline_run_can_be_one(tmp_path, tiny_set, tiny_recipe, train):
         train(tmp_path / "run", stage1=base)
     assert not (tmp_path / "run").exists()
     run = train(tmp_path / "run", "sampler.threshold=0.4", stage1=base)
-    assert parents(run / "model.safetensors")[0] == file_hash(base / "stages" / "1-train" / "model.safetensors")
+    assert parents(run / "model.safetensors")[0] == content_hash(base / "stages" / "1-train" / "model.safetensors")
 
 
 def test_starting_weights_are_not_needed(tmp_path, tiny_set, tiny_recipe, train, base):

@@ -18,7 +18,7 @@ from small_detr import DETR
 
 import tailfin
 from tailfin import exemplar_scores
-from tailfin.checkpoint import file_hash
+from tailfin.checkpoint import content_hash
 from tailfin.config import load_recipe
 from tailfin.data.index import open_index
 from tailfin.errors import UserError
@@ -89,7 +89,7 @@ class TestRun:
             with safe_open(straight / "stages" / name / "model.safetensors", "pt") as file:
                 return json.loads(file.metadata()["parents"])
 
-        hashes = [file_hash(straight / "stages" / name / "model.safetensors") for name in ("1-base", "2-head")]
+        hashes = [content_hash(straight / "stages" / name / "model.safetensors") for name in ("1-base", "2-head")]
         assert [parents(name) for name in ("1-base", "2-head", "3-tail")] == [[], hashes[:1], hashes]
         assert json.loads((straight / "exemplars.json").read_text())["model"] == hashes[0]
 

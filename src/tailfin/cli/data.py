@@ -121,8 +121,5 @@ def _bounds(text: str | None) -> list[int] | None:
 
 
 def _write(path: Path, write: Callable[[], None]) -> None:
-    try:
-        write()
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror or error}") from None
+    write()
     typer.echo(f"wrote {path}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import warnings
@@ -12,7 +13,7 @@ from typing import Any, TextIO
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from tailfin.errors import UserError
+from tailfin.errors import UserError, printable
 from tailfin.stop_signals import Interrupted
 from tailfin.version import __version__
 
@@ -54,6 +55,9 @@ def verb(name: str) -> Any:
     return typer.main.get_command(alone)
 
 
+# what a disk or a folder's rights can do to any command: no fault of the program, so no traceback
+DISK = {errno.ENOSPC, errno.EROFS, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EIO, errno.ENAMETOOLONG}
+DISK.add(getattr(errno, "EDQUOT", errno.ENOSPC))
 PACKAGE = Path(__file__).resolve().parents[1]
 
 app = typer.Typer(
@@ -90,7 +94,7 @@ def main() -> None:
         code = app(prog_name="tailfin", standalone_mode=False)
         _leave_group()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         code = 2
     except Interrupted as stop:
         if int(os.environ.get("RANK", "0")) == 0:
@@ -103,6 +107,13 @@ def main() -> None:
     except BrokenPipeError:  # the reader (`| head`) has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 141
+    except OSError as error:
+        if error.errno not in DISK:
+            raise
+        from tailfin.files import disk_problem
+
+        print(f"error: {printable(disk_problem(error))}", file=sys.stderr)
+        code = 2
     except Exception as error:
         if not hasattr(error, "format_message"):
             raise
@@ -125,7 +136,7 @@ def _show_warning(
     """Warnings of tailfin to its user are one line; those of other packages keep Python's form."""
     if category is UserWarning and PACKAGE in Path(filename).parents:
         if int(os.environ.get("RANK", "0")) == 0:
-            print(f"warning: {message}", file=sys.stderr)
+            print(f"warning: {printable(str(message))}", file=sys.stderr)
     else:
         print(warnings.formatwarning(message, category, filename, lineno, line), end="", file=file or sys.stderr)
 

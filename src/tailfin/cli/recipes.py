@@ -109,10 +109,7 @@ def copy(
         target /= file_name
     if target.exists() and not overwrite:
         raise UserError(f"{target} exists already: choose another name or give --overwrite")
-    try:
-        write_atomic(target, text)
-    except OSError as error:
-        raise UserError(f"{target} cannot be written: {error.strerror}") from None
+    write_atomic(target, text)
     typer.echo(f"wrote {target}; run it with: tailfin train {target}")
 
 

@@ -43,11 +43,18 @@ def decode(data: bytes, kind: type[T], label: str) -> T:
         try:
             document = json.loads(data)
             mended = whole_ids(document)
-        except ValueError:  # broken further on
+        except (ValueError, RecursionError):  # broken further on
             raise error from None
         if not mended:
             raise
-        return msgspec.json.decode(msgspec.json.encode(document), type=kind)
+        return msgspec.json.decode(_encoded(document), type=kind)
+
+
+def _encoded(document: Any) -> bytes:
+    try:
+        return msgspec.json.encode(document)
+    except UnicodeEncodeError:  # half of a surrogate pair, which only an escape can say
+        return json.dumps(document).encode()
 
 
 def with_whole_ids(data: bytes) -> bytes:
@@ -57,7 +64,7 @@ def with_whole_ids(data: bytes) -> bytes:
     except msgspec.ValidationError:
         document = json.loads(data)
         if whole_ids(document):
-            return msgspec.json.encode(document)
+            return _encoded(document)
     return data
 
 

@@ -1,7 +1,9 @@
 """Training and evaluation data sets over an annotation index, and the loaders that feed them.
 
 A training sample's key is (epoch, image row, repeat); its augmentation is drawn from a generator seeded by that key
-alone. A broken picture stops training with a message that names the file.
+alone. A broken picture stops training with a message that names the file. With `data.on_bad_image: skip` the next
+training picture of the annotation file (of the same aspect where batches are grouped by it, round from the last to the
+first) takes its place under the same epoch and repeat: no other sample changes, on any number of processes and workers.
 
 Where a detector learns masks (`TrainingDataset(..., masks=True)`), targets have `masks` uint8 [M, H, W] of the
 augmented picture and `mask_valid` bool [M]. An object whose mask is missing, cannot be read or has no pixel left counts
@@ -11,6 +13,7 @@ for its box alone: its row of `masks` is its box, or empty, and `mask_valid` is 
 from __future__ import annotations
 
 import signal
+import sys
 import warnings
 from collections.abc import Generator, Iterator, Sequence
 from copy import copy as shallow_copy
@@ -30,11 +33,22 @@ from tailfin.data.images import read_image
 from tailfin.data.index import AnnotationIndex, image_folder, image_path, open_index
 from tailfin.data.masks import BROKEN
 from tailfin.data.transforms import augment, resize, shortest_edge_size
-from tailfin.errors import UserError
+from tailfin.errors import UserError, printable
 from tailfin.samplers.plan import BatchPlan, Key
 from tailfin.schema.data import Data, DataFiles
 
 Batch = tuple[list[Tensor], list[dict[str, Tensor]]]
+
+
+PATIENCE = 100  # broken pictures one after another: then the folder is gone, not a picture
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A sample in the place of one whose picture cannot be used."""
+
+    sample: tuple[Tensor, dict[str, Tensor]]
+    messages: list[str]  # of the pictures that were tried before, in order
 
 
 @dataclass(frozen=True)
@@ -79,6 +93,7 @@ class TrainingDataset(Dataset):
         self.seed = seed
         self.masks = masks
         self.clean = source.index.clean(kept)
+        self.skipped: dict[str, int] = {}  # message of a picture that cannot be used -> samples without it so far
 
     @cached_property
     def paste_masks(self) -> bool:
@@ -119,11 +134,31 @@ class TrainingDataset(Dataset):
             return np.arange(len(self.source.index))
         return np.flatnonzero(np.diff(self.clean.offsets))
 
-    def __getitem__(self, key: Key) -> tuple[Tensor, dict[str, Tensor]] | UserError:
+    def __getitem__(self, key: Key) -> tuple[Tensor, dict[str, Tensor]] | Skipped | UserError:
         try:
             return self.sample(*key)
         except UserError as error:  # handed over as a value: a loader's worker would bury it in its own traceback
-            return error
+            # a key with more parts asks for something of this very picture (`tailfin.samplers.episodes`)
+            return self._instead(key, error) if self.config.on_bad_image == "skip" and len(key) == 3 else error
+
+    def _instead(self, key: Key, error: UserError) -> Skipped | UserError:
+        """The sample of the next training picture that can be used, see the top of the file."""
+        epoch, row, copy = key
+        messages = [str(error)]
+        for other in self._after(row)[: PATIENCE - 1].tolist():
+            try:
+                return Skipped(self.sample(epoch, other, copy), messages)
+            except UserError as another:
+                messages.append(str(another))
+        return UserError(f"{len(messages)} training pictures one after another cannot be used; first: {messages[0]}")
+
+    def _after(self, row: int) -> np.ndarray:
+        """Training rows after `row`, then those before it; where batches are grouped, those of its aspect."""
+        rows, index = self.rows(), self.source.index
+        if self.config.group_by_aspect:
+            wide = index.widths[rows] >= index.heights[rows]
+            rows = rows[wide == (index.widths[row] >= index.heights[row])]
+        return np.concatenate([rows[rows > row], rows[rows < row]])
 
     def sample(self, epoch: int, row: int, copy: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Augmented picture uint8 [3, H, W] and target (boxes, labels, image_id; masks, mask_valid) of a key."""
@@ -217,7 +252,7 @@ def training_loader(
         prefetch_factor=4 if workers else None,
         pin_memory=torch.cuda.is_available(),
     )
-    return _checked(loader)
+    return _counted(loader, dataset.skipped)
 
 
 def by_aspect(index: AnnotationIndex) -> np.ndarray:
@@ -256,15 +291,31 @@ def _checked(loader: DataLoader) -> Generator[Any, None, None]:
     for batch in loader:
         if isinstance(batch, UserError):
             raise batch
-        yield batch
+        yield batch[:2]
 
 
-def _collate(samples: Sequence[Any]) -> tuple[list, list] | UserError:
+def _counted(loader: DataLoader, skipped: dict[str, int]) -> Generator[Batch, None, None]:
+    """Batches; pictures that were skipped are counted here, in the main process, when their batch is used."""
+    for batch in loader:
+        if isinstance(batch, UserError):
+            raise batch
+        images, targets, messages = batch
+        for message in messages:
+            if message not in skipped:
+                print(f"skipped: {printable(message)}", file=sys.stderr)
+            skipped[message] = skipped.get(message, 0) + 1
+        yield images, targets
+
+
+def _collate(samples: Sequence[Any]) -> tuple[list, list, list[str]] | UserError:
+    messages: list[str] = []
     for sample in samples:
         if isinstance(sample, UserError):
             return sample
-    first, second = zip(*samples, strict=True)
-    return list(first), list(second)
+        if isinstance(sample, Skipped):
+            messages += sample.messages
+    first, second = zip(*[s.sample if isinstance(s, Skipped) else s for s in samples], strict=True)
+    return list(first), list(second), messages
 
 
 def _init_worker(_: int) -> None:

@@ -8,7 +8,6 @@ and memory-mapped afterwards.
 from __future__ import annotations
 
 import io
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from tailfin.data.dataset import Source
 from tailfin.data.index import AnnotationIndex
 from tailfin.data.proposal_search import Boxes, opencv, selective_search
 from tailfin.errors import UserError
-from tailfin.files import existing_file, write_atomic, write_json
+from tailfin.files import existing_file, read_npz, write_atomic, write_json
 from tailfin.parsing import Box, boxes_array, column, load_typed, nearest_id, rows_of
 from tailfin.schema.pretraining import Proposals
 
@@ -345,11 +344,7 @@ def _from_json(path: Path) -> tuple[NDArray[np.int64], NDArray[np.float64], NDAr
 
 
 def _from_npz(path: Path) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32], str]:
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            values = {name: file[name] for name in file.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"proposals file {path} is damaged or no .npz file: {' '.join(str(error).split())}") from None
+    values = read_npz(path, "proposals file")
     missing = [name for name in ("image_ids", "offsets", "boxes", "scores") if name not in values]
     if missing:
         raise UserError(f"proposals file {path} lacks the array {missing[0]} (it has {', '.join(values) or 'none'})")

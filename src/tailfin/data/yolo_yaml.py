@@ -9,7 +9,7 @@ import yaml
 
 from tailfin.data.images import is_hidden
 from tailfin.errors import UserError
-from tailfin.files import read_text
+from tailfin.files import check_values, read_text
 
 CLASS_LISTS = ("classes.txt", "labels/classes.txt", "labels/*/classes.txt", "obj.names")
 
@@ -17,10 +17,12 @@ CLASS_LISTS = ("classes.txt", "labels/classes.txt", "labels/*/classes.txt", "obj
 def load_plain_yaml(path: Path) -> Any:
     """YAML in which scalars stay text (a class may be called `no` or `1e3`); only an empty value or null is None."""
     try:
-        return yaml.load(read_text(path, "YAML file"), _PlainLoader)
+        value = yaml.load(read_text(path, "YAML file"), _PlainLoader)
+        check_values(value)
+        return value
     except RecursionError:
         raise UserError(f"{path} is not valid YAML: it is nested too deeply") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, TypeError) as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
 
 

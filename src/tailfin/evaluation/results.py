@@ -12,6 +12,7 @@ id and the record's length, then boxes, scores, category ids and masks::
 
 from __future__ import annotations
 
+import contextlib
 import os
 import struct
 from collections.abc import Iterator, Sequence
@@ -24,6 +25,7 @@ import msgspec
 import numpy as np
 
 from tailfin.errors import UserError, nearest
+from tailfin.files import writing
 
 MAGIC = b"tailfin detections 1\n"
 HEADER = struct.Struct("<qQ")  # image id, length of the record
@@ -40,10 +42,11 @@ class ResultWriter:
     def __init__(self, folder: str | os.PathLike[str], rank: int = 0) -> None:
         self._path = Path(folder) / _shard_name(rank)
         self._part = self._path.with_name(self._path.name + ".part")
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._path.unlink(missing_ok=True)
-        self._file: BinaryIO = self._part.open("wb")
-        self._file.write(MAGIC)
+        with writing(self._path):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._path.unlink(missing_ok=True)
+            self._file: BinaryIO = self._part.open("wb")
+            self._file.write(MAGIC)
 
     def add(self, image_id: int, boxes_xyxy: Any, scores: Any, category_ids: Any, rles: Any = None) -> None:
         """Write all detections of one image; call once per image, also when there are none.
@@ -63,17 +66,19 @@ class ResultWriter:
         xywh = np.concatenate([boxes[:, :2], (boxes[:, 2:] - boxes[:, :2]).clip(min=0)], 1).round(BOX_DECIMALS)
         masks = None if rles is None else [_Rle(tuple(rle["size"]), _bytes(rle["counts"])) for rle in rles]
         payload = msgspec.msgpack.encode(_Record(xywh.tobytes(), score.tobytes(), category.tobytes(), masks))
-        self._file.write(HEADER.pack(int(image_id), len(payload)))
-        self._file.write(payload)
+        with writing(self._path):
+            self._file.write(HEADER.pack(int(image_id), len(payload)))
+            self._file.write(payload)
 
     def close(self) -> None:
         """Finish the shard; a second call does nothing."""
         if self._file.closed:
             return
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        self._part.replace(self._path)
+        with writing(self._path):
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+            self._part.replace(self._path)
 
     def __enter__(self) -> ResultWriter:
         return self
@@ -84,8 +89,10 @@ class ResultWriter:
         if kind is None:
             self.close()
         else:
-            self._file.close()
-            self._part.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # what is buffered does not fit on a full disk either
+                self._file.close()
+            with contextlib.suppress(OSError):
+                self._part.unlink(missing_ok=True)
 
 
 def merge_shards(
@@ -258,14 +265,16 @@ class JsonList:
         self.wanted = False
 
     def __enter__(self) -> JsonList:
-        self._file = self._part.open("wb")
-        self._file.write(b"[")
+        with writing(self._path):
+            self._file = self._part.open("wb")
+            self._file.write(b"[")
         return self
 
     def extend(self, entries: list[dict[str, Any]]) -> None:
         if entries:
-            self._file.write(b",\n" if self.count else b"\n")
-            self._file.write(msgspec.json.encode(entries)[1:-1].replace(b'},{"image_id"', b'},\n{"image_id"'))
+            data = msgspec.json.encode(entries)[1:-1].replace(b'},{"image_id"', b'},\n{"image_id"')
+            with writing(self._path):
+                self._file.write((b",\n" if self.count else b"\n") + data)
             self.count += len(entries)
 
     def __exit__(
@@ -273,14 +282,17 @@ class JsonList:
     ) -> None:
         try:
             if kind is None and self.wanted:
-                self._file.write(b"\n]\n" if self.count else b"]\n")
-                self._file.flush()
-                os.fsync(self._file.fileno())
-                self._file.close()
-                self._part.replace(self._path)
+                with writing(self._path):
+                    self._file.write(b"\n]\n" if self.count else b"]\n")
+                    self._file.flush()
+                    os.fsync(self._file.fileno())
+                    self._file.close()
+                    self._part.replace(self._path)
         finally:
-            self._file.close()
-            self._part.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # what is buffered does not fit on a full disk either
+                self._file.close()
+            with contextlib.suppress(OSError):
+                self._part.unlink(missing_ok=True)
 
 
 def _index(path: Path) -> Iterator[tuple[int, int, int]]:

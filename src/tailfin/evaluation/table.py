@@ -8,7 +8,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from tailfin.errors import UserError
+from tailfin.errors import UserError, printable
 from tailfin.evaluation.protocols import IOU_TYPES
 
 FREQUENCY_NAMES = {"r": "rare", "c": "common", "f": "frequent"}
@@ -38,7 +38,8 @@ def per_category_table(
     for row in rows:
         images = "-" if row["image_count"] is None else f"{row['image_count']:,}"
         group = FREQUENCY_NAMES.get(row["frequency"], "-")
-        table.add_row(Text(row["name"]), group, images, *(percent(row[kind][name]) for name in names))
+        shown = Text(printable(row["name"], lines=False))
+        table.add_row(shown, group, images, *(percent(row[kind][name]) for name in names))
     return table
 
 

@@ -16,6 +16,7 @@ new classifier and box layer. RUN/pretrained.safetensors holds the same for othe
 
 from __future__ import annotations
 
+import io
 from collections import Counter
 from dataclasses import replace
 from typing import Any, cast
@@ -26,6 +27,7 @@ import torch
 from tailfin.checkpoint import save_model
 from tailfin.data.proposals import ProposalSource, open_proposals
 from tailfin.data.views import PretrainingDataset
+from tailfin.files import write_atomic
 from tailfin.models import build_detector
 from tailfin.models.dense import DenseDetector
 from tailfin.models.detector import Detector
@@ -104,7 +106,9 @@ def write(
     pictures = run.out / "stages" / "1-pretrain" / "pictures.npz"
     if not pictures.exists() and int(shell.step):  # a stage that was finished before has no shell any more
         arrays: dict[str, Any] = look(shell, dataset)
-        np.savez_compressed(pictures, **arrays)
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, **arrays)
+        write_atomic(pictures, buffer.getvalue())
     exported = run.out / "pretrained.safetensors"
     if not exported.exists():
         save_model(exported, product, recipe, run.stats, parents=run.parents, parts=parts)

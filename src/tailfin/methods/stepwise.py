@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tailfin.checkpoint import file_hash, load_model_file, save_model
+from tailfin.checkpoint import content_hash, load_model_file, save_model
 from tailfin.data import smooth_tail
 from tailfin.data.dataset import TrainingDataset
 from tailfin.data.smooth_tail import Exemplars, PlannedStep, planned_steps
@@ -137,7 +137,7 @@ def _given(run: Run) -> Detector:
     else:
         for note in notes:
             run.say(note)
-        source = file_hash(Path(recipe.weights))
+        source = content_hash(Path(recipe.weights))
         run.begin()  # may bring the file from another run
 
         def save() -> None:
@@ -145,7 +145,7 @@ def _given(run: Run) -> Detector:
                 save_model(path, model, recipe, run.stats, parents=[source], stage="base")
 
         on_main(run.accelerator, save)
-    run.parents = [*run.parents, file_hash(path)]
+    run.parents = [*run.parents, content_hash(path)]
     return model
 
 

@@ -42,10 +42,7 @@ def write_report(runs: Sequence[str | Path], out: str | Path | None = None, *, t
     if target.is_dir():
         raise UserError(f"{target} is a folder: --out needs a file name, for example {target / 'report.html'}")
     page = build_report(paths, title=title)
-    try:
-        write_atomic(target, page)
-    except OSError as error:
-        raise UserError(f"the report {target} cannot be written: {error.strerror}") from None
+    write_atomic(target, page)
     return target
 
 

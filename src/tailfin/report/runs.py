@@ -19,7 +19,7 @@ import numpy as np
 from tailfin.config import recipe_from_file
 from tailfin.errors import UserError, nearest
 from tailfin.evaluation.results import segm_results_path
-from tailfin.files import read_json
+from tailfin.files import read_object
 from tailfin.schema.recipe import Recipe
 
 # Columns of metrics.jsonl that are not parts of the loss.
@@ -103,7 +103,7 @@ def read_run(path: str | Path, name: str | None = None) -> Run:
     stages = [_stage(folder) for folder in _stage_folders(path)]
     if not any(stage.training for stage in stages):
         missing.append("No training lines have been written yet.")
-    metrics = _optional(path / "metrics.json", "metrics file")
+    metrics = _metrics(path / "metrics.json")
     if metrics is None:
         missing.append("metrics.json is missing: the run has not been evaluated yet.")
     if not (path / "results.bbox.json").is_file():
@@ -171,10 +171,20 @@ def _recipe(path: Path, missing: list[str]) -> tuple[Recipe | None, str]:
 def _optional(file: Path, what: str) -> dict[str, Any] | None:
     if not file.is_file():
         return None
-    value = read_json(file, what)
-    if not isinstance(value, dict):
-        raise UserError(f"{what} {file} must hold a JSON object, not {type(value).__name__}")
-    return value
+    return read_object(file, what)
+
+
+def _metrics(file: Path) -> dict[str, Any] | None:
+    """The metrics of a run, as far as their form goes: objects of numbers by IoU type, for each class too."""
+    metrics = _optional(file, "metrics file")
+    if metrics is None:
+        return None
+    classes = metrics.get("per_category") or []
+    rows = classes if isinstance(classes, list) else [None]
+    kinds = [entry.get(kind) for entry in (metrics, *rows) if isinstance(entry, dict) for kind in ("bbox", "segm")]
+    if any(not isinstance(row, dict) for row in rows) or any(not isinstance(kind, dict | None) for kind in kinds):
+        raise UserError(f"metrics file {file} is damaged: it does not hold numbers by IoU type and class")
+    return metrics
 
 
 def _stage_folders(path: Path) -> list[Path]:

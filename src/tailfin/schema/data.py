@@ -45,6 +45,8 @@ class Data(Section):
     keep_empty: bool = False  # train on images without annotations too
     workers: Annotated[int, Field(ge=0)] = 2
     max_pixels: Count = 64_000_000  # a larger picture is refused
+    # a training picture that is missing, damaged or of another size ends training, or the next one takes its place
+    on_bad_image: Literal["error", "skip"] = "error"
 
     @model_validator(mode="after")
     def _check(self) -> Data:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import io
-import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,8 @@ import plotly.graph_objects as go
 from markupsafe import Markup
 from PIL import Image
 
+from tailfin.errors import UserError
+from tailfin.files import read_npz
 from tailfin.report.draw import Color, draw_detections
 from tailfin.report.page import Section, chart, color, label, render
 from tailfin.report.runs import Run
@@ -69,9 +70,8 @@ _GLOB = "stages/*/pictures.npz"
 
 def _read(path: Path) -> dict[str, np.ndarray]:
     try:
-        with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
-    except (OSError, EOFError, zipfile.BadZipFile) as error:
+        return read_npz(path)
+    except UserError as error:
         raise ValueError(str(error)) from None
 
 
