@@ -23,7 +23,7 @@ ORDER = (
     ("schema",),  # the list of losses is the schema of `loss`
     ("recipe_values", "recipes", "config"),
     ("data", "samplers"),
-    ("class_rows", "weights", "checkpoint"),
+    ("class_rows", "weights", "checkpoint", "foreign"),
     ("schedule",),
     ("models",),
     ("pretraining",),
@@ -34,7 +34,7 @@ ORDER = (
     ("processes", "provenance", "reuse", "run_files", "run"),
     ("methods", "dry_run"),
     ("api",),
-    ("calibration_search", "cost", "propose"),
+    ("calibration_search", "cost", "propose", "convert"),
     ("cli", "__main__"),
 )
 PLACES = {f"tailfin.{name}": place for place, names in enumerate(ORDER) for name in names}

@@ -207,6 +207,8 @@ def resolve_recipe(
         values["weights"] = str(weights)
     if values["weights"] not in NAMED_WEIGHTS:
         values["weights"] = str(Path(values["weights"]).absolute())
+    if values["classes"]["map"]:
+        values["classes"]["map"] = str(Path(values["classes"]["map"]).absolute())
     if resolved.data.synthesize == "demo" and not values["data"]["train"]["annotations"]:
         from tailfin.data.synth import demo_set
         from tailfin.processes import on_main, process_state

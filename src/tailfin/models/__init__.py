@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from torch import Tensor
 
 from tailfin import losses
 from tailfin.checkpoint import FORMAT, read_safetensors
+from tailfin.class_rows import read_aliases
 from tailfin.errors import UserError
 from tailfin.files import existing_file
+from tailfin.foreign import read_checkpoint
 from tailfin.losses.base import ClassificationLoss
 from tailfin.models.atss import build_atss
 from tailfin.models.backbones import Backbone, pyramid_backbone
 from tailfin.models.bodies import build_body, named_state
 from tailfin.models.cascade_rcnn import CascadeRCNN, build_cascade_rcnn
+from tailfin.models.coco_weights import coco_state, differing_settings
+from tailfin.models.convert_detectron2 import is_detectron2
+from tailfin.models.convert_mmdetection import is_mmdetection
 from tailfin.models.convert_torchvision import (
-    convert_rcnn,
-    convert_retinanet,
     is_torchvision_rcnn,
     is_torchvision_retinanet,
+    released_rcnn,
+    released_retinanet,
 )
 from tailfin.models.detector import Detector, Limits
 from tailfin.models.detr_convert import convert_released, is_released
@@ -33,6 +36,7 @@ from tailfin.models.features import build_features, replaced_loss
 from tailfin.models.heads import check_features_fit, refuse_untrained, wrap_trained
 from tailfin.models.localizer import build_localizer
 from tailfin.models.mask_rcnn import build_mask_rcnn
+from tailfin.models.released import Released
 from tailfin.models.rescoring import build_rescorer
 from tailfin.models.retinanet import build_retinanet
 from tailfin.schema.backbones import NAMED_WEIGHTS
@@ -58,14 +62,18 @@ def build_detector(recipe: Recipe, stats: ClassStats, *, start: bool = True) -> 
     body, whole = _starting_weights(recipe, source)
     loss = losses.build(recipe.loss.name, stats, **recipe.loss.options)
     loss = replaced_loss(recipe.features, stats, loss)
+    released = None if whole is None else Released(whole)
     if body is not None and (convert := RELEASED.get(recipe.detector.name)):
-        whole = convert(body, stats, loss, source)
-        body = None if whole is not None else body
+        released = convert(body, stats, loss, source)
+        body = None if released is not None else body
     model = BUILDERS[recipe.detector.name](recipe, stats, loss, body, source)
     if recipe.calibration is not None:
         model.rescore = build_rescorer(recipe.calibration, stats, model.loss)
-    if whole is not None:
-        return model, load_weights(model, whole, source, stats.names)
+    if released is not None:
+        aliases = read_aliases(recipe.classes.map) if recipe.classes.map else None
+        said = load_weights(model, released.state, source, stats.names, old=released.names, aliases=aliases)
+        notes = differing_settings(recipe.detector) if source == "coco" else []
+        return model, [*said, *released.notes, *notes]
     return model, [f"backbone: {source}"] if body is not None else ["random start"]
 
 
@@ -125,7 +133,7 @@ def _dense(
     """A one-stage detector that `build` assembles on a pyramid."""
     config = cast(RetinaNetConfig | ATSSConfig, recipe.detector)
     own = build_body(recipe, config, body, source)
-    backbone = pyramid_backbone(own, layers=config.fpn_layers, channels=config.fpn_channels, convs=config.fpn_convs)
+    backbone = pyramid_backbone(own, layers=config.fpn_layers, channels=config.fpn_channels, convs=config.fpn_convs, relu=config.fpn_convs_relu)
     return build(backbone, loss, config, _limits(recipe), channels_last=recipe.schedule.channels_last)
 
 
@@ -160,26 +168,24 @@ BUILDERS: dict[str, Builder] = {
 
 def _released_retinanet(
     state: dict[str, Tensor], stats: ClassStats, loss: ClassificationLoss, source: str
-) -> dict[str, Tensor] | None:
-    known = is_torchvision_retinanet(state)
-    return convert_retinanet(state, stats.names, loss.num_logits, source) if known else None
+) -> Released | None:
+    return released_retinanet(state, stats.names, source) if is_torchvision_retinanet(state) else None
 
 
 def _released_detr(
     state: dict[str, Tensor], stats: ClassStats, loss: ClassificationLoss, source: str
-) -> dict[str, Tensor] | None:
-    return convert_released(state, num_logits=loss.num_logits) if is_released(state) else None
+) -> Released | None:
+    return Released(convert_released(state, num_logits=loss.num_logits)) if is_released(state) else None
 
 
 def _released_rcnn(
     masks: bool, state: dict[str, Tensor], stats: ClassStats, loss: ClassificationLoss, source: str
-) -> dict[str, Tensor] | None:
-    known = is_torchvision_rcnn(state)
-    return convert_rcnn(state, stats.names, loss.num_logits, source, masks=masks) if known else None
+) -> Released | None:
+    return released_rcnn(state, stats.names, source, masks=masks) if is_torchvision_rcnn(state) else None
 
 
 # by `detector.name`: weights of a whole detector in another project's names to tailfin's; None for anything else
-RELEASED: dict[str, Callable[[dict[str, Tensor], ClassStats, ClassificationLoss, str], dict[str, Tensor] | None]] = {
+RELEASED: dict[str, Callable[[dict[str, Tensor], ClassStats, ClassificationLoss, str], Released | None]] = {
     "faster_rcnn": partial(_released_rcnn, False),
     "mask_rcnn": partial(_released_rcnn, True),
     "retinanet": _released_retinanet,
@@ -191,26 +197,19 @@ def _starting_weights(recipe: Recipe, weights: str) -> tuple[dict[str, Tensor] |
     """(weights of the body, weights of a whole detector), at most one of them."""
     if weights == "none":
         return None, None
+    if weights == "coco":
+        return coco_state(recipe.detector.name), None
     if weights in NAMED_WEIGHTS:
         return named_state(recipe, weights), None
     path = existing_file(weights, "weights")
     if path.suffix == ".safetensors":
         state, metadata = read_safetensors(path)
         return (None, state) if metadata.get("format") == FORMAT else (state, None)
-    state = _read_pickle(path)
+    state = read_checkpoint(path).state
+    for project, known in (("detectron2", is_detectron2), ("mmdetection", is_mmdetection)):
+        if known(state):
+            raise UserError(
+                f"weights {path} are a detector of {project}: convert it first, `tailfin convert {path} --recipe RECIPE "
+                "--classes FILE --out model.safetensors`, and start from that file"
+            )
     return state, None
-
-
-def _read_pickle(path: Path) -> dict[str, Tensor]:
-    """The state dict of a backbone or of a released detector (.pth); a pickle that wants code is refused."""
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # the options in a released checkpoint
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise UserError(
-            f"weights {path} cannot be read as plain tensors: {' '.join(str(error).split())[:160]}"
-        ) from None
-    state = state.get("model", state.get("state_dict", state)) if isinstance(state, dict) else state
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(f"weights {path} hold no dictionary of tensors")
-    return state

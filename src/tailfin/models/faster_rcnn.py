@@ -27,7 +27,7 @@ from tailfin.models.heads import box_heads
 from tailfin.models.heads.roi_heads import RoIHeads
 from tailfin.models.precision import in_float32
 from tailfin.models.roi_align import PyramidRoIAlign
-from tailfin.models.rpn import RPN, Float32Anchors, Float32RPNHead, ResamplingRPN, RPNOutputs
+from tailfin.models.rpn import RPN, ExactAnchors, Float32Anchors, Float32RPNHead, ResamplingRPN, RPNOutputs
 from tailfin.samplers.nms_resampling import THRESHOLDS
 from tailfin.schema.detectors import FasterRCNNConfig
 from tailfin.stats import ClassStats
@@ -272,7 +272,7 @@ def build_faster_rcnn(
     channels_last: bool = False,
 ) -> FasterRCNN:
     """Assemble the detector; the classifier's width and bias come from `loss`."""
-    rpn = build_rpn(config, stats, backbone.out_channels)
+    rpn = build_rpn(config, stats, backbone)
     roi_heads = build_box_head(backbone, loss, config, limits, stats)
     return FasterRCNN(backbone, rpn, roi_heads, **options_of(config, limits, channels_last))
 
@@ -287,12 +287,14 @@ def options_of(config: FasterRCNNConfig, limits: Limits, channels_last: bool) ->
     }
 
 
-def build_rpn(config: FasterRCNNConfig, stats: ClassStats, channels: int) -> RPN:
-    """The region proposal network on levels of `channels`."""
-    anchors = Float32Anchors(
-        sizes=tuple((size,) for size in config.anchor_sizes),
-        aspect_ratios=(tuple(config.anchor_ratios),) * len(config.anchor_sizes),
-    )
+def build_rpn(config: FasterRCNNConfig, stats: ClassStats, backbone: Backbone) -> RPN:
+    """The region proposal network on the levels of a pyramid."""
+    channels, strides = backbone.out_channels, backbone.level_strides
+    own = {
+        "sizes": tuple((size,) for size in config.anchor_sizes),
+        "aspect_ratios": (tuple(config.anchor_ratios),) * len(config.anchor_sizes),
+    }
+    anchors = ExactAnchors(strides, **own) if config.anchor_style == "exact" else Float32Anchors(**own)
     rpn_kind: Callable[..., RPN] = RPN
     if config.rpn_nms_resampling != "none":
         thresholds = (*THRESHOLDS[:2], config.rpn_nms)
@@ -328,11 +330,11 @@ def build_box_head(
         "box_loss_weight": config.box_loss_weight,
         "limits": limits,
     }
-    pool = pyramid_pool(backbone, config.roi_size, config.roi_sampling)
+    pool = pyramid_pool(backbone, config.roi_size, config.roi_sampling, aligned=config.roi_aligned)
     return box_heads(config, loss, stats, pool, backbone.out_channels, **{**own, **options})
 
 
-def pyramid_pool(backbone: Backbone, size: int, sampling: int) -> PyramidRoIAlign:
+def pyramid_pool(backbone: Backbone, size: int, sampling: int, *, aligned: bool = False) -> PyramidRoIAlign:
     """RoIAlign on the levels of the pyramid that come from the body."""
     strides = backbone.strides
-    return PyramidRoIAlign(list(strides), list(strides.values()), size, sampling)
+    return PyramidRoIAlign(list(strides), list(strides.values()), size, sampling, aligned=aligned)

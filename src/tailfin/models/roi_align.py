@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torchvision.ops import MultiScaleRoIAlign
+from torchvision.ops import MultiScaleRoIAlign, roi_align
 from torchvision.ops.poolers import LevelMapper
 
 
@@ -25,16 +25,23 @@ class PyramidRoIAlign(MultiScaleRoIAlign):
         strides: pixels per cell of each level, powers of two.
         output_size: bins per side.
         sampling_ratio: samples per bin and side; 0 = as many as the box has cells, left to torchvision.
+        aligned: boxes are shifted by half a cell, so that a cell's value stands at its centre, and none is widened to
+            one cell (detectron2, mmdetection); false: torchvision's detectors.
     """
 
-    def __init__(self, names: list[str], strides: list[int], output_size: int, sampling_ratio: int) -> None:
+    def __init__(
+        self, names: list[str], strides: list[int], output_size: int, sampling_ratio: int, *, aligned: bool = False
+    ) -> None:
         super().__init__(names, output_size, sampling_ratio)
+        self.aligned = aligned
         self.scales = [1 / stride for stride in strides]
         self.map_levels = LevelMapper(strides[0].bit_length() - 1, strides[-1].bit_length() - 1)
 
     def forward(self, x: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]) -> Tensor:
         features = [x[name] for name in self.featmap_names]
         exporting = torch.jit.is_tracing() or torch.compiler.is_compiling()
+        if self.aligned:
+            return self._aligned(features, boxes)
         if features[0].device.type != "cpu" or self.sampling_ratio < 1 or exporting:
             return super().forward(x, boxes, image_shapes)
         every = torch.cat(boxes).detach()
@@ -53,6 +60,23 @@ class PyramidRoIAlign(MultiScaleRoIAlign):
         if len(pooled) == 1:
             return pooled[0]
         return torch.cat(pooled).index_select(0, torch.cat(order).argsort())
+
+
+    def _aligned(self, features: list[Tensor], boxes: list[Tensor]) -> Tensor:
+        """torchvision's kernel with half a cell's shift, level by level."""
+        every = torch.cat(boxes).detach()
+        counts = torch.tensor([len(own) for own in boxes], device=every.device)
+        images = torch.arange(len(boxes), device=every.device).repeat_interleave(counts)
+        rois = torch.cat([images[:, None].to(every.dtype), every], dim=1)
+        levels = self.map_levels(boxes) if len(features) > 1 else torch.zeros_like(images)
+        size, ratio = self.output_size, max(self.sampling_ratio, 0)
+        result = features[0].new_zeros((len(rois), features[0].shape[1], *size))
+        for level, (feature, scale) in enumerate(zip(features, self.scales, strict=True)):
+            rows = torch.where(levels == level)[0]
+            own = rois[rows].to(feature.dtype)
+            pooled = roi_align(feature, own, size, scale, ratio, aligned=True)
+            result = result.index_put((rows,), pooled.to(result.dtype))
+        return result
 
 
 def _pool(feature: Tensor, boxes: Tensor, images: Tensor, bins: int, samples: int) -> Tensor:

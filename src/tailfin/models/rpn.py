@@ -21,6 +21,7 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead, concat_box_prediction_layers
 from torchvision.ops import clip_boxes_to_image, remove_small_boxes
 
+from tailfin.models.dense_anchors import cell_anchors
 from tailfin.samplers.nms_resampling import (
     THRESHOLDS,
     class_groups,
@@ -36,6 +37,33 @@ class Float32Anchors(AnchorGenerator):
 
     def set_cell_anchors(self, dtype: torch.dtype, device: torch.device) -> None:
         super().set_cell_anchors(torch.float32, device)
+
+
+class ExactAnchors(Float32Anchors):
+    """Anchors whose sides are not rounded, on cells of the given strides: detectron2's and mmdetection's. torchvision
+    rounds corners to whole pixels and divides the padded picture by the level's cells.
+
+    Args:
+        strides: pixels per cell of each level.
+        more: those of torchvision's `AnchorGenerator`.
+    """
+
+    def __init__(self, strides: Sequence[int], **more: Any) -> None:
+        super().__init__(**more)
+        self.strides = tuple(strides)
+        self.cell_anchors = [
+            cell_anchors(float(sizes[0]), 1, ratios).float()
+            for sizes, ratios in zip(self.sizes, self.aspect_ratios, strict=True)
+        ]
+
+    def forward(self, image_list: ImageList, feature_maps: list[Tensor]) -> list[Tensor]:
+        """Per picture [A, 4], level by level."""
+        shapes = [[int(side) for side in own.shape[-2:]] for own in feature_maps]
+        device = feature_maps[0].device
+        self.set_cell_anchors(torch.float32, device)
+        steps = [[torch.tensor(stride, device=device)] * 2 for stride in self.strides]
+        anchors = torch.cat(self.grid_anchors(shapes, steps))
+        return [anchors for _ in image_list.image_sizes]
 
 
 class Float32RPNHead(RPNHead):

@@ -25,6 +25,7 @@ class DetectorSection(Section):
     DENSE: ClassVar[bool] = False  # anchors on a pyramid, no proposals: 2DRCL pools boxes with layers of its own
     CASCADE: ClassVar[bool] = False  # several box heads, one after another
     CLASSES: ClassVar[bool] = True  # it tells classes apart
+    COCO: ClassVar[str] = ""  # the backbone that `weights: coco` has for it; empty: none
     name: str
     # of the backbone; a random start needs another than "frozen_bn"; "own": those of a timm backbone, trained
     norm: Literal["frozen_bn", "bn", "gn", "own"] = "frozen_bn"
@@ -36,12 +37,14 @@ class FasterRCNNConfig(DetectorSection):
 
     PARTS: ClassVar[tuple[str, ...]] = ("classifier", "box", "head", "rpn", "fpn", "backbone")
     BOX_HEAD: ClassVar[bool] = True
+    COCO: ClassVar[str] = "resnet50"
     name: Literal["faster_rcnn"] = "faster_rcnn"
     fpn_channels: Count = 256
     fpn_layers: Annotated[tuple[Annotated[int, Field(ge=1, le=4)], ...], Field(min_length=1)] = (1, 2, 3, 4)
     fpn_pool: bool = True  # one more level, pooled from the last
     anchor_sizes: tuple[Count, ...] = (32, 64, 128, 256, 512)  # one per level, in pixels
     anchor_ratios: tuple[Positive, ...] = (0.5, 1.0, 2.0)
+    anchor_style: Literal["torchvision", "exact"] = "torchvision"  # torchvision: sides in whole pixels
     rpn_batch: Count = 256
     rpn_fg_fraction: Fraction = 0.5
     rpn_fg_iou: Fraction = 0.7
@@ -53,6 +56,7 @@ class FasterRCNNConfig(DetectorSection):
     rpn_post_nms: tuple[Count, Count] = (1000, 1000)  # per image, training and test
     roi_size: Count = 7
     roi_sampling: int = 2  # samples per bin and side; 0 = adaptive
+    roi_aligned: bool = False  # half a cell's shift: detectron2, mmdetection; false: torchvision
     roi_batch: Count = 512
     roi_fg_fraction: Fraction = 0.25
     roi_fg_iou: Fraction = 0.5
@@ -104,6 +108,7 @@ class CascadeRCNNConfig(MaskRCNNConfig):
     """Cascade R-CNN, three stages as published; with `masks` Cascade Mask R-CNN."""
 
     CASCADE: ClassVar[bool] = True
+    COCO: ClassVar[str] = ""
     name: Literal["cascade_rcnn"] = "cascade_rcnn"  # type: ignore[assignment]
     masks: bool = False  # a mask branch per stage; the keys mask_* are its
     box_regression: Literal["class_agnostic", "class_specific"] = "class_agnostic"
@@ -111,6 +116,7 @@ class CascadeRCNNConfig(MaskRCNNConfig):
     box_loss_beta: Positive = 1.0
     stage_ious: tuple[Fraction, ...] = (0.5, 0.6, 0.7)  # in the place of roi_fg_iou
     stage_weights: tuple[NotNegative, ...] = (1.0, 0.5, 0.25)  # of the stages' losses
+    stage_mean: Literal["logits", "scores"] = "logits"  # of which the stages' mean is taken; scores: of a softmax
     stage_stds: tuple[Stds, ...] = (  # of the box deltas
         (0.1, 0.1, 0.2, 0.2),
         (0.05, 0.05, 0.1, 0.1),
@@ -216,10 +222,12 @@ class RetinaNetConfig(DetectorSection):
 
     PARTS: ClassVar[tuple[str, ...]] = ("classifier", "box", "head", "fpn", "backbone")
     DENSE: ClassVar[bool] = True
+    COCO: ClassVar[str] = "resnet50"
     name: Literal["retinanet"]
     fpn_channels: Count = 256
     fpn_layers: Annotated[tuple[Annotated[int, Field(ge=1, le=4)], ...], Field(min_length=1)] = (2, 3, 4)
     fpn_convs: Literal["none", "body", "pyramid"] = "body"  # two more levels, from C5 or from P5 (torchvision)
+    fpn_convs_relu: bool = True  # before the second of them; false: mmdetection
     head_convs: Annotated[int, Field(ge=0)] = 4  # layers of each tower
     head_norm: Literal["none", "gn"] = "none"
     anchor_scale: Positive = 4.0  # side of the smallest anchor in strides
@@ -255,6 +263,7 @@ class ATSSConfig(DetectorSection):
     fpn_channels: Count = 256
     fpn_layers: Annotated[tuple[Annotated[int, Field(ge=1, le=4)], ...], Field(min_length=1)] = (2, 3, 4)
     fpn_convs: Literal["none", "body", "pyramid"] = "pyramid"  # two more levels, from C5 or from P5
+    fpn_convs_relu: bool = True  # before the second of them; false: mmdetection
     head_convs: Annotated[int, Field(ge=0)] = 4  # layers of each tower
     head_norm: Literal["none", "gn"] = "gn"
     anchor_scales: Annotated[tuple[Positive, ...], Field(min_length=1)] = (8.0,)  # sides of the squares in strides

@@ -1,0 +1,105 @@
+"""Checkpoint files of other projects, read without running what is in them: .pth of torch, .pkl of numpy arrays.
+
+    checkpoint = read_checkpoint(Path("model_final.pkl"))
+    checkpoint.state, checkpoint.facts         tensors by name; what stands beside them
+
+A pickle can name any function and have it called. torch's own reader for plain tensors takes .pth files; .pkl files,
+detectron2's, are read here by an unpickler that knows arrays and nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import pickle
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tailfin.errors import UserError
+from tailfin.files import existing_file
+
+STATES = ("model", "state_dict")  # under which of a file's keys its weights may lie
+# the functions that a pickle of numpy arrays calls, by their modules of numpy 1 and 2
+ARRAYS: dict[tuple[str, str], Callable[..., Any]] = {
+    ("collections", "OrderedDict"): collections.OrderedDict,
+    ("numpy", "ndarray"): np.ndarray,
+    ("numpy", "dtype"): np.dtype,
+    ("_codecs", "encode"): lambda text, encoding="latin1": text.encode("latin1"),  # bytes in protocols before 3
+    **{
+        (f"numpy.{core}.multiarray", name): getattr(np._core.multiarray, name)
+        for core in ("core", "_core")
+        for name in ("_reconstruct", "scalar")
+    },
+    **{(f"numpy.{core}.numeric", "_frombuffer"): np._core.numeric._frombuffer for core in ("core", "_core")},
+}
+
+
+class Checkpoint(NamedTuple):
+    """A file's weights and what stands beside them."""
+
+    state: dict[str, Tensor]
+    facts: dict[str, Any]
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """A .pth, .pt, .bin or .pkl file.
+
+    Raises:
+        UserError: the file is missing or damaged, wants code to be run, or holds no dictionary of tensors.
+    """
+    path = existing_file(path, "weights")
+    value = _arrays(path) if path.suffix == ".pkl" else _tensors(path)
+    facts = {str(key): one for key, one in value.items() if key not in STATES} if isinstance(value, dict) else {}
+    inner = next((value[key] for key in STATES if key in value), None) if isinstance(value, dict) else None
+    state = value if inner is None else inner
+    if isinstance(state, Mapping):
+        state = {key: _tensor(one) for key, one in state.items()}
+    if not isinstance(state, dict) or not all(isinstance(one, Tensor) for one in state.values()):
+        raise UserError(f"weights {path} hold no dictionary of tensors")
+    return Checkpoint({str(key): one for key, one in state.items()}, facts if inner is not None else {})
+
+
+def _tensors(path: Path) -> Any:
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):  # the options in a released checkpoint
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise UserError(
+            f"weights {path} cannot be read as plain tensors: {' '.join(str(error).split())[:160]}"
+        ) from None
+
+
+def _arrays(path: Path) -> Any:
+    try:
+        with path.open("rb") as file:
+            return _Arrays(file, encoding="latin1").load()
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"weights {path} are no readable pickle of arrays: {' '.join(str(error).split())[:160]}") from None
+
+
+class _Arrays(pickle.Unpickler):
+    """Knows numpy arrays alone."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        found = ARRAYS.get((module, name))
+        if found is None:
+            raise UserError(
+                f"weights: the pickle wants {module}.{name}, which is no array: files that want code are not read"
+            )
+        return found
+
+    def persistent_load(self, pid: Any) -> Any:
+        raise UserError("weights: the pickle refers to other files: such files are not read")
+
+
+def _tensor(value: Any) -> Any:
+    if isinstance(value, np.ndarray) and value.dtype.kind in "fiub":
+        return torch.from_numpy(np.array(value))  # a copy that may be written to
+    return value
