@@ -127,6 +127,8 @@ def join_class_rows(
 
 def _knows_classes(key: str) -> bool:
     parts = key.split(".")
+    if parts[0] == "rpn":  # its boxes are those of anchors
+        return False
     named = set(parts[:-1]) & {*CLASS_LAYERS, *CLASS_STATE}
     return bool(named) or key.startswith(DENSE) or _of_masks(parts)
 
@@ -184,7 +186,9 @@ def _layout(
 def _told(join: ClassJoin, kept: int, classified: bool, anew: list[str]) -> list[str]:
     if not classified:
         left = len(join.others)
-        lines = [f"  classes: 0 kept, {len(join.names)} new, {left} of the file left out: its classifier is of another kind"]
+        lines = [
+            f"  classes: 0 kept, {len(join.names)} new, {left} of the file left out: its classifier is of another kind"
+        ]
     else:
         lines = [
             f"  classes joined by name: {kept} kept, {len(join.missing)} new{_named(join.missing)}, "

@@ -78,10 +78,16 @@ def _arrays(path: Path) -> Any:
     try:
         with path.open("rb") as file:
             return _Arrays(file, encoding="latin1").load()
-    except UserError:
-        raise
+    except _Code as code:
+        raise UserError(f"weights {path}: the pickle wants {code}: files that want code are not read") from None
     except Exception as error:
-        raise UserError(f"weights {path} are no readable pickle of arrays: {' '.join(str(error).split())[:160]}") from None
+        raise UserError(
+            f"weights {path} are no readable pickle of arrays: {' '.join(str(error).split())[:160]}"
+        ) from None
+
+
+class _Code(Exception):
+    """What a pickle wants beside arrays."""
 
 
 class _Arrays(pickle.Unpickler):
@@ -90,13 +96,11 @@ class _Arrays(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         found = ARRAYS.get((module, name))
         if found is None:
-            raise UserError(
-                f"weights: the pickle wants {module}.{name}, which is no array: files that want code are not read"
-            )
+            raise _Code(f"{module}.{name}, which is no array")
         return found
 
     def persistent_load(self, pid: Any) -> Any:
-        raise UserError("weights: the pickle refers to other files: such files are not read")
+        raise _Code("something that lies outside of it")
 
 
 def _tensor(value: Any) -> Any:

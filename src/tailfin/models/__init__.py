@@ -133,7 +133,9 @@ def _dense(
     """A one-stage detector that `build` assembles on a pyramid."""
     config = cast(RetinaNetConfig | ATSSConfig, recipe.detector)
     own = build_body(recipe, config, body, source)
-    backbone = pyramid_backbone(own, layers=config.fpn_layers, channels=config.fpn_channels, convs=config.fpn_convs, relu=config.fpn_convs_relu)
+    backbone = pyramid_backbone(
+        own, layers=config.fpn_layers, channels=config.fpn_channels, convs=config.fpn_convs, relu=config.fpn_convs_relu
+    )
     return build(backbone, loss, config, _limits(recipe), channels_last=recipe.schedule.channels_last)
 
 

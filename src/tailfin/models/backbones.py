@@ -158,7 +158,9 @@ class Backbone(nn.Module):
     @property
     def level_names(self) -> list[str]:
         """Names of the levels of `level_strides`."""
-        further = {LastLevelMaxPool: ["pool"], LastLevelP6P7: ["p6", "p7"], PlainP6P7: ["p6", "p7"]}.get(type(self.fpn.extra_blocks), [])
+        further = {LastLevelMaxPool: ["pool"], LastLevelP6P7: ["p6", "p7"], PlainP6P7: ["p6", "p7"]}.get(
+            type(self.fpn.extra_blocks), []
+        )
         return [*self.strides, *further]
 
     @property

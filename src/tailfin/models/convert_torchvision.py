@@ -15,13 +15,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torchvision.models.detection import RetinaNet_ResNet50_FPN_Weights
 
 from tailfin.errors import UserError
-from tailfin.models.released import Released
+from tailfin.models.released import Released, Zoo
 
 SHARED = ("backbone.", "rpn.")  # the same names in both
 BOX_HEAD = {"roi_heads.box_head.fc6.": "roi_heads.head.fc6.", "roi_heads.box_head.fc7.": "roi_heads.head.fc7."}
@@ -178,3 +179,26 @@ def _classes(
         said = f"  {source} has no class names: its {len(names)} classes are taken in the order of the data's"
         return list(range(first, count)), list(names), (said,)
     raise UserError(f"{source}: its classifier has {count} classes, the training file {len(names)}")
+
+
+def zoo(state: Mapping[str, Tensor], backbone: str) -> Zoo:
+    """A published detector of COCO, whose 80 classes have rows by id; of fewer rows all but the first."""
+    dense = is_torchvision_retinanet(state)
+    count = len(state[f"{DENSE_BOX}weight"]) // 4 if dense else 1
+    rows = len(state[f"{DENSE_CLASSIFIER if dense else CLASSIFIER}weight"]) // count
+    coco = RetinaNet_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
+    labels = list(range(1, rows))
+    if rows == len(coco):
+        labels = [row for row, name in enumerate(coco) if name not in ("__background__", "N/A")]
+    changes: dict[str, Any] = {"backbone": backbone, "detector.norm": "frozen_bn"}
+    if dense:
+        plain = {"fpn_convs": "pyramid", "fpn_convs_relu": True, "anchor_style": "torchvision"}
+        changes |= {f"detector.{key}": value for key, value in {**plain, "low_quality": "keep_owner"}.items()}
+        return Zoo(convert_retinanet(state, labels), "retinanet", len(labels), changes)
+    masks = any(".mask_" in key for key in state)
+    plain = {"anchor_style": "torchvision", "roi_aligned": False, "roi_sampling": 2, "box_regression": "class_specific"}
+    changes |= {f"detector.{key}": value for key, value in plain.items()}
+    if masks:
+        changes["detector.masks_by_class"] = "class_specific"
+        return Zoo(convert_mask_rcnn(state, labels), "mask_rcnn", len(labels) + 1, changes)
+    return Zoo(convert_faster_rcnn(state, labels), "faster_rcnn", len(labels) + 1, changes)

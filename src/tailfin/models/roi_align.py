@@ -61,7 +61,6 @@ class PyramidRoIAlign(MultiScaleRoIAlign):
             return pooled[0]
         return torch.cat(pooled).index_select(0, torch.cat(order).argsort())
 
-
     def _aligned(self, features: list[Tensor], boxes: list[Tensor]) -> Tensor:
         """torchvision's kernel with half a cell's shift, level by level."""
         every = torch.cat(boxes).detach()
