@@ -15,8 +15,9 @@ from rich.table import Table
 from torch import nn
 
 from tailfin.data.dataset import TrainingDataset, open_source
-from tailfin.data.smooth_tail import ALL, PlannedStep, divide, planned_steps
+from tailfin.data.smooth_tail import ALL, PlannedStep, planned_steps
 from tailfin.inference import check_kinds, check_validation
+from tailfin.methods.stepwise import class_parts
 from tailfin.models import build_detector
 from tailfin.report.draw import draw_detections
 from tailfin.run import batch_plan
@@ -90,7 +91,7 @@ def planned_stages(
     """
     settings, later = recipe.stepwise, {}
     if settings is not None:
-        parts = divide(stats.image_count, settings.division, settings.boundary)
+        parts = class_parts(recipe, stats)
         later = {step.name: step for step in planned_steps(settings, parts)}
         if settings.base == "head":
             kept = (parts == 0)[whole.source.index.labels]

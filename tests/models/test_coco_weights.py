@@ -26,7 +26,7 @@ SETTINGS = {"retinanet": {"fpn_convs": "pyramid", "anchor_style": "torchvision"}
 
 
 def published(name: str, monkeypatch):
-    """torchvision's detector of 91 rows with norms that add nothing to the variance, and its weights as the download."""
+    """torchvision's detector of 91 rows with norms that add nothing to the variance; its weights are the download."""
     torch.manual_seed(0)
     entry, make = ENTRIES[name]
     twin = make(weights=None, weights_backbone=None, num_classes=91, min_size=96, max_size=128, box_score_thresh=0.0)

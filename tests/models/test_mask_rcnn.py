@@ -232,8 +232,8 @@ def test_names_of_older_versions(pair):
 
 
 def test_a_recipe_starts_from_a_file_of_torchvision_s(pair, tmp_path):
-    """`weights: FILE.pth`, of Mask R-CNN for both detectors; a classifier that the loss has no use for is left, and said
-    to be; a number of classes that says nothing of them is refused."""
+    """`weights: FILE.pth`, of Mask R-CNN for both detectors; a classifier that the loss has no use for starts anew, and
+    that is said; a number of classes that says nothing of them is refused."""
     _, twin = pair
     path = tmp_path / "maskrcnn.pth"
     torch.save(twin.state_dict(), path)

@@ -26,7 +26,7 @@ VERBS = {
     "report": "Write one HTML file about runs, side by side, or serve it with --live.",
     "cost": "Count multiply-adds and parameters, and measure pictures per second part by part.",
     "calibrate": "Calibrate a trained model's scores by class size; predict and evaluate the result like any model.",
-    "convert": "Convert a detector of detectron2, mmdetection or torchvision; evaluate, predict and train with it.",
+    "convert": "Convert a detector of detectron2, mmdetection or torchvision to a model file, used like any model.",
     "data": "Look at, check, make and convert annotation files.",
     "recipes": "List, show and copy recipes and published rows.",
     "doctor": "Check versions, devices, threads, memory and optional parts; exit code 2 where training cannot work.",

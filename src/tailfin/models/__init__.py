@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any, cast
 
 from torch import Tensor
@@ -211,7 +210,7 @@ def _starting_weights(recipe: Recipe, weights: str) -> tuple[dict[str, Tensor] |
     for project, known in (("detectron2", is_detectron2), ("mmdetection", is_mmdetection)):
         if known(state):
             raise UserError(
-                f"weights {path} are a detector of {project}: convert it first, `tailfin convert {path} --recipe RECIPE "
-                "--classes FILE --out model.safetensors`, and start from that file"
+                f"weights {path} are a detector of {project}: convert it first, `tailfin convert {path} --recipe "
+                "RECIPE --classes FILE --out model.safetensors`, and start from that file"
             )
     return state, None

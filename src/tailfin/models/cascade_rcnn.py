@@ -33,7 +33,6 @@ from tailfin.models.rpn import RPN
 from tailfin.schema.detectors import CascadeRCNNConfig
 from tailfin.stats import ClassStats
 
-
 TINY = 1e-30  # below every probability that matters
 
 

@@ -42,7 +42,7 @@ class Zoo(NamedTuple):
 def renamed(
     state: Mapping[str, Tensor], rules: Sequence[tuple[str, str]], left_out: str, source: str
 ) -> dict[str, Tensor]:
-    """Every weight under the name that the first rule with its pattern gives it; one without a rule is a `UserError`."""
+    """Every weight under the name that the first rule with its pattern gives it; none without a rule, a `UserError`."""
     compiled = [(re.compile(pattern), ours) for pattern, ours in rules]
     without = re.compile(left_out)
     found: dict[str, Tensor] = {}
@@ -72,7 +72,7 @@ def rgb_conv(weight: Tensor) -> Tensor:
 
 
 def with_statistics(state: Mapping[str, Tensor], norms: Iterable[str]) -> dict[str, Tensor]:
-    """The state with mean 0 and deviation 1 for those of `norms` (beginnings of names) that are scale and shift alone."""
+    """The state with mean 0 and deviation 1 for those of `norms` (beginnings of names) that only scale and shift."""
     found = dict(state)
     for norm in norms:
         if f"{norm}running_mean" not in found:

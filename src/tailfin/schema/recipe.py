@@ -74,7 +74,7 @@ class Recipe(Section):
     about: About = About()
     method: Annotated[str, AfterValidator(known_method)] = "baseline"  # of `schema.stages.METHODS`
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    # "imagenet" (the loader of torchvision or timm), "packaged", "coco", "none", or a file: a tailfin model or a backbone
+    # "imagenet" (torchvision's or timm's loader), "packaged", "coco", "none", or a file: a tailfin model or a backbone
     weights: str = "none"
     classes: Classes = Classes()
     backbone: Annotated[str, AfterValidator(known_backbone)] = "resnet50"  # a ResNet, or timm/NAME
@@ -101,7 +101,7 @@ class Recipe(Section):
         check_backbone(self.backbone, self.weights, self.detector.norm)
         if self.weights == "coco" and not self.detector.COCO:
             raise ValueError(f"weights: coco has no {self.detector.name}: start from imagenet or a file")
-        if self.weights == "coco" and self.detector.COCO != self.backbone:
+        if self.weights == "coco" and self.backbone != self.detector.COCO:
             raise ValueError(f"weights: coco is for backbone {self.detector.COCO}, not {self.backbone}")
         if self.weights == "none" and self.detector.norm == "frozen_bn":
             raise ValueError(
