@@ -125,6 +125,22 @@ def join_class_rows(
     return joined, _told(join, len(kept), classified, anew)
 
 
+def same_for_all_classes(key: str, state: Mapping[str, Tensor], classes: int) -> bool:
+    """Whether a weight of a model of `classes` classes is of none of them: body, pyramid, boxes of all in one, ..."""
+    return not _knows_classes(key) or _shared(key, state[key], state[key], classes, classes)
+
+
+def rows_behind(key: str, state: Mapping[str, Tensor], classes: int) -> Tensor | None:
+    """Which rows of a weight lie behind the classes (background), bool; none for a weight without rows of classes."""
+    if same_for_all_classes(key, state, classes):
+        return None
+    layout = _layout(key, state[key], state[key], state, state, classes, classes)
+    if layout is None:
+        return None
+    place = torch.arange(len(state[key])) % (len(state[key]) // layout.groups)
+    return place >= layout.per_class * classes
+
+
 def _knows_classes(key: str) -> bool:
     parts = key.split(".")
     if parts[0] == "rpn":  # its boxes are those of anchors

@@ -27,6 +27,7 @@ VERBS = {
     "cost": "Count multiply-adds and parameters, and measure pictures per second part by part.",
     "calibrate": "Calibrate a trained model's scores by class size; predict and evaluate the result like any model.",
     "convert": "Convert a detector of detectron2, mmdetection or torchvision to a model file, used like any model.",
+    "merge": "Merge the classes of two models with the same features into one detector.",
     "data": "Look at, check, make and convert annotation files.",
     "recipes": "List, show and copy recipes and published rows.",
     "doctor": "Check versions, devices, threads, memory and optional parts; exit code 2 where training cannot work.",
