@@ -32,7 +32,7 @@ ORDER = (
     ("mask_encoding", "inference", "exemplar_scores"),
     ("report", "pictures"),
     ("processes", "provenance", "reuse", "run_files", "run"),
-    ("methods", "dry_run"),
+    ("methods", "dry_run", "auto_batch"),
     ("api",),
     ("calibration_search", "cost", "propose", "convert", "merging"),
     ("cli", "__main__"),

@@ -129,6 +129,8 @@ class Run:
                 f"stage {name}: {len(dataset.rows())} images, {plan.iterations} iterations of {recipe.schedule.batch}, "
                 f"{self.stats.num_classes} classes, loss {recipe.loss.name}, sampler {recipe.sampler.name}"
             )
+            if told := recipe.schedule.rate_told():
+                self.say(told)
             if about_masks:
                 self.say(about_masks)
             seeing: list[Any] = [module for module in model.modules() if hasattr(module, "see_annotations")]
