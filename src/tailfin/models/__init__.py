@@ -61,6 +61,10 @@ def build_detector(recipe: Recipe, stats: ClassStats, *, start: bool = True) -> 
     body, whole = _starting_weights(recipe, source)
     loss = losses.build(recipe.loss.name, stats, **recipe.loss.options)
     loss = replaced_loss(recipe.features, stats, loss)
+    if recipe.data.unchecked_classes == "ignore" and not loss.classes_first:
+        raise UserError(
+            f"data.unchecked_classes: ignore needs a loss with a logit for each class, {recipe.loss.name} has none"
+        )
     released = None if whole is None else Released(whole)
     if body is not None and (convert := RELEASED.get(recipe.detector.name)):
         released = convert(body, stats, loss, source)
