@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from tailfin.checkpoint import ModelFile, content_hash, load_model_file, save_model
-from tailfin.class_rows import join_class_rows, read_aliases, rows_behind, same_for_all_classes
+from tailfin.class_rows import check_aliases, join_class_rows, read_aliases, rows_behind, same_for_all_classes
 from tailfin.errors import UserError
 from tailfin.joins import join_classes, listed
 from tailfin.losses.base import ClassificationLoss
@@ -54,7 +54,9 @@ def merge_models(
     files = [load_model_file(_model(Path(given))) for given in (first, second)]
     one, other = files
     lines = _check_features(one, other, as_start)
-    names = join_classes(one.stats.names, other.stats.names, read_aliases(aliases) if aliases is not None else None)
+    known = read_aliases(aliases) if aliases is not None else {}
+    check_aliases(known, other.stats.names, one.stats.names)
+    names = join_classes(one.stats.names, other.stats.names, known)
     added = [place for place, name in enumerate(other.stats.names) if name in set(names.unknown)]
     if not added:
         raise UserError(f"{other.path}: all of its {len(other.stats.names)} classes are in {one.path}, nothing is new")
