@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torchvision.models.detection import RetinaNet_ResNet50_FPN_Weights
 
 from tailfin.checkpoint import file_hash, save_model
@@ -98,7 +99,7 @@ def _stats(path: Path) -> ClassStats:
     if path.suffix == ".json":
         return ClassStats.from_index(open_index(path))
     names = _listed(path)
-    none = [0] * len(names)
+    none = np.zeros(len(names), np.int64)
     return ClassStats(image_count=none, instance_count=none, num_images=0, names=names)
 
 

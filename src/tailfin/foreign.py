@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import collections
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,18 +24,16 @@ from tailfin.errors import UserError
 from tailfin.files import existing_file
 
 STATES = ("model", "state_dict")  # under which of a file's keys its weights may lie
+CORES = ("core", "_core")
 # the functions that a pickle of numpy arrays calls, by their modules of numpy 1 and 2
-ARRAYS: dict[tuple[str, str], Callable[..., Any]] = {
+ARRAYS: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): collections.OrderedDict,
     ("numpy", "ndarray"): np.ndarray,
     ("numpy", "dtype"): np.dtype,
     ("_codecs", "encode"): lambda text, encoding="latin1": text.encode("latin1"),  # bytes in protocols before 3
-    **{
-        (f"numpy.{core}.multiarray", name): getattr(np._core.multiarray, name)
-        for core in ("core", "_core")
-        for name in ("_reconstruct", "scalar")
-    },
-    **{(f"numpy.{core}.numeric", "_frombuffer"): np._core.numeric._frombuffer for core in ("core", "_core")},
+    **{(f"numpy.{core}.multiarray", "_reconstruct"): np.zeros(1).__reduce__()[0] for core in CORES},
+    **{(f"numpy.{core}.multiarray", "scalar"): np.float32(1).__reduce__()[0] for core in CORES},
+    **{(f"numpy.{core}.numeric", "_frombuffer"): np.zeros(1).__reduce_ex__(5)[0] for core in CORES},
 }
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -140,13 +141,13 @@ def _stats(one: ModelFile, other: ModelFile, shared: list[int], added: list[int]
     order = sorted(range(len(ids)), key=lambda place: ids[place])
     ordered = [counts[place] for place in order]
     return ClassStats(
-        image_count=ordered,
-        instance_count=[instances[place] for place in order],
+        image_count=np.array(ordered),
+        instance_count=np.array([instances[place] for place in order]),
         num_images=ours.num_images + theirs.num_images,
         num_annotated_images=ours.num_annotated_images + theirs.num_annotated_images,
-        names=[names[place] for place in order],
+        names=tuple(names[place] for place in order),
         frequency=frequency_groups(ordered, one.recipe.evaluation.group_bounds),
-        category_ids=[ids[place] for place in order],
+        category_ids=np.array([ids[place] for place in order], np.int64),
     )
 
 
