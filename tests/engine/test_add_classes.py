@@ -11,8 +11,10 @@ from safetensors.torch import load_file
 
 import tailfin
 from tailfin.checkpoint import load_model_file, save_model
+from tailfin.config import load_recipe
 from tailfin.errors import UserError
 from tailfin.merging import merge_models
+from tailfin.methods.stepwise import class_parts
 from tailfin.models import build_detector
 from tailfin.stats import ClassStats
 from tailfin.weights import load_weights
@@ -68,6 +70,9 @@ def test_classes_are_added_by_name(replay, known, tiny_set, tiny_recipe, tmp_pat
     assert f"step tail: {green + sum(others)} annotations" in said
     log = [json.loads(line) for line in (out / "stages/1-tail/metrics.jsonl").read_text().splitlines()]
     assert "loss_class_distillation" in log[0]
+    recipe = load_recipe(out / "recipe.yaml", ["weights=gone.safetensors"])  # a resumed run knows the parts without it
+    base_file = out / "stages/0-base/model.safetensors"
+    assert class_parts(recipe, load_model_file(base_file).stats, base_file).tolist() == [0, 1, 0]
     before = json.loads((out / "stages/0-base/metrics.json").read_text())["per_category"]
     assert {one["name"] for one in before} == {"red", "green", "blue"}
 
