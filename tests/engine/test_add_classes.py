@@ -14,8 +14,9 @@ from tailfin.checkpoint import load_model_file, save_model
 from tailfin.config import load_recipe
 from tailfin.errors import UserError
 from tailfin.merging import merge_models
-from tailfin.methods.stepwise import class_parts
+from tailfin.methods.stepwise import _given, class_parts
 from tailfin.models import build_detector
+from tailfin.run import Run
 from tailfin.stats import ClassStats
 from tailfin.weights import load_weights
 
@@ -64,6 +65,9 @@ def test_classes_are_added_by_name(replay, known, tiny_set, tiny_recipe, tmp_pat
     assert torch.equal(base[boxes][8:], old[boxes][:4])
     assert torch.equal(base["backbone.body.conv1.weight"], last["backbone.body.conv1.weight"])
     assert not torch.equal(base[rows], last[rows])
+    torch.manual_seed(17)  # the new rows are the recipe's seed's
+    model = _given(Run(load_recipe(out / "recipe.yaml"), tmp_path / "again"))
+    assert torch.equal(model.state_dict()[rows], base[rows])
     annotations = json.loads(tiny_set[0].read_text())["annotations"]
     green = sum(one["category_id"] == 5 for one in annotations)
     others = [min(replay, sum(one["category_id"] == key for one in annotations)) for key in (3, 9)]

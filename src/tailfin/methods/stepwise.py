@@ -157,6 +157,7 @@ def _given(run: Run) -> Detector:
     recipe = run.final_recipe = planned.recipe
     if recipe.weights in NAMED_WEIGHTS:
         raise UserError(f"stepwise.base given needs a trained detector: weights is {recipe.weights}, not a model file")
+    torch.manual_seed(recipe.seed)  # classes that the weights lack start the same on every process
     model, notes = build_detector(recipe, run.stats, start=not path.exists())
     if path.exists():
         load_whole(model, load_model_file(path).weights, str(path))
