@@ -77,15 +77,17 @@ class ClassificationLoss(ExactBuffers):
         code = cls.__init__.__code__  # type: ignore[misc]
         return code.co_varnames[code.co_argcount : code.co_argcount + code.co_kwonlyargcount]
 
-    def forward(self, logits: Tensor, labels: Tensor, **keywords: Any) -> Tensor:
-        """The loss, a scalar. `keywords` are those of the method; tensors with one entry per row are filtered too."""
+    def forward(self, logits: Tensor, labels: Tensor, *, every_row: bool = False, **keywords: Any) -> Tensor:
+        """The loss, a scalar. `keywords` are those of the method; tensors with one entry per row are filtered too.
+
+        `every_row`: no label is -1, so that nothing need be looked for (on an accelerator that is a read back).
+        """
         if logits.ndim != 2 or logits.shape[1] != self.num_logits:
             raise ValueError(f"logits must be [N, {self.num_logits}], these are {list(logits.shape)}")
         if labels.shape != logits.shape[:1]:
             raise ValueError(f"labels must be [{logits.shape[0]}], these are {list(labels.shape)}")
         rows = logits.shape[0]
-        keep = labels >= 0
-        if not bool(keep.all()):
+        if not every_row and not bool((keep := labels >= 0).all()):
             logits, labels = logits[keep], labels[keep]
             keywords = {
                 key: value[keep] if isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == rows else value
