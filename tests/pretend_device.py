@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils.flop_counter import flop_registry
 
 DEVICE = torch.device("meta")
 READING = {  # the shape or value of their result is known to the device alone
@@ -67,18 +68,21 @@ class OnDevice(Tensor):
 
 
 class Seen(TorchDispatchMode):
-    """What was launched: `operations` by name; `reads` and `uploads` by "file:line what"."""
+    """What was launched: `operations` by name; `reads` and `uploads` by "file:line what"; `multiply_adds` of matrix
+    products and convolutions; `bytes` that operations read and write, views left out."""
 
     def __init__(self) -> None:
         super().__init__()
         self._mode_key = torch._C._TorchDispatchModeKey.FAKE  # or torch looks for the device's driver
         self.operations: Counter[str] = Counter()
+        self.multiply_adds = self.bytes = 0
         self.reads: Counter[str] = Counter()
         self.uploads: Counter[str] = Counter()
 
     def clear(self) -> None:
         for counter in (self.operations, self.reads, self.uploads):
             counter.clear()
+        self.multiply_adds = self.bytes = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return self.run(func, args, kwargs or {})
@@ -103,6 +107,11 @@ class Seen(TorchDispatchMode):
         known = {id(value.data_here): value for value in here}  # an operation in place gives its argument back
         with _disable_current_modes():
             result = func(*tree_map(_data, args), **tree_map(_data, kwargs))
+        if here and not func.is_view:
+            results = [value for value in tree_flatten(result)[0] if isinstance(value, Tensor)]
+            self.bytes += sum(value.numel() * value.element_size() for value in [*tensors, *results])
+            if (count := flop_registry.get(func.overloadpacket)) is not None:
+                self.multiply_adds += count(*args, **kwargs, out_val=result) // 2
         if not stays:
             return result
 

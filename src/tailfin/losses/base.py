@@ -124,6 +124,13 @@ def one_hot(labels: Tensor, width: int, dtype: torch.dtype) -> Tensor:
     return targets.scatter_(1, labels.clamp(max=width - 1)[:, None], inside[:, None])
 
 
+def counts_of(index: Tensor, length: int, dtype: torch.dtype) -> Tensor:
+    """[length] how often each of 0..length-1 is in `index` int64 [N]: `bincount` without a read back to the host."""
+    return torch.zeros(length, dtype=dtype, device=index.device).index_add_(
+        0, index, torch.ones(index.shape, dtype=dtype, device=index.device)
+    )
+
+
 def mean_over_rows(total: Tensor, rows: int) -> Tensor:
     """`total / rows`, or `total` (a 0 in the graph) where there are no rows."""
     return total / max(rows, 1)

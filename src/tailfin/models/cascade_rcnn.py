@@ -198,7 +198,7 @@ def build_cascade_rcnn(
     channels_last: bool = False,
 ) -> CascadeRCNN:
     """Assemble the detector; each stage has a copy of `loss`, of which it makes its own statistics."""
-    rpn = build_rpn(config, stats, backbone.out_channels)
+    rpn = build_rpn(config, stats, backbone)
     stages = [
         build_box_head(backbone, copy.deepcopy(loss), config, limits, stats, fg_iou=iou, box_stds=stds)
         for iou, stds in zip(config.stage_ious, config.stage_stds, strict=True)

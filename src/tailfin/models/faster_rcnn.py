@@ -273,7 +273,7 @@ def build_faster_rcnn(
     channels_last: bool = False,
 ) -> FasterRCNN:
     """Assemble the detector; the classifier's width and bias come from `loss`."""
-    rpn = build_rpn(config, stats, backbone.out_channels)
+    rpn = build_rpn(config, stats, backbone)
     roi_heads = build_box_head(backbone, loss, config, limits, stats)
     return FasterRCNN(backbone, rpn, roi_heads, **options_of(config, limits, channels_last))
 
@@ -288,11 +288,14 @@ def options_of(config: FasterRCNNConfig, limits: Limits, channels_last: bool) ->
     }
 
 
-def build_rpn(config: FasterRCNNConfig, stats: ClassStats, channels: int) -> RPN:
-    """The region proposal network on levels of `channels`."""
+def build_rpn(config: FasterRCNNConfig, stats: ClassStats, backbone: Backbone) -> RPN:
+    """The region proposal network on the pyramid."""
+    exact = config.anchor_style == "exact"
     anchors = Float32Anchors(
         sizes=tuple((size,) for size in config.anchor_sizes),
         aspect_ratios=(tuple(config.anchor_ratios),) * len(config.anchor_sizes),
+        exact=exact,
+        strides=backbone.level_strides if exact else None,
     )
     rpn_kind: Callable[..., RPN] = RPN
     if config.rpn_nms_resampling != "none":
@@ -300,7 +303,7 @@ def build_rpn(config: FasterRCNNConfig, stats: ClassStats, channels: int) -> RPN
         rpn_kind = partial(ResamplingRPN, stats, scheme=config.rpn_nms_resampling, thresholds=thresholds)
     return rpn_kind(
         anchors,
-        Float32RPNHead(channels, anchors.num_anchors_per_location()[0]),
+        Float32RPNHead(backbone.out_channels, anchors.num_anchors_per_location()[0]),
         fg_iou_thresh=config.rpn_fg_iou,
         bg_iou_thresh=config.rpn_bg_iou,
         batch_size_per_image=config.rpn_batch,
@@ -308,6 +311,9 @@ def build_rpn(config: FasterRCNNConfig, stats: ClassStats, channels: int) -> RPN
         pre_nms_top_n=dict(zip(("training", "testing"), config.rpn_pre_nms, strict=True)),
         post_nms_top_n=dict(zip(("training", "testing"), config.rpn_post_nms, strict=True)),
         nms_thresh=config.rpn_nms,
+        box_loss=config.rpn_box_loss,
+        min_pos_iou=config.rpn_min_pos_iou,
+        low_quality=config.rpn_low_quality,
     )
 
 
@@ -329,11 +335,11 @@ def build_box_head(
         "box_loss_weight": config.box_loss_weight,
         "limits": limits,
     }
-    pool = pyramid_pool(backbone, config.roi_size, config.roi_sampling)
+    pool = pyramid_pool(backbone, config, config.roi_size)
     return box_heads(config, loss, stats, pool, backbone.out_channels, **{**own, **options})
 
 
-def pyramid_pool(backbone: Backbone, size: int, sampling: int) -> PyramidRoIAlign:
-    """RoIAlign on the levels of the pyramid that come from the body."""
+def pyramid_pool(backbone: Backbone, config: FasterRCNNConfig, size: int) -> PyramidRoIAlign:
+    """RoIAlign to `size` bins on the levels of the pyramid that come from the body."""
     strides = backbone.strides
-    return PyramidRoIAlign(list(strides), list(strides.values()), size, sampling)
+    return PyramidRoIAlign(list(strides), list(strides.values()), size, config.roi_sampling, config.roi_aligned)

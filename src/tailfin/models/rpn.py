@@ -100,8 +100,8 @@ class RPN(RegionProposalNetwork):
     Args:
         box_loss: "smooth_l1", torchvision's with beta 1/9, or "l1".
         min_pos_iou: IoU from which an object's best anchors are positive, whatever they overlap it by otherwise.
-        keep_owner: such an anchor stays with the object that it overlaps most (torchvision); else it learns the one
-            that claims it (mmdetection).
+        low_quality: such an anchor stays with the object that it overlaps most ("keep_owner", torchvision) or learns
+            the one that claims it ("take", mmdetection); "none": there are no such anchors.
 
     Further arguments are those of torchvision's `RegionProposalNetwork`.
     """
@@ -111,13 +111,13 @@ class RPN(RegionProposalNetwork):
         *arguments: Any,
         box_loss: str = "smooth_l1",
         min_pos_iou: float = 0.0,
-        keep_owner: bool = True,
+        low_quality: str = "keep_owner",
         **options: Any,
     ) -> None:
         super().__init__(*arguments, **options)
         self.fg_iou, self.bg_iou = options["fg_iou_thresh"], options["bg_iou_thresh"]
         self.batch, self.fg_fraction = options["batch_size_per_image"], options["positive_fraction"]
-        self.box_loss, self.min_pos_iou, self.keep_owner = box_loss, min_pos_iou, keep_owner
+        self.box_loss, self.min_pos_iou, self.low_quality = box_loss, min_pos_iou, low_quality
 
     def forward(  # type: ignore[override]
         self, images: ImageList, features: dict[str, Tensor], targets: Sequence[dict[str, Tensor]] | None = None
@@ -196,7 +196,8 @@ class RPN(RegionProposalNetwork):
             self.fg_iou,
             self.bg_iou,
             self.min_pos_iou,
-            keep_owner=self.keep_owner,
+            self.low_quality != "none",
+            self.low_quality == "keep_owner",
             counts=[len(target["boxes"]) for target in targets],
         )
         index, drawn = sample_rows(assigned >= 0, assigned == BACKGROUND, self.batch, self.fg_fraction)
