@@ -230,13 +230,18 @@ def pad_targets(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Boxes [B, G, 4] of `dtype`, labels int64 [B, G] and bool [B, G], which of them are real; G is the largest number
     of objects of a picture, at least 1. No read back to the host."""
-    boxes = [target["boxes"].to(device, dtype).reshape(-1, 4) for target in targets]
+    boxes, valid = pad_boxes([target["boxes"] for target in targets], device, dtype)
     labels = [target["labels"].to(device) for target in targets]
+    return boxes, torch.stack([F.pad(own, (0, valid.shape[1] - len(own))) for own in labels]), valid
+
+
+def pad_boxes(boxes: Sequence[Tensor], device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """`pad_targets` without labels."""
+    boxes = [own.to(device, dtype).reshape(-1, 4) for own in boxes]
+    counts = torch.tensor([len(own) for own in boxes])
     most = max(1, *(len(own) for own in boxes))
-    valid = torch.arange(most) < torch.tensor([len(own) for own in boxes])[:, None]
     padded = torch.stack([F.pad(own, (0, 0, 0, most - len(own))) for own in boxes])
-    classes = torch.stack([F.pad(own, (0, most - len(own))) for own in labels])
-    return padded, classes, valid.to(device, non_blocking=True)
+    return padded, (torch.arange(most) < counts[:, None]).to(device, non_blocking=True)
 
 
 @torch.no_grad()
@@ -274,6 +279,19 @@ def paired_iou(boxes: Tensor, others: Tensor) -> Tensor:
     shared = _shared_area(boxes, others)
     union = _area(boxes) + _area(others) - shared
     return shared / union.clamp(min=SMALLEST_AREA)
+
+
+def giou_loss(boxes: Tensor, others: Tensor) -> Tensor:
+    """1 - GIoU [...] of boxes [..., 4] and others [..., 4] (Rezatofighi et al., CVPR'19), with gradients."""
+    shared = _shared_area(boxes, others)
+    union = _area(boxes) + _area(others) - shared
+    left, top, right, bottom = boxes.unbind(-1)
+    from_left, from_top, to_right, to_bottom = others.unbind(-1)
+    width = torch.maximum(right, to_right) - torch.minimum(left, from_left)
+    height = torch.maximum(bottom, to_bottom) - torch.minimum(top, from_top)
+    hull = width * height
+    tiny = 1e-7  # torchvision's
+    return 1 - shared / (union + tiny) + (hull - union) / (hull + tiny)
 
 
 def _shared_area(boxes: Tensor, others: Tensor) -> Tensor:

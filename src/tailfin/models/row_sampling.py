@@ -15,7 +15,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+
+from tailfin.models.assigners import pad_boxes
 
 
 class Proposals(NamedTuple):
@@ -44,11 +45,8 @@ class Chosen(NamedTuple):
 
 def padded(boxes: Sequence[Tensor]) -> Proposals:
     """Boxes [n, 4] per picture as `Proposals` of the largest number of them; their scores are 0."""
-    counts = torch.tensor([len(own) for own in boxes])
-    most = max(1, *(len(own) for own in boxes))
-    joined = torch.stack([F.pad(own, (0, 0, 0, most - len(own))) for own in boxes])
-    valid = torch.arange(most) < counts[:, None]
-    return Proposals(joined, joined.new_zeros(joined.shape[:2]), valid.to(joined.device, non_blocking=True))
+    joined, valid = pad_boxes(boxes, boxes[0].device, boxes[0].dtype)
+    return Proposals(joined, joined.new_zeros(joined.shape[:2]), valid)
 
 
 @torch.no_grad()
