@@ -63,3 +63,13 @@ def recorded() -> Iterator[Draws]:
         for module in (rpn, roi_heads):
             patch.setattr(module, "sample_rows", draws.sample_rows)
         yield draws
+
+
+def first_rows() -> None:
+    """From now on the first rows are drawn, in this process."""
+
+    def sample_rows(positive: Tensor, negative: Tensor, count: int, share: float) -> tuple[Tensor, Tensor]:
+        keys = 1 / (1 + torch.arange(positive.shape[1])).expand(positive.shape)
+        return row_sampling.sample_rows(positive, negative, count, share, keys)
+
+    rpn.sample_rows = roi_heads.sample_rows = sample_rows

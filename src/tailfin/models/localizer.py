@@ -236,8 +236,8 @@ class IoUHead(nn.Module):
             own = boxes.gather(1, index[..., None].expand(-1, -1, 4))
             levels = len(self.pool.featmap_names)
             chosen = chosen_rows(drawn, picture, len(boxes), self.pool.levels(own), levels)
-            every, picture = own.flatten(0, 1)[chosen.index], picture.flatten()[chosen.index]
-            owner = assigned[picture, index.flatten()[chosen.index]]
+            every, picture = own.flatten(0, 1)[chosen.rows], picture.flatten()[chosen.rows]
+            owner = assigned[picture, index.flatten()[chosen.rows]]
             foreground = owner >= 0
             objects = torch.where(foreground[:, None], truth[picture, owner.clamp(min=0)], every)
             overlap = torch.where(foreground, paired_iou(every, objects), 0.0)

@@ -38,7 +38,7 @@ class Proposals(NamedTuple):
 class Chosen(NamedTuple):
     """Rows that a mask chooses, pictures one after another, and what the host knows of them."""
 
-    index: Tensor  # int64 [N], into the flattened mask
+    rows: Tensor  # int64 [N], into the flattened mask
     per_picture: list[int]
     per_level: list[int]
 

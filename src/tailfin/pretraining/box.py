@@ -109,7 +109,7 @@ class AssignedBoxContrast(LocalContrast):
         every, count = torch.cat(rows.boxes), len(rows.boxes)
         levels = heads.pool.levels(every)
         chosen = chosen_rows(rows.gt_index >= 0, rows.places.picture, count, levels, len(heads.pool.featmap_names))
-        places = Places(rows.places.picture[chosen.index], chosen.per_level)
-        boxes = list(every[chosen.index].split(chosen.per_picture))
+        places = Places(rows.places.picture[chosen.rows], chosen.per_level)
+        boxes = list(every[chosen.rows].split(chosen.per_picture))
         vectors = seen.average["head"](heads.pool(features.pyramid, boxes, view.batch.image_sizes, places))
-        return self.head.keys(vectors, seen.average[self.head.average]), rows.gt_index[chosen.index]
+        return self.head.keys(vectors, seen.average[self.head.average]), rows.gt_index[chosen.rows]

@@ -138,14 +138,14 @@ class MaskBranch(nn.Module):
         every = torch.cat(rows.boxes)
         levels, count = self.pool.levels(every), len(self.pool.featmap_names)
         chosen = chosen_rows(learnt, rows.places.picture, len(targets), levels, count)
-        places = Places(rows.places.picture[chosen.index], chosen.per_level)
-        labels = rows.labels[chosen.index]
-        boxes = list(every[chosen.index].split(chosen.per_picture))
+        places = Places(rows.places.picture[chosen.rows], chosen.per_level)
+        labels = rows.labels[chosen.rows]
+        boxes = list(every[chosen.rows].split(chosen.per_picture))
         size = 2 * int(self.pool.output_size[0])
         wanted, before = [], 0
         # the masks of a picture have its size, so each picture has a computation of its own
         for own, index, target in zip(
-            boxes, rows.gt_index[chosen.index].split(chosen.per_picture), targets, strict=True
+            boxes, rows.gt_index[chosen.rows].split(chosen.per_picture), targets, strict=True
         ):
             wanted.append(mask_targets(target["masks"], own, size, self.style, matched=index - before))
             before += len(target["masks"])

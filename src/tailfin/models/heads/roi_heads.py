@@ -256,15 +256,15 @@ class RoIHeads(nn.Module):
         picture = torch.arange(batch, device=given.device)[:, None].expand_as(index)
         levels = len(self.pool.featmap_names)
         chosen = chosen_rows(drawn, picture, batch, self.pool.levels(own_boxes), levels)
-        picture = picture.flatten()[chosen.index]
-        index = index.flatten()[chosen.index]
+        picture = picture.flatten()[chosen.rows]
+        index = index.flatten()[chosen.rows]
         owner = assigned[picture, index]
         positive = owner >= 0
         object_of = owner.clamp(min=0)
         before = [sum(counts[:number]) for number in range(batch)]
         first = torch.tensor(before).to(given.device, non_blocking=True)
         return Rows(
-            list(own_boxes.flatten(0, 1)[chosen.index].split(chosen.per_picture)),
+            list(own_boxes.flatten(0, 1)[chosen.rows].split(chosen.per_picture)),
             torch.where(positive, classes[picture, object_of], self.loss.num_classes),
             truth[picture, object_of],
             torch.where(positive, owner + first[picture], -1),

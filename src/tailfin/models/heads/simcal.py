@@ -131,10 +131,10 @@ class TwinRoIHeads(RoIHeads):
         boxes = torch.cat(rows.boxes)
         levels, count = self.pool.levels(boxes), len(self.pool.featmap_names)
         chosen = chosen_rows(labels >= 0, rows.places.picture, len(targets), levels, count)
-        places = Places(rows.places.picture[chosen.index], chosen.per_level)
-        own = list(boxes[chosen.index].split(chosen.per_picture))
+        places = Places(rows.places.picture[chosen.rows], chosen.per_level)
+        own = list(boxes[chosen.rows].split(chosen.per_picture))
         logits, _ = self.predictor(self.head(self.pool(features, own, image_sizes, places)))
-        return {"loss_classifier": self.loss(logits.float(), labels[chosen.index], every_row=True)}
+        return {"loss_classifier": self.loss(logits.float(), labels[chosen.rows], every_row=True)}
 
 
 def with_twin(
