@@ -115,7 +115,10 @@ def _pyramid(
     recipe: Recipe, config: FasterRCNNConfig | LocalizerConfig, body_state: dict[str, Tensor] | None, source: str
 ) -> Backbone:
     body = build_body(recipe, config, body_state, source)
-    return pyramid_backbone(body, layers=config.fpn_layers, channels=config.fpn_channels, pool=config.fpn_pool)
+    init = "torchvision" if isinstance(config, LocalizerConfig) else config.init
+    return pyramid_backbone(
+        body, layers=config.fpn_layers, channels=config.fpn_channels, pool=config.fpn_pool, init=init
+    )
 
 
 def _dense(
@@ -129,7 +132,9 @@ def _dense(
     """A one-stage detector that `build` assembles on a pyramid."""
     config = cast(RetinaNetConfig | ATSSConfig, recipe.detector)
     own = build_body(recipe, config, body, source)
-    backbone = pyramid_backbone(own, layers=config.fpn_layers, channels=config.fpn_channels, convs=config.fpn_convs)
+    backbone = pyramid_backbone(
+        own, layers=config.fpn_layers, channels=config.fpn_channels, convs=config.fpn_convs, init=config.init
+    )
     return build(backbone, loss, config, _limits(recipe), channels_last=recipe.schedule.channels_last)
 
 

@@ -150,7 +150,7 @@ class SetCriterion(nn.Module):
             if "gt_index" in self.loss.row_facts:
                 keywords["gt_index"] = index[layer].flatten()
             self.loss.train(training and layer == layers - 1)
-            losses.append(self.loss(logits[layer].flatten(0, 1), labels[layer].flatten(), **keywords))
+            losses.append(self.loss(logits[layer].flatten(0, 1), labels[layer].flatten(), every_row=True, **keywords))
         self.loss.train(training)
         return losses
 

@@ -52,10 +52,10 @@ class ClassAgnosticDetection(Term):
         detector = cast(FasterRCNN, seen.detector)  # the schema lets no other through
         view, levels = seen.view(0), seen.features(0).pyramid
         objects, heads = as_objects(view), detector.roi_heads
-        raw, proposals, _ = detector.rpn(view.batch, levels, objects)
+        raw, proposals = detector.rpn(view.batch, levels, objects)
         losses = detector.rpn_losses(raw, objects)
         rows = heads.sample(proposals, objects)
-        shared = heads.head(heads.pool(levels, rows.boxes, view.batch.image_sizes))
+        shared = heads.head(heads.pool(levels, rows.boxes, view.batch.image_sizes, rows.places))
         box = heads.box_regression_loss(self.box_layer(shared).float(), rows.boxes, rows.labels, rows.matched)
         foreground = torch.where(rows.gt_index >= 0)[0]
         seen.assigned = shared[foreground], rows.gt_index[foreground]

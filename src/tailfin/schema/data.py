@@ -31,6 +31,7 @@ class Data(Section):
     sizes: tuple[Size, ...] = (640, 672, 704, 736, 768, 800)
     max_size: Size = 1333
     jitter_scale: tuple[Positive, Positive] = (0.1, 2.0)
+    canvas: bool = False  # of jitter: smaller pictures are filled up to the window with black, as mmdetection pads them
     crop_resize: Annotated[tuple[Size, ...], Field(min_length=1)] = (400, 500, 600)
     crop: tuple[Size, Size] = (384, 600)
     flip: Fraction = 0.5

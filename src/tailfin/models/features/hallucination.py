@@ -19,7 +19,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from tailfin.collectives import several_ranks, sum_over_ranks
+from tailfin.collectives import sum_over_ranks
 from tailfin.errors import UserError
 from tailfin.losses.base import ClassificationLoss
 from tailfin.losses.fcbl import FCBL
@@ -132,24 +132,19 @@ class FeatureStatistics(nn.Module):
                 f"features must be [n, {self.mean.shape[1]}] with labels [n], these are {list(features.shape)} and "
                 f"{list(labels.shape)}"
             )
-        inside = (labels >= 0) & (labels < classes)
-        features, labels = features[inside].to(self.mean.dtype), labels[inside]
-        if self.across_ranks and several_ranks():  # other processes may have other classes
-            present, group = torch.arange(classes, device=labels.device), labels
-        else:
-            present, group = torch.unique(labels, return_inverse=True)
-
-        count, total = self._summed(torch.ones_like(features[:, :1]), features, group=group, length=len(present))
+        # every class has a place, and rows of no class the one behind them: nothing is looked up on the device
+        group = torch.where((labels >= 0) & (labels < classes), labels, classes)
+        features = features.to(self.mean.dtype)
+        count, total = self._summed(torch.ones_like(features[:, :1]), features, group=group, length=classes + 1)
         mean = total / count.clamp(min=1)
-        (squares,) = self._summed((features - mean[group]).square(), group=group, length=len(present))
+        (squares,) = self._summed((features - mean[group]).square(), group=group, length=classes + 1)
         variance = squares / (count - 1).clamp(min=1)
 
-        seen = count[:, 0] > 0
-        present, mean, variance = present[seen], mean[seen], variance[seen]
-        keep = self.momentum * self.used[present].to(mean.dtype)[:, None]
-        self.mean[present] = keep * self.mean[present] + (1 - keep) * mean
-        self.variance[present] = keep * self.variance[present] + (1 - keep) * variance
-        self.used[present] = True
+        seen = count[:-1] > 0
+        keep = torch.where(seen, self.momentum * self.used.to(mean.dtype)[:, None], 1.0)
+        self.mean.copy_(torch.where(seen, keep * self.mean + (1 - keep) * mean[:-1], self.mean))
+        self.variance.copy_(torch.where(seen, keep * self.variance + (1 - keep) * variance[:-1], self.variance))
+        self.used |= seen[:, 0]
 
     def noise(self, rows: int, generator: torch.Generator | None = None) -> Tensor:
         """[rows, D] standard normals in the statistics' dtype and on their device."""

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from tailfin.collectives import gather_over_ranks
-from tailfin.losses.base import ClassificationLoss
+from tailfin.losses.base import ClassificationLoss, counts_of
 from tailfin.models.features.base import ExtraRows, FeatureModule, Seen
 from tailfin.models.features.feature_memory import StoredRows, ring_slots
 from tailfin.schema.detectors import FasterRCNNConfig
@@ -77,12 +77,13 @@ class FeatureBank(nn.Module):
     @torch.no_grad()
     def recall(self, labels: Tensor) -> StoredRows:
         """The newest rows, at most `cache`, of each target class in `labels` [N]: class by class, newest first."""
-        present = torch.unique(self._targets(labels)[1])
+        rings = len(self.written)
+        present = counts_of(self._ring(labels), rings + 1, torch.int64)[:-1] > 0
         age = torch.arange(self.cache, device=labels.device)
-        place = (present[:, None], (self.written[present, None] - 1 - age) % self.size)
-        held = age < self.written[present, None].clamp(max=self.size)
-        own = self.target_classes[present, None].expand_as(held)
-        return StoredRows(self.features[place][held], own[held], self.boxes[place][held], self.gt_boxes[place][held])
+        held = present[:, None] & (age < self.written[:, None].clamp(max=self.size))
+        ring, back = torch.where(held)
+        place = (ring, (self.written[ring] - 1 - back) % self.size)
+        return StoredRows(self.features[place], self.target_classes[ring], self.boxes[place], self.gt_boxes[place])
 
     @torch.no_grad()
     def push(self, features: Tensor, labels: Tensor, boxes: Tensor, gt_boxes: Tensor) -> None:
@@ -92,7 +93,9 @@ class FeatureBank(nn.Module):
         """
         if not self.training:
             return
-        row, target = self._targets(labels)
+        ring = self._ring(labels)
+        row = torch.where(ring < len(self.written))[0]
+        target = ring[row]
         features, target, boxes, gt_boxes = gather_over_ranks(
             features[row].to(self.features.dtype), target, boxes[row].to(self.boxes), gt_boxes[row].to(self.boxes)
         )
@@ -100,15 +103,15 @@ class FeatureBank(nn.Module):
         self.features[target[kept], slot] = features[kept]
         self.boxes[target[kept], slot] = boxes[kept]
         self.gt_boxes[target[kept], slot] = gt_boxes[kept]
-        self.written += torch.bincount(target, minlength=len(self.written))
+        self.written += counts_of(target, len(self.written), torch.int64)
 
-    def _targets(self, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows of target classes and the place of each one's class in `target_classes`."""
-        if not len(self.target_classes):
-            return labels.new_zeros(0), labels.new_zeros(0)
-        place = torch.searchsorted(self.target_classes, labels).clamp(max=len(self.target_classes) - 1)
-        row = torch.where(self.target_classes[place] == labels)[0]
-        return row, place[row]
+    def _ring(self, labels: Tensor) -> Tensor:
+        """The place of each row's class in `target_classes` [T]; T where it is none of them."""
+        rings = len(self.target_classes)
+        if not rings:
+            return torch.zeros_like(labels)
+        place = torch.searchsorted(self.target_classes, labels).clamp(max=rings - 1)
+        return torch.where(self.target_classes[place] == labels, place, rings)
 
 
 class RecalledRows(FeatureModule):
