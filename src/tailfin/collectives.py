@@ -21,6 +21,11 @@ def several_ranks() -> bool:
     return distributed and torch.distributed.get_world_size() > 1
 
 
+def this_rank() -> tuple[int, int]:
+    """(number of this process, how many there are)."""
+    return (torch.distributed.get_rank(), torch.distributed.get_world_size()) if several_ranks() else (0, 1)
+
+
 def sum_over_ranks(*values: Tensor) -> tuple[Tensor, ...]:
     """Sums of float tensors over all processes, in one collective; the values themselves where there is one process.
 

@@ -131,6 +131,8 @@ class SetCriterion(nn.Module):
         labels = torch.full((layers, pictures, queries), self.loss.num_classes, device=logits.device)
         labels[pairs.layer, pairs.picture, pairs.query] = objects.labels[pairs.picture, pairs.object]
         keywords: dict[str, Tensor] = {"normalizer": normalizer} if "normalizer" in self.loss.row_facts else {}
+        if "picture" in self.loss.row_facts:
+            keywords["picture"] = torch.arange(pictures, device=logits.device).repeat_interleave(queries)
         if "gt_index" in self.loss.row_facts:
             index = torch.full_like(labels, -1)
             index[pairs.layer, pairs.picture, pairs.query] = objects.first[pairs.picture] + pairs.object

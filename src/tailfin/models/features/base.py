@@ -1,19 +1,25 @@
-"""What a box head and a feature module say to each other, and what a stage tells a feature module about itself."""
+"""What a box head and a feature module say to each other, and what a stage tells a feature module about itself.
+
+What is drawn is drawn for the pictures, not for the process that happens to have them: `FeatureModule.share`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from tailfin.collectives import this_rank
 from tailfin.data.dataset import Source, TrainingDataset
 from tailfin.samplers.plan import BatchPlan
 from tailfin.schema.recipe import Recipe
 from tailfin.stats import ClassStats
 
 Targets = Sequence[dict[str, Tensor]]
+PICTURES = 2  # of a process in the published runs (8 x 2), whose numbers of draws are per process
 
 
 class Rows(NamedTuple):
@@ -24,6 +30,11 @@ class Rows(NamedTuple):
     matched: Tensor  # [N, 4] the ground-truth box of each row; of no meaning on background rows
     gt_index: Tensor  # int64 [N] the object of each row, counted over the batch; -1 on background rows
     added: Tensor  # bool [N] rows that are an object's own box, joined to the proposals
+
+    def pictures(self) -> Tensor:
+        """The picture of each row, int64 [N]."""
+        counts = torch.tensor([len(own) for own in self.boxes])
+        return torch.arange(len(counts)).repeat_interleave(counts).to(self.labels.device)
 
 
 class ExtraRows(NamedTuple):
@@ -67,8 +78,28 @@ class StageFacts(NamedTuple):
 class FeatureModule(nn.Module):
     """Takes part in the training of a box head beside its sampled rows; each method has what it needs of this.
 
-    State is in buffers and the same on every process. One with a method `at_epoch` is told the time.
+    State is in buffers and the same on every process. `at_epoch` tells it the time before every iteration.
     """
+
+    calls = 0  # of `share` in the iteration
+
+    def at_epoch(self, epoch: float) -> None:
+        """An iteration begins, at this point of the stage in epochs."""
+        self.calls = 0
+
+    def share(self, each: int, pictures: int, per: str = "batch") -> int:
+        """How many draws this call makes for its `pictures`; once per call of `rows` or `losses`.
+
+        per "batch": `each` for every two pictures (`PICTURES`), so that a batch has as many however it is split over
+        processes and accumulation steps; what does not divide is shared out by the pictures' places in the batch.
+        "process": `each`, whatever the number of pictures. All processes have as many pictures.
+        """
+        rank, ranks = this_rank()
+        before = (self.calls * ranks + rank) * pictures
+        self.calls += 1
+        if per == "process":
+            return each
+        return (before + pictures) * each // PICTURES - before * each // PICTURES
 
     def rows(self, seen: Seen) -> ExtraRows | None:
         """Rows that join the sampled ones; called once per iteration, before the losses."""

@@ -76,18 +76,21 @@ class FeatureHallucination(nn.Module):
     def sample(
         self,
         indicator: Tensor,
+        classes: int | None = None,
         *,
         generator: torch.Generator | None = None,
         draws: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Features [R, D] and their labels [R], R <= c m: classes without statistics give none.
+        """Features [R, D] and their labels [R], R <= c m: classes without statistics give none. `classes` takes the
+        place of c.
 
         `indicator` [C] in 0..1 is 1 for a class that needs nothing. `draws` takes the place of random numbers: c
         uniforms and [R, D] normals.
         """
         statistics = self.statistics
         if draws is None:
-            uniform = torch.rand(self.sampled_num_classes, generator=generator, device=indicator.device)
+            number = self.sampled_num_classes if classes is None else classes
+            uniform = torch.rand(number, generator=generator, device=indicator.device)
             uniform = uniform.sort().values
         else:
             uniform = draws[0]
@@ -188,24 +191,31 @@ class HallucinatedRows(FeatureModule):
     """BACL's feature hallucination (III-E).
 
     Every iteration: collect the features of 16 shifted boxes around each object, move the class statistics, and draw
-    made-up features of classes that the loss's long-term indicator finds weak.
+    made-up features of classes that the loss's long-term indicator finds weak. `per` as for `FeatureModule.share`.
     """
 
     def __init__(
-        self, hallucination: FeatureHallucination, loss: ClassificationLoss, *, independent_boxes: bool = False
+        self,
+        hallucination: FeatureHallucination,
+        loss: ClassificationLoss,
+        *,
+        independent_boxes: bool = False,
+        per: str = "batch",
     ) -> None:
         super().__init__()
         if not isinstance(loss, FCBL):
             raise UserError("hallucination draws classes by the indicator of fcbl: set loss=fcbl")
         self.hallucination = hallucination
         self.independent_boxes = independent_boxes
+        self.per = per
         self._loss = (loss,)  # in a tuple: the box head owns it, its state is not stored twice
 
     @torch.no_grad()
     def rows(self, seen: Seen) -> ExtraRows:
         boxes, labels, _ = shifted_boxes(seen.targets, seen.image_sizes, independent=self.independent_boxes)
         self.hallucination.update(seen.head(seen.pool(boxes)).float(), labels)
-        return ExtraRows(*self.hallucination.sample(self._loss[0].indicator_diagonal()))
+        classes = self.share(self.hallucination.sampled_num_classes, len(seen.targets), self.per)
+        return ExtraRows(*self.hallucination.sample(self._loss[0].indicator_diagonal(), classes))
 
 
 def build(
@@ -213,6 +223,6 @@ def build(
 ) -> FeatureModule:
     """The module of a recipe."""
     options = config.model_dump(exclude={"name"})
-    independent = options.pop("independent_boxes")
+    own = {key: options.pop(key) for key in ("independent_boxes", "per")}
     made_up = FeatureHallucination(stats.num_classes, detector.head_channels, **options)
-    return HallucinatedRows(made_up, loss, independent_boxes=independent)
+    return HallucinatedRows(made_up, loss, **own)

@@ -91,7 +91,7 @@ class IterativeRoIHeads(RoIHeads):
             raise ValueError("the iterative head takes no extra rows: they have no pooled features to refine")
         passes = self.passes(features, rows.boxes, image_sizes)
         deltas = passes[-1][1]
-        facts: dict[str, Any] = self.facts(deltas, torch.cat(rows.boxes), rows.labels, rows.matched, rows.gt_index)
+        facts: dict[str, Any] = self.facts(deltas, torch.cat(rows.boxes), rows.labels, rows.matched, rows)
         classifier = passes[0][0].new_zeros(())
         for step, (weight, (logits, _)) in enumerate(zip(self.step_weights, passes, strict=True)):
             if "iter_id" in self.loss.row_facts:
