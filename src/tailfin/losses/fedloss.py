@@ -91,7 +91,8 @@ class FedLoss(ClassificationLoss):
     ) -> Tensor:
         """`drawn` are negatives, int64 [K]; without them `generator`, by default torch's of the device, draws.
 
-        `picture` int64 [N] is the picture of each row; without it all are of one. `normalizer` takes the place of the base's divisor (the number of objects, in Deformable DETR).
+        `picture` int64 [N] is the picture of each row; without it all are of one. `normalizer` takes the place of the
+        base's divisor (the number of objects, in Deformable DETR).
         """
         if picture is None or self.per == "process" or not len(labels):
             picture = torch.zeros_like(labels)

@@ -11,9 +11,8 @@ from pydantic import Discriminator, Field, Tag
 
 from tailfin.schema.base import Count, NotNegative, Positive, Section
 
-
-# What draws are counted by. batch: the pictures, as many for each as in the published runs of 8 processes with 2, so that
-# an optimiser batch has the same however it is split; process, as released: each process and accumulation step
+# What draws are counted by. batch: the pictures, as many for each as in the published runs of 8 processes with 2, so
+# that an optimiser batch has the same however it is split; process, as released: each process and accumulation step
 Per = Literal["batch", "process"]
 
 

@@ -17,6 +17,7 @@ from tailfin.schema.base import Count, Fraction, NotNegative, Positive, Section,
 from tailfin.schema.presets import OWNERS, PRESETS, TERMS, merged, terms
 from tailfin.schema.training import Loss, Sampler, Schedule
 
+Norm = Literal["batch", "layer", "none"]
 Preset = Literal["drcl", "moco_v2", "simclr", "byol", "soco", "aligndet", "densecl"]
 
 
@@ -100,8 +101,17 @@ class Contrast(Section):
     queue: Count = 65536  # keys remembered, for info_nce; should not exceed the keys of one epoch
     hidden: Count = 256  # width of the projector's hidden layer
     dim: Count = 256
-    norm: bool = True  # batch norm in projector and predictor
+    # of projector and predictor. batch: over the rows of all processes; layer: every row by itself, for small batches
+    norm: Norm = "batch"
     predictor: bool = True  # one more such network, on the trained side only
+
+    @model_validator(mode="before")
+    @classmethod
+    def _former(cls, values: Any) -> Any:
+        """`norm` was `true` or `false` before."""
+        if isinstance(values, dict) and isinstance(values.get("norm"), bool):
+            return {**values, "norm": "batch" if values["norm"] else "none"}
+        return values
 
 
 class BoxContrast(Contrast):
@@ -116,7 +126,7 @@ class DenseContrast(Contrast):
 
     hidden: Count = 2048
     dim: Count = 128
-    norm: bool = False
+    norm: Norm = "none"
     predictor: bool = False
 
 

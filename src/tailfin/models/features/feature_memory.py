@@ -118,8 +118,8 @@ class FeatureMemory(nn.Module):
         generator: torch.Generator | None = None,
         draws: tuple[Tensor, Tensor] | None = None,
     ) -> StoredRows:
-        """Stored rows of the classes drawn against `mean_score` [C] >= 0; classes without any give none. `classes` takes
-        the place of `sampled_num_classes`.
+        """Stored rows of the classes drawn against `mean_score` [C] >= 0; classes without any give none. `classes`
+        takes the place of `sampled_num_classes`.
 
         `draws` takes the place of random numbers: uniforms [sampled_num_classes] for the classes and
         [sampled_num_classes, sampled_num_features] for the rows of each.
