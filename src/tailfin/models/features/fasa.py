@@ -95,9 +95,10 @@ class FASA(ExactBuffers):
         self.register_exact("last_losses", torch.zeros(len(counts)))  # of the phase before
         self.register_buffer("adapted", torch.zeros((), dtype=torch.int64))  # phases so far
 
-    def update(self, features: Tensor, labels: Tensor) -> None:
-        """Take the foreground rows of `features` [n, D] into the statistics; only in train mode."""
-        self.statistics.update(features, labels)
+    def update(self, features: Tensor, labels: Tensor, *, again: bool = False) -> None:
+        """Take the foreground rows of `features` [n, D] into the statistics; only in train mode. `again` as for
+        `FeatureStatistics.update`."""
+        self.statistics.update(features, labels, again=again)
 
     @torch.no_grad()
     def sample(
@@ -206,12 +207,13 @@ class AugmentedFeatures(FeatureModule):
 
     def losses(self, seen: Seen, logits: Tensor) -> dict[str, Tensor]:
         labels = seen.rows.labels
-        self.fasa.update(seen.shared.detach().float(), labels)
+        self.fasa.update(seen.shared.detach().float(), labels, again=self.calls > 0)
         self.fasa.observe(F.cross_entropy(logits.detach(), labels, reduction="none"), labels)
+        pictures = len(seen.targets)
+        times = self.share(1, pictures, self.per)
         if int(self.epoch) < self.start:
             return {}
-        pictures = len(seen.targets)
-        features, labels, draw = self.fasa.sample_often(self.share(1, pictures, self.per))
+        features, labels, draw = self.fasa.sample_often(times)
         logits = in_float32(seen.classifier, features)
         draws = 1.0 if self.per == "process" else pictures / PICTURES
         return {"loss_augmented": self.fasa.augmentation_loss(logits, labels, draw, draws)}

@@ -16,6 +16,8 @@ All state is in buffers, so a checkpoint has it. `HallucinatedRows` is what a bo
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
@@ -68,9 +70,10 @@ class FeatureHallucination(nn.Module):
         self.spread = spread
         self.statistics = FeatureStatistics(num_classes, channels, momentum=beta, across_ranks=across_ranks)
 
-    def update(self, features: Tensor, labels: Tensor) -> None:
-        """Move the statistics of the classes in `labels` [n] towards `features` [n, D]; only in train mode."""
-        self.statistics.update(features, labels)
+    def update(self, features: Tensor, labels: Tensor, *, again: bool = False) -> None:
+        """Move the statistics of the classes in `labels` [n] towards `features` [n, D]; only in train mode. `again` as
+        for `FeatureStatistics.update`."""
+        self.statistics.update(features, labels, again=again)
 
     @torch.no_grad()
     def sample(
@@ -120,10 +123,15 @@ class FeatureStatistics(nn.Module):
         self.register_buffer("mean", torch.zeros(num_classes, channels))
         self.register_buffer("variance", torch.zeros(num_classes, channels))
         self.register_buffer("used", torch.zeros(num_classes, dtype=torch.bool))
+        self._batch: Gathered | None = None  # of the newest optimiser batch; of no use between two of them
 
     @torch.no_grad()
-    def update(self, features: Tensor, labels: Tensor) -> None:
+    def update(self, features: Tensor, labels: Tensor, *, again: bool = False) -> None:
         """Take in `features` [n, D] of any float dtype; rows whose label is no foreground class are left out.
+
+        `again`: they belong to the batch of the call before, as another accumulation step of it. The statistics then
+        move from where that batch found them to the mean and variance of all its rows so far: after the last step they
+        are those of one call with all rows.
 
         Nothing changes in evaluation mode. With `across_ranks` every process has to call it, also with no rows.
         """
@@ -137,7 +145,9 @@ class FeatureStatistics(nn.Module):
             )
         inside = (labels >= 0) & (labels < classes)
         features, labels = features[inside].to(self.mean.dtype), labels[inside]
-        if self.across_ranks and several_ranks():  # other processes may have other classes
+        # other processes and steps may have other classes
+        again = again and self._batch is not None
+        if (self.across_ranks and several_ranks()) or again:
             present, group = torch.arange(classes, device=labels.device), labels
         else:
             present, group = torch.unique(labels, return_inverse=True)
@@ -145,10 +155,16 @@ class FeatureStatistics(nn.Module):
         count, total = self._summed(torch.ones_like(features[:, :1]), features, group=group, length=len(present))
         mean = total / count.clamp(min=1)
         (squares,) = self._summed((features - mean[group]).square(), group=group, length=len(present))
-        variance = squares / (count - 1).clamp(min=1)
-
+        if again:
+            assert self._batch is not None
+            count, mean, squares = self._batch.joined(count, mean, squares)
+            self._batch.restore(self)
         seen = count[:, 0] > 0
-        present, mean, variance = present[seen], mean[seen], variance[seen]
+        present, count, mean, squares = present[seen], count[seen], mean[seen], squares[seen]
+        variance = squares / (count - 1).clamp(min=1)
+        self._batch = Gathered(
+            present, count, mean, squares, self.mean[present], self.variance[present], self.used[present]
+        )
         keep = self.momentum * self.used[present].to(mean.dtype)[:, None]
         self.mean[present] = keep * self.mean[present] + (1 - keep) * mean
         self.variance[present] = keep * self.variance[present] + (1 - keep) * variance
@@ -172,6 +188,33 @@ class FeatureStatistics(nn.Module):
             value.new_zeros(length, value.shape[1]).index_put_((group,), value, accumulate=True) for value in values
         )
         return sum_over_ranks(*sums) if self.across_ranks else sums
+
+
+class Gathered(NamedTuple):
+    """What an optimiser batch has brought so far, of the classes `present` [P]."""
+
+    present: Tensor
+    count: Tensor  # [P, 1] rows, their mean [P, D] and the sum of squared distances from it
+    mean: Tensor
+    squares: Tensor
+    old_mean: Tensor  # [P, D] the statistics before the batch
+    old_variance: Tensor
+    old_used: Tensor
+
+    def joined(self, count: Tensor, mean: Tensor, squares: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Count, mean and squares of these rows and more, the latter for every class: [C, 1], [C, D] and [C, D]."""
+        own_count = torch.zeros_like(count).index_copy_(0, self.present, self.count)
+        own_mean = torch.zeros_like(mean).index_copy_(0, self.present, self.mean)
+        total, shift = own_count + count, mean - own_mean
+        share = count / total.clamp(min=1)
+        squares = squares + shift.square() * own_count * share
+        return total, own_mean + shift * share, squares.index_add(0, self.present, self.squares)
+
+    def restore(self, statistics: FeatureStatistics) -> None:
+        """The statistics as they were before the batch."""
+        statistics.mean[self.present] = self.old_mean
+        statistics.variance[self.present] = self.old_variance
+        statistics.used[self.present] = self.old_used
 
 
 def inverse_cdf(weights: Tensor, uniform: Tensor) -> Tensor:
@@ -213,7 +256,7 @@ class HallucinatedRows(FeatureModule):
     @torch.no_grad()
     def rows(self, seen: Seen) -> ExtraRows:
         boxes, labels, _ = shifted_boxes(seen.targets, seen.image_sizes, independent=self.independent_boxes)
-        self.hallucination.update(seen.head(seen.pool(boxes)).float(), labels)
+        self.hallucination.update(seen.head(seen.pool(boxes)).float(), labels, again=self.calls > 0)
         classes = self.share(self.hallucination.sampled_num_classes, len(seen.targets), self.per)
         return ExtraRows(*self.hallucination.sample(self._loss[0].indicator_diagonal(), classes))
 
