@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from tailfin.stats import ClassStats
 
+PICTURES = 2  # of a process in the published runs (8 x 2), whose draws and means are per process
 PRIOR_BIAS = -math.log(999.0)  # sigmoid(-log(999)) = 0.001, the prior of long-tail sigmoid classifiers (BACL, EQL v2)
 
 

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from tailfin.collectives import this_rank
 from tailfin.data.dataset import Source, TrainingDataset
+from tailfin.losses.base import PICTURES
 from tailfin.samplers.plan import BatchPlan
 from tailfin.schema.recipe import Recipe
 from tailfin.stats import ClassStats
 
 Targets = Sequence[dict[str, Tensor]]
-PICTURES = 2  # of a process in the published runs (8 x 2), whose numbers of draws are per process
 
 
 class Rows(NamedTuple):

@@ -29,8 +29,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tailfin.collectives import sum_over_ranks
-from tailfin.losses.base import ClassificationLoss, ExactBuffers
-from tailfin.models.features.base import PICTURES, FeatureModule, Seen
+from tailfin.losses.base import PICTURES, ClassificationLoss, ExactBuffers
+from tailfin.models.features.base import FeatureModule, Seen
 from tailfin.models.features.hallucination import FeatureStatistics
 from tailfin.models.precision import in_float32
 from tailfin.schema.detectors import FasterRCNNConfig
