@@ -49,6 +49,7 @@ class BAGS(ClassificationLoss):
     """
 
     row_facts = ("picture",)
+    classes_first = False  # a class has its logit in its bin
     bin_label: Tensor
     column: Tensor
 
