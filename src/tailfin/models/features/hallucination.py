@@ -194,7 +194,7 @@ class Gathered(NamedTuple):
     """What an optimiser batch has brought so far, of the classes `present` [P]."""
 
     present: Tensor
-    count: Tensor  # [P, 1] rows, their mean [P, D] and the sum of squared distances from it
+    number: Tensor  # [P, 1] rows, their mean [P, D] and the sum of squared distances from it
     mean: Tensor
     squares: Tensor
     old_mean: Tensor  # [P, D] the statistics before the batch
@@ -203,7 +203,7 @@ class Gathered(NamedTuple):
 
     def joined(self, count: Tensor, mean: Tensor, squares: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Count, mean and squares of these rows and more, the latter for every class: [C, 1], [C, D] and [C, D]."""
-        own_count = torch.zeros_like(count).index_copy_(0, self.present, self.count)
+        own_count = torch.zeros_like(count).index_copy_(0, self.present, self.number)
         own_mean = torch.zeros_like(mean).index_copy_(0, self.present, self.mean)
         total, shift = own_count + count, mean - own_mean
         share = count / total.clamp(min=1)
