@@ -73,7 +73,8 @@ def test_it_learns_its_pictures(few, tiny_recipe, tmp_path, detector):
     ]
     out = tailfin.train(tiny_recipe, train=few, val=few, out=tmp_path / "run", overrides=[*detector, *changes])
     metrics = json.loads((out / "metrics.json").read_text())
-    assert metrics["bbox"]["AP50"] > 0.9 and metrics["segm"]["AP50"] > 0.9, metrics
+    # three seeds of both gave 0.84 to 0.99, and the order of a sum is as good as a seed; untrained it is below 0.01
+    assert metrics["bbox"]["AP50"] > 0.6 and metrics["segm"]["AP50"] > 0.6, metrics
 
 
 def test_objects_pasted_along_their_masks(masked_set, tiny_recipe, tmp_path):

@@ -168,7 +168,7 @@ class DeformableDETR(Detector):
             queries, content, reference = self._queries_of(encoder_logits, raw, mask)
         else:
             queries, content = self.query_embed.weight.expand(len(sizes), -1, -1).chunk(2, dim=2)
-            reference = self.reference_points(queries).float().sigmoid()
+            reference = in_float32(self.reference_points, queries).sigmoid()
         hidden, boxes = self._decode(queries, content, reference, memory, mask, ratios, shapes)
         return Outputs(self.classify(hidden), boxes, hidden, features, masks, sizes, encoder_logits, encoder_boxes)
 

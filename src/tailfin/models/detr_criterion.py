@@ -141,6 +141,8 @@ class SetCriterion(nn.Module):
         keywords = known_classes(targets, [queries] * pictures)
         if "normalizer" in self.loss.row_facts:
             keywords["normalizer"] = normalizer
+        if "picture" in self.loss.row_facts:
+            keywords["picture"] = torch.arange(pictures, device=logits.device).repeat_interleave(queries)
         if "gt_index" in self.loss.row_facts:
             index = torch.full_like(labels, -1)
             index[pairs.layer, pairs.picture, pairs.query] = objects.first[pairs.picture] + pairs.object
