@@ -187,22 +187,18 @@ def box_generator() -> Call:
 
 
 def nms_resampling() -> Call:
-    """Proposals that the resampling RPN keeps, of anchors and scores that belong to the picture."""
+    """Proposals that the resampling RPN keeps, of scores that belong to the picture."""
     recipe = load_recipe("fod/faster_rcnn_r18_softmax", ["detector.rpn_nms_resampling=discrete"])
     model: Any = build_detector(recipe, STATS, start=False)[0]
     rpn = model.rpn.train()
 
+    generator = torch.Generator().manual_seed(0)
+    anchors = target(0)["boxes"][torch.arange(100) % 3] + 4 * torch.rand(100, 4, generator=generator)
+
     def call(pictures: Sequence[int]) -> Tensor:
-        scores, anchors = [], []
-        for picture in pictures:
-            generator = torch.Generator().manual_seed(picture)
-            scores.append(torch.randn(100, 1, generator=generator))
-            anchors.append(
-                target(picture)["boxes"][torch.arange(100) % 3] + 4 * torch.rand(100, 4, generator=generator)
-            )
-        raw = RPNOutputs(torch.cat(scores), torch.zeros(100 * len(pictures), 4), anchors, [100])
-        found = rpn.propose(raw, [(64, 64)] * len(pictures), [target(p) for p in pictures])[0]
-        return torch.tensor([sum(len(own) for own in found)])
+        scores = torch.stack([torch.randn(100, generator=torch.Generator().manual_seed(p)) for p in pictures])
+        raw = RPNOutputs(scores, torch.zeros(len(pictures), 100, 4), anchors, [100])
+        return rpn.propose(raw, [(64, 64)] * len(pictures), [target(p) for p in pictures]).valid.sum()[None]
 
     return call
 
