@@ -26,6 +26,7 @@ class Rows(NamedTuple):
     gt_index: Tensor  # int64 [N] the object of each row, counted over the batch; -1 on background rows
     added: Tensor  # bool [N] rows that are an object's own box, joined to the proposals
     places: Places  # for pooling: the picture of each row, and how many rows each level has
+    known: Tensor | None = None  # bool [N, C] classes that were looked for in the row's picture; none: all
 
 
 class ExtraRows(NamedTuple):

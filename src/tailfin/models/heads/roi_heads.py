@@ -20,7 +20,7 @@ from tailfin.losses.base import ClassificationLoss
 from tailfin.models.assigners import BACKGROUND, max_iou_batch, pad_targets, paired_iou
 from tailfin.models.box_deltas import encode_deltas
 from tailfin.models.detections import select_detections
-from tailfin.models.detector import Limits, Targets
+from tailfin.models.detector import Limits, Targets, known_classes
 from tailfin.models.features.base import ExtraRows, FeatureModule, Rows, Seen
 from tailfin.models.precision import in_float32
 from tailfin.models.roi_align import Places, PyramidRoIAlign
@@ -197,6 +197,8 @@ class RoIHeads(nn.Module):
             logits = torch.cat([logits, more_logits])
         box = self.box_regression_loss(deltas, [boxes], labels[: len(boxes)], matched)
         facts = self.facts(deltas, boxes, labels, matched, rows.gt_index, memory=more is not None and more.memory)
+        if rows.known is not None:  # extra rows are of no picture
+            facts["known"] = F.pad(rows.known, (0, 0, 0, len(labels) - len(rows.known)), value=True)
         return {"loss_classifier": self.loss(logits, labels, every_row=True, **facts), "loss_box_reg": box}
 
     def facts(
@@ -270,6 +272,7 @@ class RoIHeads(nn.Module):
             torch.where(positive, owner + first[picture], -1),
             index >= places,
             Places(picture, chosen.per_level),
+            known_classes(targets, chosen.per_picture).get("known"),
         )
 
     def box_regression_loss(self, deltas: Tensor, proposals: list[Tensor], labels: Tensor, matched: Tensor) -> Tensor:

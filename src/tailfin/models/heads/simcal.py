@@ -134,7 +134,8 @@ class TwinRoIHeads(RoIHeads):
         places = Places(rows.places.picture[chosen.rows], chosen.per_level)
         own = list(boxes[chosen.rows].split(chosen.per_picture))
         logits, _ = self.predictor(self.head(self.pool(features, own, image_sizes, places)))
-        return {"loss_classifier": self.loss(logits.float(), labels[chosen.rows], every_row=True)}
+        known = None if rows.known is None else rows.known[chosen.rows]
+        return {"loss_classifier": self.loss(logits.float(), labels[chosen.rows], known=known, every_row=True)}
 
 
 def with_twin(
