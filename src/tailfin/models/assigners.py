@@ -213,7 +213,8 @@ def _max_iou(
     if valid is not None:
         background |= ~valid.any(dim=1, keepdim=True)
     assigned = torch.where(background, BACKGROUND, IGNORED)
-    assigned = torch.where(best >= pos_iou, owner, assigned)
+    # said so that a box of NaN is an anchor's owner: its loss tells of it, where no match would hide it
+    assigned = torch.where(best < pos_iou, assigned, owner)
     if low_quality:
         own_best = overlaps.amax(dim=2, keepdim=True)
         bound = torch.where(own_best >= max(min_pos_iou, 0.0), own_best, torch.inf)  # of an empty place: out of reach

@@ -57,7 +57,7 @@ class PyramidRoIAlign(MultiScaleRoIAlign):
         if len(self.featmap_names) == 1:
             return torch.zeros_like(boxes[..., 0], dtype=torch.int64)
         found: Tensor = self.map_levels([boxes.reshape(-1, 4)])
-        return found.view(boxes.shape[:-1])
+        return found.clamp(0, len(self.featmap_names) - 1).view(boxes.shape[:-1])  # of a box of NaN too
 
     def forward(
         self,
@@ -149,7 +149,7 @@ def _bilinear(start: Tensor, length: Tensor, cells: int, bins: int, samples: int
     steps = (torch.arange(bins * samples, dtype=start.dtype) + 0.5) / samples
     place = start[:, None] + steps * (length / bins)[:, None]
     weight = ((place >= -1) & (place <= cells)).to(place.dtype) / samples
-    place = place.clamp(0, cells - 1)
+    place = place.nan_to_num(0.0).clamp(0, cells - 1)  # a broken box counts as 0, its loss will tell of it
     low = place.floor()
     upper = (place - low) * weight
     neighbours = torch.stack([low, (low + 1).clamp(max=cells - 1)], 2).to(torch.int32)
