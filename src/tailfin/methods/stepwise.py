@@ -56,7 +56,7 @@ def train(run: Run) -> None:
     exemplars = select_exemplars(run, model, settings, parts)
     for step in planned_steps(settings, parts):
         _measure(run, model, name)
-        model = _step(run, model, step, exemplars, len(settings.division) + 1)
+        model = _step(run, model, step, exemplars, settings)
         name = step.name
     metrics = run.finish(model)
     if metrics is not None:
@@ -149,7 +149,7 @@ def _given(run: Run) -> Detector:
     return model
 
 
-def _step(run: Run, trained: Detector, step: PlannedStep, exemplars: Exemplars, parts: int) -> Detector:
+def _step(run: Run, trained: Detector, step: PlannedStep, exemplars: Exemplars, settings: Stepwise) -> Detector:
     """One step from the weights of `trained`."""
     config, index = step.config, run.train.index
     recipe = run.planned(step.name).recipe
@@ -165,7 +165,8 @@ def _step(run: Run, trained: Detector, step: PlannedStep, exemplars: Exemplars, 
         config.rfs,
         step.own,
         expert=not step.old.any(),
-        parts=parts,
+        division=settings.division,
+        boundary=settings.boundary,
     )
     plan = BatchPlan(
         index,
