@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import json
 import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 from transformers import DeformableDetrConfig, DeformableDetrForObjectDetection, ResNetConfig, TimmBackboneConfig
 
 from tailfin.checkpoint import save_model
+from tailfin.cli.evaluate import evaluate
 from tailfin.config import check_recipe
+from tailfin.data.transforms import resize
 from tailfin.errors import UserError
 from tailfin.models import build_detector
 from tailfin.models.deformable_detr import FOCAL_BIAS, DeformableDETR
@@ -114,7 +118,7 @@ def model_of(**detector: object) -> DeformableDETR:
 def test_every_key_has_its_place(two_stage, refine):
     state = released(two_stage=two_stage, refine=refine)
     assert is_released(state)
-    ours = convert_released(state, NAMES, IDS).weights
+    ours = convert_released(state, NAMES, IDS).state
     own = model_of(two_stage=two_stage, refine=refine, encoder_head="classes").state_dict()
     own = {key: value for key, value in own.items() if not key.startswith("criterion.")}
     assert set(ours) == set(own)
@@ -123,7 +127,7 @@ def test_every_key_has_its_place(two_stage, refine):
 
 def test_values():
     state = released()
-    ours = convert_released(state, NAMES, IDS).weights
+    ours = convert_released(state, NAMES, IDS).state
     query, key, value = (ours[f"decoder.2.self_attn.{name}_proj.weight"] for name in "qkv")
     assert torch.equal(torch.cat([query, key, value]), state["transformer.decoder.layers.2.self_attn.in_proj_weight"])
     assert torch.equal(
@@ -145,7 +149,7 @@ def heads(count: int) -> dict[str, Tensor]:
 def test_class_heads_of_coco_go_by_name():
     """Rows are COCO's category ids, whatever ids and order the training file has."""
     found = convert_released(heads(91), ["Dog", "unicorn", "person"], [7, 8, 9])
-    rows = dict(zip(found.names, found.weights["class_embed.0.bias"].tolist(), strict=True))
+    rows = dict(zip(found.names, found.state["class_embed.0.bias"].tolist(), strict=True))
     assert len(rows) == 80 and (rows["person"], rows["Dog"], rows["toothbrush"]) == (1, 18, 90)
     # 90 classes of one's own have as many rows as COCO needs, and are none of COCO's
     own = [f"part {number}" for number in range(90)]
@@ -170,13 +174,13 @@ def test_other_class_heads_go_by_id_or_are_refused(count, ids, rows):
             convert_released(heads(count), NAMES, ids, "FILE")
     else:
         found = convert_released(heads(count), NAMES, ids, "FILE")
-        assert found.weights["class_embed.0.bias"].tolist() == rows and found.notes[0].startswith("FILE: ")
+        assert found.state["class_embed.0.bias"].tolist() == rows and found.notes[0].startswith("FILE: ")
 
 
 def test_class_heads_of_transformers():
     labels = ["N/A", "class 3", "other", "class 1"]
     found = convert_transformers(heads(4), NAMES, labels)
-    assert found.names == labels[1:] and found.weights["class_embed.0.bias"].tolist() == [1, 2, 3]
+    assert found.names == labels[1:] and found.state["class_embed.0.bias"].tolist() == [1, 2, 3]
     assert len(convert_transformers(heads(91), NAMES).names) == 80
     assert convert_transformers(heads(5), NAMES, [f"LABEL_{i}" for i in range(5)]).names == NAMES
     assert convert_transformers(heads(12), NAMES).names == []
@@ -269,6 +273,44 @@ def test_outputs_of_a_file_of_the_hub(tmp_path, kind, backbone):
     model, notes = loaded(tmp_path / "memory.pth", kind, coco_stats(SHOWN))
     assert_same_outputs(model, theirs, ROWS)
     assert any("taken for COCO's" in note for note in notes)
+
+
+def test_a_file_of_the_hub_is_evaluated(tmp_path, make_set, capsys):
+    """`tailfin evaluate --model FILE --recipe RECIPE`: the numbers of transformers' own detections."""
+    annotations = make_set(tmp_path / "set", 4, 0)
+    document = json.loads(annotations.read_text())
+    for category, name in zip(document["categories"], ("Dog", "person", "cat"), strict=True):
+        category["name"] = name
+    annotations.write_text(json.dumps(document))
+    theirs = transformers_detector("two-stage", "timm")
+    theirs.config.id2label = dict(enumerate(coco_names()))
+    theirs.save_pretrained(tmp_path / "hub")
+    detector = {**SIZES, **KINDS["two-stage"], "name": "deformable_detr"}
+    recipe = tmp_path / "small.yaml"
+    data = {"resize": "square", "sizes": [96], "workers": 0}
+    values = {"detector": detector, "backbone": "resnet18", "loss": "focal", "weights": "imagenet", "data": data}
+    recipe.write_text(json.dumps({**values, "evaluation": {"score_threshold": 0.0, "batch": 1}}))
+    model = tmp_path / "hub" / "model.safetensors"
+    evaluate(model=model, recipe=str(recipe), annotations=annotations, protocol="coco", save=tmp_path)
+    assert "3 kept, 0 new, 77 of the file left out" in capsys.readouterr().out
+    results = json.loads((tmp_path / "results.bbox.json").read_text())
+    picture = torch.from_numpy(np.asarray(Image.open(tmp_path / "set" / "1.png")).copy()).permute(2, 0, 1)
+    shown = batch_images([resize(picture, {"boxes": torch.zeros(0, 4)}, (72, 96))[0]], divisor=1).tensors
+    with torch.no_grad():
+        scores = theirs(shown).logits[0, :, [18, 1, 17]].sigmoid().flatten()
+    own = sorted((entry["score"] for entry in results if entry["image_id"] == 101), reverse=True)
+    assert own == pytest.approx(scores.sort(descending=True).values[:100].tolist(), abs=1e-4)
+    # what would be random is refused
+    with pytest.raises(UserError, match="weights of this detector are not in it"):
+        recipe.write_text(json.dumps({**values, "detector": {**detector, "decoder_layers": 3}}))
+        evaluate(model=model, recipe=str(recipe), annotations=annotations, protocol="coco")
+    document["categories"][2]["name"] = "unicorn"
+    annotations.write_text(json.dumps(document))
+    with pytest.raises(UserError, match='no class "unicorn"'):
+        recipe.write_text(json.dumps(values))
+        evaluate(model=model, recipe=str(recipe), annotations=annotations, protocol="coco")
+    with pytest.raises(UserError, match="--recipe goes with --model"):
+        evaluate(run=tmp_path, recipe=str(recipe))
 
 
 def released_names(theirs: DeformableDetrForObjectDetection, kind: str) -> dict[str, Tensor]:

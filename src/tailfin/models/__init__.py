@@ -29,7 +29,7 @@ from tailfin.models.convert_torchvision import (
 )
 from tailfin.models.detector import Detector, Limits
 from tailfin.models.detr_convert import (
-    Foreign,
+    Released,
     convert_released,
     convert_transformers,
     is_released,
@@ -63,20 +63,29 @@ def build_detector(recipe: Recipe, stats: ClassStats, *, start: bool = True) -> 
     if start:
         refuse_untrained(getattr(recipe.detector, "classifier", None))
     body, whole = _starting_weights(recipe, source)
-    foreign = None
+    released = None
     loss = losses.build(recipe.loss.name, stats, **recipe.loss.options)
     loss = replaced_loss(recipe.features, stats, loss)
     if body is not None and (convert := RELEASED.get(recipe.detector.name)):
-        foreign = convert(body, stats, loss, source)
-        whole, body = (None, body) if foreign is None else (foreign.weights, None)
+        released = convert(body, stats, loss, source)
+        whole, body = (None, body) if released is None else (released.state, None)
     model = BUILDERS[recipe.detector.name](recipe, stats, loss, body, source)
     if recipe.calibration is not None:
         model.rescore = build_rescorer(recipe.calibration, stats, model.loss)
-    if foreign is not None:
-        return model, [*foreign.notes, *load_weights(model, foreign.weights, source, stats.names, old=foreign.names)]
+    if released is not None:
+        return model, [*released.notes, *load_weights(model, released.state, source, stats.names, old=released.names)]
     if whole is not None:
         return model, load_weights(model, whole, source, stats.names)
     return model, [f"backbone: {source}"] if body is not None else ["random start"]
+
+
+def released_weights(recipe: Recipe, stats: ClassStats) -> Released | None:
+    """The recipe's `weights` by tailfin's names, where they are a detector of another project; None for anything else."""
+    state, _ = _starting_weights(recipe, recipe.weights)
+    convert = RELEASED.get(recipe.detector.name)
+    if state is None or convert is None:
+        return None
+    return convert(state, stats, losses.build(recipe.loss.name, stats, **recipe.loss.options), recipe.weights)
 
 
 def _two_stage(
@@ -170,14 +179,14 @@ BUILDERS: dict[str, Builder] = {
 
 def _released_retinanet(
     state: dict[str, Tensor], stats: ClassStats, loss: ClassificationLoss, source: str
-) -> Foreign | None:
+) -> Released | None:
     known = is_torchvision_retinanet(state)
-    return Foreign(convert_retinanet(state, stats.names, loss.num_logits, source)) if known else None
+    return Released(convert_retinanet(state, stats.names, loss.num_logits, source)) if known else None
 
 
 def _released_detr(
     state: dict[str, Tensor], stats: ClassStats, loss: ClassificationLoss, source: str
-) -> Foreign | None:
+) -> Released | None:
     if is_transformers(state):
         return convert_transformers(state, stats.names, _labels_beside(source), source)
     return convert_released(state, stats.names, stats.category_ids, source) if is_released(state) else None
@@ -185,13 +194,13 @@ def _released_detr(
 
 def _released_rcnn(
     masks: bool, state: dict[str, Tensor], stats: ClassStats, loss: ClassificationLoss, source: str
-) -> Foreign | None:
+) -> Released | None:
     known = is_torchvision_rcnn(state)
-    return Foreign(convert_rcnn(state, stats.names, loss.num_logits, source, masks=masks)) if known else None
+    return Released(convert_rcnn(state, stats.names, loss.num_logits, source, masks=masks)) if known else None
 
 
 # by `detector.name`: weights of a whole detector in another project's names to tailfin's; None for anything else
-RELEASED: dict[str, Callable[[dict[str, Tensor], ClassStats, ClassificationLoss, str], Foreign | None]] = {
+RELEASED: dict[str, Callable[[dict[str, Tensor], ClassStats, ClassificationLoss, str], Released | None]] = {
     "faster_rcnn": partial(_released_rcnn, False),
     "mask_rcnn": partial(_released_rcnn, True),
     "retinanet": _released_retinanet,

@@ -1,8 +1,8 @@
 """Released Deformable DETR checkpoints in tailfin's names: the released code's, and those of transformers.
 
-    foreign = convert_released(state, stats.names, stats.category_ids, "FILE")     # the released code's, .pth
-    foreign = convert_transformers(state, stats.names, classes, "FILE")            # transformers', .safetensors
-    lines = load_weights(model, foreign.weights, "FILE", stats.names, old=foreign.names)
+    released = convert_released(state, stats.names, stats.category_ids, "FILE")     # the released code's, .pth
+    released = convert_transformers(state, stats.names, classes, "FILE")            # transformers', .safetensors
+    lines = load_weights(model, released.state, "FILE", stats.names, old=released.names)
 
 The released code of Deformable DETR, and of the work built on it, keeps the transformer under `transformer.`, the
 ResNet under `backbone.0.body.` and the heads at the top; self-attention is one matrix for queries, keys and values.
@@ -68,10 +68,10 @@ PACKED = re.compile(r"^transformer\.decoder\.layers\.(\d+)\.self_attn\.in_proj_(
 COCO_ROWS = 91  # category ids 0..90, of which 80 are classes
 
 
-class Foreign(NamedTuple):
+class Released(NamedTuple):
     """Weights of another project by tailfin's names."""
 
-    weights: dict[str, Tensor]
+    state: dict[str, Tensor]
     names: list[str] | None = None  # of the classes that class heads have rows of, in order; None: not told
     notes: tuple[str, ...] = ()  # lines about how classes were told
 
@@ -88,7 +88,7 @@ def is_transformers(state: Mapping[str, Tensor]) -> bool:
 
 def convert_released(
     state: Mapping[str, Tensor], names: Sequence[str], category_ids: Sequence[int], source: str = "weights"
-) -> Foreign:
+) -> Released:
     """A state dict of the released code.
 
     Args:
@@ -107,12 +107,12 @@ def convert_released(
             continue
         converted[_renamed(key, RENAMED)] = value
     rows, found, notes = _released_rows(_class_rows(converted), names, category_ids, source)
-    return Foreign(_with_heads(converted, rows), found, notes)
+    return Released(_with_heads(converted, rows), found, notes)
 
 
 def convert_transformers(
     state: Mapping[str, Tensor], names: Sequence[str], labels: Sequence[str] | None = None, source: str = "weights"
-) -> Foreign:
+) -> Released:
     """A state dict of transformers' `DeformableDetrForObjectDetection`, as it is in memory or as it is saved.
 
     Args:
@@ -130,19 +130,19 @@ def convert_transformers(
         raise UserError(f"{source}: its class heads have {count} rows, its configuration has {len(labels)} classes")
     if labels is not None and not all(re.fullmatch(r"LABEL_\d+", label) for label in labels):
         rows, found = _named(labels, names)
-        return Foreign(_with_heads(converted, rows), found)
+        return Released(_with_heads(converted, rows), found)
     if count == COCO_ROWS:
         rows, found = _named(coco_names(), names)
-        return Foreign(_with_heads(converted, rows), found, (f"{source}: its {count} class rows are taken for COCO's",))
+        return Released(_with_heads(converted, rows), found, (f"{source}: its {count} class rows are taken for COCO's",))
     if count == len(names):
         note = f"{source}: it names no classes; its {count} class rows are taken in their order"
-        return Foreign(_with_heads(converted, list(range(count))), list(names), (note,))
+        return Released(_with_heads(converted, list(range(count))), list(names), (note,))
     if count == len(names) + 1:
         raise UserError(
             f"{source}: its class heads have {count} rows and no names, the training file {len(names)} classes: which "
             "row is whose cannot be told (a config.json with id2label beside the file names them)"
         )
-    return Foreign(_with_heads(converted, []), [], (f"{source}: it names none of its {count} classes",))
+    return Released(_with_heads(converted, []), [], (f"{source}: it names none of its {count} classes",))
 
 
 def coco_names() -> list[str]:
