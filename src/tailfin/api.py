@@ -154,7 +154,8 @@ def train(
     `recipe` is a name from `tailfin recipes list`, a YAML path, a published row's id, or a `Recipe`. `resume` goes on
     with the run in `out`. `reuse` is a run (or model file) whose finished stages are taken in the place of training
     them, in order, up to the first that this recipe would train differently; `stage1` is one whose first stage must be
-    the one that the recipe would train, and is taken alone.
+    the one that the recipe would train, and is taken alone; a later stage of a run (RUN/stages/K-NAME) is taken with
+    those before it.
     """
     from tailfin.methods import METHODS
     from tailfin.processes import on_main, process_state

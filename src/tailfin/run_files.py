@@ -40,6 +40,7 @@ _RUN = (
     "exemplars.json",
 )
 _STAGE = ("model.safetensors", "best.safetensors", "metrics.jsonl", "metrics.json", "pictures.npz", "skipped.json")
+_STAGE += ("step.json",)
 
 
 def _names(names: tuple[str, ...]) -> str:
