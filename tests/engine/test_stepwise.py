@@ -18,10 +18,12 @@ from small_detr import DETR
 
 import tailfin
 from tailfin import exemplar_scores
-from tailfin.checkpoint import content_hash
+from tailfin.checkpoint import content_hash, save_model
 from tailfin.config import load_recipe
 from tailfin.data.index import open_index
+from tailfin.data.smooth_tail import planned_steps
 from tailfin.errors import UserError
+from tailfin.methods import stepwise
 from tailfin.methods.stepwise import freeze_but
 from tailfin.models import build_detector
 from tailfin.models.transfer import Transfer, class_logits
@@ -414,6 +416,63 @@ def test_more_objects_than_queries(recipe, tiny_set):
     with torch.inference_mode():
         scores = exemplar_scores.annotation_scores(model, [image], [target])
     assert (scores > 0).sum() == 2 and (scores == 0).sum() == 3
+
+
+def test_the_command_on_processes(recipe, tiny_set, tmp_path, run_tailfin):
+    """`data smooth-tail` writes the same files whatever the number of processes, and one of them writes."""
+    model = tmp_path / "model.safetensors"
+    stats = ClassStats.from_index(open_index(tiny_set[0]))
+    loaded = load_recipe(recipe, ["method=baseline", "stepwise=null"])
+    torch.manual_seed(0)
+    save_model(model, build_detector(loaded, stats, start=False)[0], loaded, stats)
+    options = ["--annotations", tiny_set[0], "--division", "10", "--head", "6,1", "--tail", "4,all"]
+    names = ("curves.html", "d_head.json", "d_tail.json", "exemplars.json")
+    for number in (1, 2):
+        out = tmp_path / f"sets{number}"
+        done = run_tailfin("data", "smooth-tail", model, *options, "--out", out, processes=number)
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert done.stdout.count("annotations per class") == 1
+        assert sorted(file.name for file in out.iterdir()) == list(names)
+    for name in names[1:]:
+        assert (tmp_path / "sets1" / name).read_bytes() == (tmp_path / "sets2" / name).read_bytes(), name
+    again = run_tailfin("data", "smooth-tail", model, *options, "--out", tmp_path / "sets2", processes=2)
+    assert again.returncode and "add --overwrite to replace it" in again.stderr
+
+
+def test_steps_that_cannot_be_are_told_before_step_0(tmp_path, tiny_set, tiny_recipe):
+    """A part that is frozen whole, a part that this detector has not, a teacher for one that cannot be taught."""
+    path = tmp_path / "tiny.yaml"
+    section = "method: stepwise\nstepwise: {division: [10], tail: {distillation: null}}\n"
+    path.write_text(tiny_recipe.read_text() + section)
+    cases = {
+        'step tail trains "mask", this detector has no such part': ["stepwise.tail.trains=[mask]", "detector.name=cascade_rcnn"],
+        "has one per stage; step tail has a teacher": ["detector.name=cascade_rcnn", "stepwise.tail.distillation={}"],
+    }  # fmt: skip
+    for message, overrides in cases.items():
+        with pytest.raises(UserError, match=message):
+            tailfin.train(path, train=tiny_set[0], out=tmp_path / "run", overrides=overrides)
+        assert not (tmp_path / "run").exists()
+    loaded = load_recipe(path, ["stepwise.head.trains=[backbone]"])
+    stats = ClassStats.from_index(open_index(tiny_set[0]))
+    model, _ = build_detector(loaded, stats, start=False)
+    model.backbone.requires_grad_(False)
+    with pytest.raises(UserError, match="step head trains backbone, all of which the detector's section freezes"):
+        stepwise.check_trains(model, planned_steps(loaded.stepwise, np.array([0, 0, 1])))
+
+
+@pytest.mark.parametrize("layers", ["class_embed", "bbox_embed"])
+def test_a_diverged_network_is_told_by_the_engine(recipe, tiny_set, tmp_path, monkeypatch, layers):
+    """Logits or boxes that are no numbers: the message names iteration, stage and pictures, not the assignment."""
+    build = stepwise.start
+
+    def diverged(run):
+        model = build(run)
+        getattr(model, layers)[0].get_parameter("bias" if layers == "class_embed" else "layers.2.bias").data.fill_(torch.nan)
+        return model
+
+    monkeypatch.setattr(stepwise, "start", diverged)
+    with pytest.raises(UserError, match="the loss is not finite at iteration 0 of stage base .* pictures .*have diverged"):
+        tailfin.train(recipe, train=tiny_set[0], out=tmp_path / "run")
 
 
 def test_logits_of_classes():

@@ -156,7 +156,7 @@ Two = tuple[Tensor, Tensor]
 def _neighbours(place: Tensor, side: Tensor) -> tuple[Two, Two, Two]:
     """The two cells around a place in 0..1 along one axis of `side` cells: index, share, and whether they exist."""
     place = place * side - 0.5
-    low = place.floor()
+    low = place.floor().nan_to_num_()  # a network that has diverged: no place, and a share that is no number
     part = place - low
     in_low, in_high = (low >= 0) & (low < side), (low >= -1) & (low < side - 1)
     cells = low.clamp(min=0).minimum(side - 1), (low + 1).clamp_(min=0).minimum(side - 1)
