@@ -238,7 +238,7 @@ def converted(
     train: str | Path | None = None,
     overrides: Sequence[str] = (),
 ) -> list[str]:
-    """Write a checkpoint of another project, that `weights` of the recipe would read, as a model file to be used as it is.
+    """Write a checkpoint of another project, which `weights` of the recipe would read, as a model file as it is.
 
     Args:
         recipe: name or path; its detector (that of the last stage) is the checkpoint's.

@@ -232,7 +232,9 @@ def test_stage1_of_a_later_stage_takes_all_up_to_it(tmp_path, steps, expert):
     assert same(arm, expert, "stages/2-head/step.json")
     again = steps(tmp_path / "again", "stepwise.tail.distillation.classes=0", stage1=later / "model.safetensors")
     assert same(again, arm, "stages/3-tail/step.json")
-    with pytest.raises(UserError, match=r"train another stage head: stepwise.head.lr is 0.001 there.*'stepwise.head.lr"):
+    with pytest.raises(
+        UserError, match=r"train another stage head: stepwise.head.lr is 0.001 there.*'stepwise.head.lr"
+    ):
         steps(tmp_path / "run", "stepwise.head.lr=0.01", stage1=later)
     with pytest.raises(UserError, match="exemplars.json is not taken .*stepwise.exemplars.score.*follow from it"):
         steps(tmp_path / "run", "stepwise.exemplars.score=gt_class", stage1=later)
@@ -291,12 +293,16 @@ def test_exemplars_and_sets_of_files(tmp_path, tiny_set, steps, expert, capsys):
         assert document["classes"] == own["classes"] and document["source"]["file"] == str(expert / "exemplars.json")
         exemplars = smooth_tail.read_exemplars(expert / "exemplars.json", index)
         for name, counts in (("head", [8, 8, 2]), ("tail", [4, 4, -1])):
-            smooth_tail.write_subset(tmp_path / f"d_{name}.json", index, smooth_tail.choose(exemplars, index, np.array(counts)))
+            smooth_tail.write_subset(
+                tmp_path / f"d_{name}.json", index, smooth_tail.choose(exemplars, index, np.array(counts))
+            )
         files = [f"stepwise.{name}.annotations={tmp_path}/d_{name}.json" for name in ("head", "tail")]
         fed = steps(tmp_path / "fed", *files, stage1=expert)
         assert equal(fed, expert, "2-head", "3-tail") and not (fed / "exemplars.json").exists()
         assert reused(steps(tmp_path / "again", *files, reuse=fed)) == ["base", "head", "tail"]
-        smooth_tail.write_subset(tmp_path / "d_tail.json", index, smooth_tail.choose(exemplars, index, np.array([3, 3, -1])))
+        smooth_tail.write_subset(
+            tmp_path / "d_tail.json", index, smooth_tail.choose(exemplars, index, np.array([3, 3, -1]))
+        )
         assert reused(steps(tmp_path / "other", *files, reuse=fed)) == ["base", "head"]
         short = json.loads((expert / "exemplars.json").read_text())
         short["classes"][1]["exemplars"] = short["classes"][1]["exemplars"][:3]
@@ -309,7 +315,8 @@ def test_exemplars_and_sets_of_files(tmp_path, tiny_set, steps, expert, capsys):
     # mistakes are told before anything trains
     document = json.loads((tmp_path / "d_head.json").read_text())
     for key, value, message in (
-        ("category_id", 3, "another class"), ("bbox", [1, 2, 20, 20], "another box"), ("image_id", 100, "another image"),
+        ("category_id", 3, "another class"), ("bbox", [1, 2, 20, 20], "another box"),
+        ("image_id", 100, "another image"),
         ("id", 5000, "there is no annotation 5000"),
     ):  # fmt: skip
         entry = next(one for one in document["annotations"] if one["category_id"] != 3 and one["image_id"] != 100)

@@ -445,7 +445,9 @@ def test_steps_that_cannot_be_are_told_before_step_0(tmp_path, tiny_set, tiny_re
     section = "method: stepwise\nstepwise: {division: [10], tail: {distillation: null}}\n"
     path.write_text(tiny_recipe.read_text() + section)
     cases = {
-        'step tail trains "mask", this detector has no such part': ["stepwise.tail.trains=[mask]", "detector.name=cascade_rcnn"],
+        'step tail trains "mask", this detector has no such part': [
+            "stepwise.tail.trains=[mask]", "detector.name=cascade_rcnn",
+        ],
         "has one per stage; step tail has a teacher": ["detector.name=cascade_rcnn", "stepwise.tail.distillation={}"],
     }  # fmt: skip
     for message, overrides in cases.items():
@@ -467,11 +469,15 @@ def test_a_diverged_network_is_told_by_the_engine(recipe, tiny_set, tmp_path, mo
 
     def diverged(run):
         model = build(run)
-        getattr(model, layers)[0].get_parameter("bias" if layers == "class_embed" else "layers.2.bias").data.fill_(torch.nan)
+        getattr(model, layers)[0].get_parameter("bias" if layers == "class_embed" else "layers.2.bias").data.fill_(
+            torch.nan
+        )
         return model
 
     monkeypatch.setattr(stepwise, "start", diverged)
-    with pytest.raises(UserError, match="the loss is not finite at iteration 0 of stage base .* pictures .*have diverged"):
+    with pytest.raises(
+        UserError, match="the loss is not finite at iteration 0 of stage base .* pictures .*have diverged"
+    ):
         tailfin.train(recipe, train=tiny_set[0], out=tmp_path / "run")
 
 

@@ -207,7 +207,9 @@ BACKBONES = {
 }  # fmt: skip
 
 
-def transformers_detector(kind: str, backbone: str = "transformers", rows: int = 91) -> DeformableDetrForObjectDetection:
+def transformers_detector(
+    kind: str, backbone: str = "transformers", rows: int = 91
+) -> DeformableDetrForObjectDetection:
     """transformers' own detector with random weights, none of them at a published start."""
     torch.manual_seed(0)
     config = DeformableDetrConfig(
@@ -258,7 +260,9 @@ def assert_same_outputs(model: DeformableDETR, theirs: DeformableDetrForObjectDe
         torch.testing.assert_close(own.encoder_logits[..., -1], other.enc_outputs_class[..., 0], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("kind", "backbone"), [("two-stage", "transformers"), ("one-stage", "timm"), ("no refinement", "timm")])
+@pytest.mark.parametrize(
+    ("kind", "backbone"), [("two-stage", "transformers"), ("one-stage", "timm"), ("no refinement", "timm")]
+)
 def test_outputs_of_a_file_of_the_hub(tmp_path, kind, backbone):
     theirs = transformers_detector(kind, backbone)
     theirs.config.id2label = {row: name for row, name in enumerate(coco_names())}
@@ -330,11 +334,17 @@ def released_names(theirs: DeformableDetrForObjectDetection, kind: str) -> dict[
         name = re.sub(r"\.mlp\.fc([12])\.", r".linear\1.", name)
         if found := re.match(r"(.*self_attn)\.([qkv])_proj\.(weight|bias)$", name):
             if found[2] == "q":
-                packed = [value, *(inner[f"model.{found[1].removeprefix('transformer.')}.{k}_proj.{found[3]}"] for k in "kv")]
+                packed = [
+                    value,
+                    *(inner[f"model.{found[1].removeprefix('transformer.')}.{k}_proj.{found[3]}"] for k in "kv"),
+                ]
                 state[f"{found[1]}.in_proj_{found[3]}"] = torch.cat(packed)
             continue
-        state[name.replace("decoder.class_embed", "transformer.decoder.class_embed").replace(
-            "decoder.bbox_embed", "transformer.decoder.bbox_embed")] = value
+        state[
+            name.replace("decoder.class_embed", "transformer.decoder.class_embed").replace(
+                "decoder.bbox_embed", "transformer.decoder.bbox_embed"
+            )
+        ] = value
     return state
 
 
@@ -349,7 +359,7 @@ def test_outputs_of_a_released_file(tmp_path, kind):
     assert any("COCO's, by category id" in note for note in notes)
     # classes that COCO lacks start as the loss asks, the others keep their rows; so does the encoder's wide head
     model, notes = loaded(tmp_path / "r50.pth", kind, coco_stats(["unicorn", *SHOWN]), encoder_head="classes")
-    assert "  classes joined by name: 4 kept, 1 new (\"unicorn\")" in " ".join(notes)
+    assert '  classes joined by name: 4 kept, 1 new ("unicorn")' in " ".join(notes)
     assert (model.class_embed[0].bias[0] == FOCAL_BIAS).all()
     torch.testing.assert_close(model.class_embed[0].bias[1:], theirs.class_embed[0].bias[ROWS])
     if kind == "two-stage":

@@ -36,9 +36,9 @@ def smooth_tail(
 ) -> None:
     """Choose exemplars of every class and write the smooth-tail sets: kept annotations are as they were.
 
-    A stopped choice with a model goes on where it was when the command is given again; under torchrun each process scores
-    its share of the pictures, and the first one writes. Scores are a JSON object {"annotation id": score} or a list of
-    {"annotation_id": ..., "score": ...}.
+    A stopped choice with a model goes on where it was when the command is given again; under torchrun each process
+    scores its share of the pictures, and the first one writes. Scores are a JSON object {"annotation id": score} or a
+    list of {"annotation_id": ..., "score": ...}.
     """
     from tailfin.data import smooth_tail as sets
     from tailfin.data.index import open_index

@@ -90,7 +90,11 @@ def select_exemplars(
     divided = {"division": list(settings.division), "boundary": settings.boundary}
     if given is not None:
         source = _exemplar_file(run, options.file)
-        facts = {**smooth_tail.read_facts(source), **divided, "source": {"file": str(source), "sha256": file_hash(source)}}
+        facts = {
+            **smooth_tail.read_facts(source),
+            **divided,
+            "source": {"file": str(source), "sha256": file_hash(source)},
+        }
         on_main(run.accelerator, lambda: smooth_tail.write_exemplars(path, given, index, parts, facts))
         run.say(f"exemplars: those of {source}")
     elif on_main(run.accelerator, lambda: not path.exists()):
@@ -149,7 +153,9 @@ def check_trains(model: Detector, planned: Sequence[PlannedStep]) -> None:
         names = step.config.trains or model.class_specific()
         for name in names if EVERYTHING not in names else ():
             if name not in parts:
-                raise UserError(f'step {step.name} trains "{name}", this detector has no such part{nearest(name, parts)}')
+                raise UserError(
+                    f'step {step.name} trains "{name}", this detector has no such part{nearest(name, parts)}'
+                )
         trained = [parts[name] for name in names] if EVERYTHING not in names else [model]
         if not any(parameter.requires_grad for part in trained for parameter in part.parameters()):
             raise UserError(f"step {step.name} trains {', '.join(names)}, all of which the detector's section freezes")
@@ -180,9 +186,7 @@ def _chosen(run: Run, step: PlannedStep, exemplars: Exemplars) -> NDArray[np.boo
     return smooth_tail.choose(exemplars, index, step.counts)
 
 
-def _step0(
-    run: Run, settings: Stepwise, parts: NDArray[np.int64], planned: Sequence[PlannedStep]
-) -> Detector:
+def _step0(run: Run, settings: Stepwise, parts: NDArray[np.int64], planned: Sequence[PlannedStep]) -> Detector:
     """The plain detector on all annotations, or on those of head classes."""
     recipe = run.planned("base").recipe
     kept = (parts == 0)[run.train.index.labels] if settings.base == "head" else None
@@ -219,9 +223,7 @@ def _given(run: Run, steps: Sequence[PlannedStep]) -> Detector:
     return model
 
 
-def _step(
-    run: Run, trained: Detector, step: PlannedStep, kept: NDArray[np.bool_], settings: Stepwise
-) -> Detector:
+def _step(run: Run, trained: Detector, step: PlannedStep, kept: NDArray[np.bool_], settings: Stepwise) -> Detector:
     """One step from the weights of `trained`."""
     config, index = step.config, run.train.index
     recipe = run.planned(step.name).recipe

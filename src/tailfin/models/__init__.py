@@ -80,7 +80,7 @@ def build_detector(recipe: Recipe, stats: ClassStats, *, start: bool = True) -> 
 
 
 def released_weights(recipe: Recipe, stats: ClassStats) -> Released | None:
-    """The recipe's `weights` by tailfin's names, where they are a detector of another project; None for anything else."""
+    """The recipe's `weights` by tailfin's names, where they are a detector of another project; else None."""
     state, _ = _starting_weights(recipe, recipe.weights)
     convert = RELEASED.get(recipe.detector.name)
     if state is None or convert is None:

@@ -81,7 +81,9 @@ class DeformableDETR(Detector):
         self.bbox_embed = _clones(DeformableDetrMLPPredictionHead(channels, channels, 4, 3), heads)
         if config.two_stage:
             # the last logit ranks proposals, those of classes come before it
-            self.class_embed.append(nn.Linear(channels, 1 + (loss.num_classes if config.encoder_head == "classes" else 0)))
+            self.class_embed.append(
+                nn.Linear(channels, 1 + (loss.num_classes if config.encoder_head == "classes" else 0))
+            )
             self.bbox_embed.append(copy.deepcopy(self.bbox_embed[0]))
             self.enc_output = nn.Linear(channels, channels)
             self.enc_output_norm = nn.LayerNorm(channels)
@@ -209,8 +211,8 @@ class DeformableDETR(Detector):
         return torch.stack(hidden), torch.stack(boxes)
 
     def _proposals(self, memory: Tensor, mask: Tensor | None, centres: Tensor, shapes: Shapes) -> tuple[Tensor, Tensor]:
-        """Class logits [B, S, E], the last one that of a proposal, and box logits [B, S, 4] of every token; infinite boxes
-        where no proposal can be.
+        """Class logits [B, S, E] of every token, the last one that of a proposal, and box logits [B, S, 4]; infinite
+        boxes where no proposal can be.
         """
         sides = torch.cat(
             [centres.new_full((h * w, 2), PROPOSAL_SIDE * 2**level) for level, (h, w) in enumerate(shapes)]

@@ -133,7 +133,9 @@ def convert_transformers(
         return Released(_with_heads(converted, rows), found)
     if count == COCO_ROWS:
         rows, found = _named(coco_names(), names)
-        return Released(_with_heads(converted, rows), found, (f"{source}: its {count} class rows are taken for COCO's",))
+        return Released(
+            _with_heads(converted, rows), found, (f"{source}: its {count} class rows are taken for COCO's",)
+        )
     if count == len(names):
         note = f"{source}: it names no classes; its {count} class rows are taken in their order"
         return Released(_with_heads(converted, list(range(count))), list(names), (note,))
@@ -188,8 +190,8 @@ def _released_rows(
     if count in (len(names), len(names) + 1):
         raise UserError(
             f"{source}: its class heads have {count} rows by category id and no names; the training file has "
-            f"{len(names)} classes with the ids {min(ids)} to {max(ids)}, which would need {max(ids) + 1} rows: its rows "
-            "would go to other classes"
+            f"{len(names)} classes with the ids {min(ids)} to {max(ids)}, which would need {max(ids) + 1} rows: its "
+            "rows would go to other classes"
         )
     return [], [], (f"{source}: its {count} class rows, by category id, are of other classes than the training file's",)
 

@@ -4,9 +4,9 @@
 
 for every decoder layer and for the encoder's proposals, each with a matching of its own. Boxes are (centre x, centre y,
 width, height) in fractions of the picture; box losses are sums over matched pairs, divided by the number of objects of
-all processes per process (`normalizer: process`: at least one for each, as released). The classification loss is any `ClassificationLoss`: its rows are the queries of a layer, the
-unmatched ones are background. One with `normalizer` among its `row_facts` gets the number of objects, as in focal
-loss; others keep their own mean over rows.
+all processes per process (`normalizer: process`: at least one for each, as released). The classification loss is any
+`ClassificationLoss`: its rows are the queries of a layer, the unmatched ones are background. One with `normalizer`
+among its `row_facts` gets the number of objects, as in focal loss; others keep their own mean over rows.
 
 Everything is worked out for all layers at once on the device; the matching costs go to the host in one transfer, where
 scipy solves the assignments.

@@ -88,7 +88,9 @@ def step_factors(
     classes = len(image_count)
     pairs = np.unique(image_of * classes + labels)
     own_count = np.bincount(pairs % classes, minlength=classes)
-    factors = band_factors(image_count, own_count, len(np.unique(image_of)), bands_of(sampler, expert, division, boundary))
+    factors = band_factors(
+        image_count, own_count, len(np.unique(image_of)), bands_of(sampler, expert, division, boundary)
+    )
     if sampler.name == "paper":
         factors = np.where(own_classes, factors, 1.0)
     return image_factors(factors, image_of, labels, num_images)

@@ -76,8 +76,8 @@ class Step(Section):
 
     per_head_class: Kept  # annotations of each class of the parts before this step's own (step 1: of the head)
     per_tail_class: Kept  # of each class of its own part (step 1: of all others)
-    # COCO files with the annotations that the step keeps, as `tailfin data smooth-tail` writes them, in the place of the
-    # two counts: one for each step of the section
+    # COCO files with the annotations that the step keeps, as `tailfin data smooth-tail` writes them, in the place of
+    # the two counts: one for each step of the section
     annotations: Annotated[tuple[str, ...], BeforeValidator(_one_or_several)] = ()
     trains: tuple[str, ...] = ()  # parts of the detector that train, or "all"; empty: the class-specific ones
     distillation: Distillation | None = None

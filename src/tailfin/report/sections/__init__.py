@@ -17,6 +17,7 @@ from tailfin.report.sections.groups import groups
 from tailfin.report.sections.overview import overview
 from tailfin.report.sections.provenance import provenance
 from tailfin.report.sections.scatter import scatter
+from tailfin.report.sections.steps import steps
 from tailfin.report.sections.summary import summary
 from tailfin.report.sections.views import pretraining
 
@@ -30,5 +31,6 @@ SECTIONS: tuple[Callable[[Sequence[Run]], Section | None], ...] = (
     curves,
     examples,
     pretraining,
+    steps,
     provenance,
 )
