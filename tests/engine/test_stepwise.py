@@ -495,3 +495,23 @@ def test_logits_of_classes():
     found = class_logits(bags, logits)
     assert found.shape == (3, 2, 4)
     torch.testing.assert_close(found.exp().flatten(0, 1), bags.scores(logits.flatten(0, 1)))
+
+
+def test_a_control_has_the_same_iterations_and_rates(straight, recipe, tiny_set, tmp_path):
+    """The base model trained on: all annotations, all layers, no teacher, as many steps of the optimiser, same rates."""
+    control = [
+        f"stepwise.{step}.{change}"
+        for step in ("head", "tail")
+        for change in ("shows=all", "trains=[all]", "rfs=plain", "distillation=null")
+    ]
+    run = tmp_path / "run"
+    tailfin.train(recipe, train=tiny_set[0], out=run, overrides=control, stage1=straight / "stages" / "1-base")
+    index = open_index(tiny_set[0])
+    for name in ("2-head", "3-tail"):
+        before, after = lines(straight, name), lines(run, name)
+        assert [line["iteration"] for line in after] == [line["iteration"] for line in before]
+        assert [line["lr"] for line in after] == pytest.approx([line["lr"] for line in before])
+        step = json.loads((run / "stages" / name / "step.json").read_text())
+        assert step["annotations"] == np.bincount(index.labels).tolist() and step["images"] == 25
+    keys = changed(stage(run, "1-base"), stage(run, "3-tail"))
+    assert any(key.startswith("encoder.") for key in keys) and any(key.startswith("backbone.") for key in keys)

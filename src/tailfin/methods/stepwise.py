@@ -228,37 +228,54 @@ def _step(run: Run, trained: Detector, step: PlannedStep, kept: NDArray[np.bool_
     config, index = step.config, run.train.index
     recipe = run.planned(step.name).recipe
     dataset = TrainingDataset(run.train, recipe.data, recipe.seed, kept=kept)
+    plan = _plan(run, recipe, step, dataset, settings)
+    if config.shows == "all":
+        dataset = TrainingDataset(run.train, recipe.data, recipe.seed)
+        recipe = _stretched(recipe, plan.iterations, _plan(run, recipe, step, dataset, settings).iterations)
+        plan = _plan(run, recipe, step, dataset, settings)
     own = dataset.clean.rows
+    run.say(f"step {step.name}: {len(own)} annotations in {len(dataset.rows())} images, {len(plan.order(0))} an epoch")
+    on_main(run.accelerator, lambda: _record(run, step, plan, index.labels[own]))
+    model = _copy(run, recipe, trained)
+    freeze_but(model, config.trains)
+    if config.distillation is None or not step.old.any():
+        return run.stage(step.name, model, recipe=recipe, dataset=dataset, plan=plan)
+    shell = Transfer(model, _copy(run, recipe, trained), torch.from_numpy(step.old), config.distillation)
+    return run.stage(step.name, shell, recipe=recipe, dataset=dataset, plan=plan, product="student")
+
+
+def _plan(run: Run, recipe: Recipe, step: PlannedStep, dataset: TrainingDataset, settings: Stepwise) -> BatchPlan:
+    """The order of a step: the images of `dataset`, repeated by the bands of their classes."""
+    index, own, rfs = run.train.index, dataset.clean.rows, step.config.rfs
     factors = step_factors(
         index.image_of[own].astype(np.int64),
         index.labels[own].astype(np.int64),
         len(index),
         run.stats.image_count,
-        config.rfs,
+        rfs,
         step.own,
         expert=not step.old.any(),
         division=settings.division,
         boundary=settings.boundary,
     )
-    plan = BatchPlan(
+    return BatchPlan(
         index,
         dataset.rows(),
         run.stats,
-        Sampler(name="plain", rounding=config.rfs.rounding),
+        Sampler(name="plain", rounding=rfs.rounding),
         recipe.schedule.batch,
         recipe.schedule.epochs,
         recipe.seed,
         recipe.data.group_by_aspect,
         factors,
     )
-    run.say(f"step {step.name}: {len(own)} annotations in {len(dataset.rows())} images, {len(plan.order(0))} an epoch")
-    on_main(run.accelerator, lambda: _record(run, step, plan, index.labels[own]))
-    model = _copy(run, recipe, trained)
-    freeze_but(model, config.trains)
-    if config.distillation is None or not step.old.any():
-        return run.stage(step.name, model, dataset=dataset, plan=plan)
-    shell = Transfer(model, _copy(run, recipe, trained), torch.from_numpy(step.old), config.distillation)
-    return run.stage(step.name, shell, dataset=dataset, plan=plan, product="student")
+
+
+def _stretched(recipe: Recipe, iterations: int, planned: int) -> Recipe:
+    """The recipe with epochs and milestones such that `iterations` come of them, in the place of the `planned` ones."""
+    share, schedule = iterations / planned, recipe.schedule
+    update = {"epochs": schedule.epochs * share, "milestones": tuple(epoch * share for epoch in schedule.milestones)}
+    return recipe.model_copy(update={"schedule": schedule.model_copy(update=update)})
 
 
 def _record(run: Run, step: PlannedStep, plan: BatchPlan, labels: NDArray[np.int32]) -> None:

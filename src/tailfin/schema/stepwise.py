@@ -79,6 +79,8 @@ class Step(Section):
     # COCO files with the annotations that the step keeps, as `tailfin data smooth-tail` writes them, in the place of
     # the two counts: one for each step of the section
     annotations: Annotated[tuple[str, ...], BeforeValidator(_one_or_several)] = ()
+    # "all": a control, the step's rates and number of iterations on all annotations in the place of those that it keeps
+    shows: Literal["exemplars", "all"] = "exemplars"
     trains: tuple[str, ...] = ()  # parts of the detector that train, or "all"; empty: the class-specific ones
     distillation: Distillation | None = None
     rfs: Annotated[StepSampler, BeforeValidator(by_name)] = StepSampler()
