@@ -189,7 +189,7 @@ def _released_detr(
 ) -> Released | None:
     if is_transformers(state):
         return convert_transformers(state, stats.names, _labels_beside(source), source)
-    return convert_released(state, stats.names, stats.category_ids, source) if is_released(state) else None
+    return convert_released(state, stats.names, stats.category_ids.tolist(), source) if is_released(state) else None
 
 
 def _released_rcnn(

@@ -50,7 +50,7 @@ def steps(runs: Sequence[Run]) -> Section | None:
 
 def _of_run(run: Run, notes: list[str]) -> dict[str, Any]:
     folders = sorted((run.path / "stages").glob("[0-9]*-*"), key=lambda folder: int(folder.name.partition("-")[0]))
-    read = [(folder, *(_read(folder / name) for name in ("step.json", "metrics.json"))) for folder in folders]
+    read = [(folder, _read(folder / "step.json"), _read(folder / "metrics.json")) for folder in folders]
     read = [row for row in read if row[1] or row[2]]
     kind = "bbox" if any("bbox" in metrics for _, _, metrics in read) else "segm"
     keys = [key for key in _KEYS if any(defined((metrics.get(kind) or {}).get(key)) for _, _, metrics in read)]
