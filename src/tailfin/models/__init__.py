@@ -66,6 +66,10 @@ def build_detector(recipe: Recipe, stats: ClassStats, *, start: bool = True) -> 
     released = None
     loss = losses.build(recipe.loss.name, stats, **recipe.loss.options)
     loss = replaced_loss(recipe.features, stats, loss)
+    if recipe.data.unchecked_classes == "ignore" and not loss.classes_first:
+        raise UserError(
+            f"data.unchecked_classes: ignore needs a loss with a logit for each class, {recipe.loss.name} has none"
+        )
     if body is not None and (convert := RELEASED.get(recipe.detector.name)):
         released = convert(body, stats, loss, source)
         whole, body = (None, body) if released is None else (released.state, None)
