@@ -498,7 +498,7 @@ def test_logits_of_classes():
 
 
 def test_a_control_has_the_same_iterations_and_rates(straight, recipe, tiny_set, tmp_path):
-    """The base model trained on: all annotations, all layers, no teacher, as many steps of the optimiser, same rates."""
+    """The base model trained on: all annotations and layers, no teacher, as many steps of the optimiser, same rates."""
     control = [
         f"stepwise.{step}.{change}"
         for step in ("head", "tail")
