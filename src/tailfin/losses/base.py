@@ -80,9 +80,12 @@ class ClassificationLoss(ExactBuffers):
         code = cls.__init__.__code__  # type: ignore[misc]
         return code.co_varnames[code.co_argcount : code.co_argcount + code.co_kwonlyargcount]
 
-    def forward(self, logits: Tensor, labels: Tensor, *, known: Tensor | None = None, **keywords: Any) -> Tensor:
+    def forward(
+        self, logits: Tensor, labels: Tensor, *, known: Tensor | None = None, ignored: bool = True, **keywords: Any
+    ) -> Tensor:
         """The loss, a scalar. `keywords` are those of the method; tensors with one entry per row are filtered too.
 
+        `ignored` false: the caller knows that no label is -1, and nothing waits for the device to find out.
         `known`, bool [N, C], says which classes somebody looked for in the row's picture: the others, but for the row's
         own label, have no part in the row's loss, neither value nor gradient nor statistics.
         """
@@ -91,8 +94,7 @@ class ClassificationLoss(ExactBuffers):
         if labels.shape != logits.shape[:1]:
             raise ValueError(f"labels must be [{logits.shape[0]}], these are {list(labels.shape)}")
         rows = logits.shape[0]
-        keep = labels >= 0
-        if not bool(keep.all()):
+        if ignored and not bool((keep := labels >= 0).all()):
             logits, labels = logits[keep], labels[keep]
             known = None if known is None else known[keep]
             keywords = {

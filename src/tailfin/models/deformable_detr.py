@@ -132,11 +132,12 @@ class DeformableDETR(Detector):
         batch = self.batch(images)
         return self.from_maps(batch, list(self.backbone(batch.tensors).values()))
 
-    def from_maps(self, batch: ImageList, maps: list[Tensor]) -> Outputs:
-        """`outputs` from the backbone's feature maps of a batch on, for what has them already."""
+    def from_maps(self, batch: ImageList, maps: list[Tensor], sizes: Tensor | None = None) -> Outputs:
+        """`outputs` from the backbone's feature maps of a batch on, for what has them already; so of `Outputs.sizes`."""
         full = batch.tensors.shape[-2:]
         device = batch.tensors.device
-        sizes = torch.tensor([[width, height] * 2 for height, width in batch.image_sizes], device=device).float()
+        if sizes is None:
+            sizes = torch.tensor([[width, height] * 2 for height, width in batch.image_sizes], device=device).float()
         padded = any(size != tuple(full) for size in batch.image_sizes)
 
         maps = maps + [maps[-1]] * (len(self.input_proj) - len(maps))
@@ -280,7 +281,7 @@ class DeformableDETR(Detector):
             # a frozen backbone is the same in both: the teacher takes what the student has computed
             trains = any(parameter.requires_grad for parameter in self.backbone.parameters())
             theirs = list(taught_by.backbone(batch.tensors).values()) if trains else maps
-            taught = taught_by.from_maps(batch, theirs)
+            taught = taught_by.from_maps(batch, theirs, outputs.sizes)
         logits = self.classify(taught.hidden) if shared else outputs.logits
         return Compared(losses, outputs.features, taught.features, outputs.masks, outputs.sizes, logits, taught.logits)
 

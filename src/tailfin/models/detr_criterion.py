@@ -53,7 +53,6 @@ class Objects(NamedTuple):
     boxes: Tensor  # [B, M, 4], fractions; (0.5, 0.5, 1, 1) where there is none
     labels: Tensor  # int64 [B, M]
     counts: list[int]
-    first: Tensor  # int64 [B]: index of a picture's first object over the batch
 
 
 class Pairs(NamedTuple):
@@ -101,7 +100,7 @@ class SetCriterion(nn.Module):
             costs.append(self.matching_cost(proposals[0].sigmoid(), proposals[1], one_class))
         matched = assign(costs, objects.counts)
 
-        total, ranks = sum_over_ranks(boxes.new_tensor(float(sum(objects.counts))), boxes.new_ones(()))
+        total, ranks = sum_over_ranks(boxes.new_full((), sum(objects.counts)), boxes.new_ones(()))
         normalizer = (total / ranks).clamp(min=1) if self.one_per_process else total.clamp(min=1) / ranks
         classes = self.classification(logits, objects, matched[0], normalizer, targets)
         l1, giou = box_losses(boxes, objects, matched[0])
@@ -120,7 +119,8 @@ class SetCriterion(nn.Module):
             width = proposals[0].shape[3]
             labels = torch.full(proposals[0].shape[1:3], width, device=logits.device)
             labels[pairs.picture, pairs.query] = width - 1
-            own = self.proposal_loss(proposals[0].reshape(-1, width), labels.flatten(), normalizer=normalizer)
+            rows = proposals[0].reshape(-1, width)
+            own = self.proposal_loss(rows, labels.flatten(), normalizer=normalizer, ignored=False)
             l1, giou = box_losses(proposals[1], objects, pairs)
             box_term = (self.box_weight * l1[0] + self.giou_weight * giou[0]) / normalizer
             losses["loss_encoder"] = self.class_weight * own + box_term
@@ -147,14 +147,15 @@ class SetCriterion(nn.Module):
             keywords["normalizer"] = normalizer
         if "gt_index" in self.loss.row_facts:
             index = torch.full_like(labels, -1)
-            index[pairs.layer, pairs.picture, pairs.query] = objects.first[pairs.picture] + pairs.object
+            first = torch.tensor(np.cumsum([0, *objects.counts[:-1]]), device=logits.device)  # object of each picture
+            index[pairs.layer, pairs.picture, pairs.query] = first[pairs.picture] + pairs.object
         losses = []
         training = self.loss.training
         for layer in range(layers):
             if "gt_index" in self.loss.row_facts:
                 keywords["gt_index"] = index[layer].flatten()
             self.loss.train(training and layer == layers - 1)
-            losses.append(self.loss(logits[layer].flatten(0, 1), labels[layer].flatten(), **keywords))
+            losses.append(self.loss(logits[layer].flatten(0, 1), labels[layer].flatten(), ignored=False, **keywords))
         self.loss.train(training)
         return losses
 
@@ -185,14 +186,14 @@ class SetCriterion(nn.Module):
 def pad_objects(targets: Sequence[dict[str, Tensor]], sizes: Tensor) -> Objects:
     """Targets with boxes in pixels (xyxy) to `Objects`; sizes [B, 4] as in `Outputs`."""
     counts = [len(target["labels"]) for target in targets]
-    boxes = sizes.new_tensor([0.5, 0.5, 1.0, 1.0]).repeat(len(counts), max(counts), 1)
+    boxes = sizes.new_full((len(counts), max(counts), 4), 0.5)
+    boxes[..., 2:] = 1.0
     labels = torch.zeros(boxes.shape[:2], dtype=torch.int64, device=sizes.device)
     for row, target in enumerate(targets):
         if counts[row]:
             boxes[row, : counts[row]] = box_convert(target["boxes"].float(), "xyxy", "cxcywh") / sizes[row]
             labels[row, : counts[row]] = target["labels"]
-    first = torch.tensor(np.cumsum([0, *counts[:-1]]), device=sizes.device)
-    return Objects(boxes, labels, counts, first)
+    return Objects(boxes, labels, counts)
 
 
 def assign(costs: Sequence[Tensor], counts: Sequence[int]) -> list[Pairs]:
