@@ -176,6 +176,28 @@ def test_start():
     assert first < 60
 
 
+def test_start_as_released():
+    """Packed queries, keys and values start smaller by sqrt(2); the encoder's head has a logit for every class too."""
+    separate, packed = (tiny_model(attention_init=kind).decoder[1].self_attn for kind in ("separate", "packed"))
+    for name in ("q_proj", "k_proj", "v_proj"):
+        bound = getattr(separate, name).weight.abs().max().item()
+        assert bound == pytest.approx((6 / 64) ** 0.5, rel=0.02)
+        assert getattr(packed, name).weight.abs().max().item() == pytest.approx((6 / 128) ** 0.5, rel=0.02)
+    assert packed.o_proj.weight.abs().max().item() == pytest.approx((6 / 64) ** 0.5, rel=0.02)
+    model = tiny_model(encoder_head="classes")
+    assert [len(head.weight) for head in model.class_embed] == [3, 3, 4]
+    assert (model.class_embed[-1].bias == FOCAL_BIAS).all()
+    outputs = model.eval().outputs(IMAGES)
+    assert outputs.encoder_logits.shape[2] == 4
+    best = outputs.encoder_logits[..., -1].topk(12, dim=1).indices
+    raw = outputs.encoder_boxes.logit()
+    reference = model._queries_of(outputs.encoder_logits, raw, None)[2]
+    torch.testing.assert_close(reference, outputs.encoder_boxes.gather(1, best[..., None].expand(-1, -1, 4)))
+    losses = model.train()(IMAGES, TARGETS)
+    losses["loss_encoder"].backward()
+    assert (model.class_embed[-1].weight.grad.abs().sum(1) > 0).all()
+
+
 def test_refused_options():
     for wrong, message in (
         ({"channels": 48}, "multiple of 32"),

@@ -47,6 +47,7 @@ LOSSES = {
     "bacl_end_to_end": ("fcbl",),
     "drcl": ("softmax",),
     "efl_baseline": ("focal",),
+    **{form: ("focal",) for form in ("refine", "two_stage")},
 }
 COSINE = ("seesaw", "ecm", "ldam")  # methods that are made for a cosine classifier
 

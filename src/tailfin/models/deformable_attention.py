@@ -16,6 +16,8 @@ from transformers.models.deformable_detr.modeling_deformable_detr import (
     DeformableDetrMultiscaleDeformableAttention,
 )
 
+from tailfin.models.constants import constant
+
 Shapes = list[tuple[int, int]]  # (height, width) of every level
 DENSE_TOKENS = 512  # up to so many cells over all levels a CPU samples by a matrix product; where both take as long
 
@@ -53,7 +55,8 @@ class DeformableAttention(DeformableDetrMultiscaleDeformableAttention):
         weights = weights.view(batch, queries, self.n_heads, self.n_levels, self.n_points)
         points = reference_points[:, :, None, :, None]
         if points.shape[-1] == 2:
-            places = points + offsets / offsets.new_tensor([shape[::-1] for shape in spatial_shapes_list])[:, None]
+            sides = constant([shape[::-1] for shape in spatial_shapes_list], offsets.device)
+            places = points + offsets / sides[:, None]
         else:
             places = points[..., :2] + offsets * (points[..., 2:] * (0.5 / self.n_points))
         return self.output_proj(sample(value, spatial_shapes_list, places, weights)), None
@@ -156,7 +159,7 @@ Two = tuple[Tensor, Tensor]
 def _neighbours(place: Tensor, side: Tensor) -> tuple[Two, Two, Two]:
     """The two cells around a place in 0..1 along one axis of `side` cells: index, share, and whether they exist."""
     place = place * side - 0.5
-    low = place.floor()
+    low = place.floor().nan_to_num_()  # a network that has diverged: no place, and a share that is no number
     part = place - low
     in_low, in_high = (low >= 0) & (low < side), (low >= -1) & (low < side - 1)
     cells = low.clamp(min=0).minimum(side - 1), (low + 1).clamp_(min=0).minimum(side - 1)
