@@ -48,6 +48,7 @@ class Arm:
     recipe: str
     overrides: Mapping[str, Any] = field(default_factory=dict)
     shares: str = ""  # arms with the same word have their first stages in common
+    files: Mapping[str, Path] = field(default_factory=dict)  # overrides that name a file of this machine
 
 
 def parser(doc: str | None, out: str) -> argparse.ArgumentParser:
@@ -78,6 +79,7 @@ def run(arms: Sequence[Arm], control: str, options: argparse.Namespace) -> None:
     if unknown := [name for name in options.arms or () if name not in names]:
         sys.exit(f"there is no arm {unknown[0]} (arms: {', '.join(names)})")
     arms = [arm for arm in arms if not options.arms or arm.name in options.arms]
+    options.data, options.out = options.data.absolute(), options.out.absolute()
     log = options.out / "cells.jsonl"
     done = {(cell["arm"], cell["seed"]): cell for cell in read([log])}
     failed = False
@@ -116,7 +118,8 @@ def train(arm: Arm, seed: int, command: Sequence[str], options: argparse.Namespa
         arguments = ["train", "--resume", str(folder)]
     else:
         asked.write_text(json.dumps(list(command)))
-        arguments = [*command, f"data.root={options.data}", "--out", str(folder), "--overwrite"]
+        files = [f"{key}={path}" for key, path in arm.files.items()]
+        arguments = [*command, *files, f"data.root={options.data}", "--out", str(folder), "--overwrite"]
         if run_there := shared_run(arm, seed, options):
             arguments += ["--reuse", str(run_there)]
     print(f"{arm.name}, seed {seed}: {' '.join(command)}", flush=True)
@@ -172,6 +175,12 @@ def watched(command: Sequence[str], environment: Mapping[str, str], output: Any)
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def checked(command: Sequence[str], environment: Mapping[str, str], output: Any) -> None:
+    """`watched`, and the end of this program where the command fails."""
+    if code := watched(command, environment, output):
+        sys.exit(f"{' '.join(command)}: exit code {code}, see {output.name}")
 
 
 def iterations(folder: Path) -> dict[str, int]:

@@ -60,7 +60,14 @@ class ProposalSource:
     stored: StoredProposals | None = None
 
     def boxes(self, row: int, truth: Boxes, image: Tensor, rng: np.random.Generator) -> Boxes:
-        """At most `per_image` boxes of an image row, drawn at random, float32 [P, 4].
+        """At most `per_image` of the candidates, drawn at random, float32 [P, 4]."""
+        found = self.candidates(row, truth, image, rng)
+        if len(found) > self.config.per_image:
+            found = found[rng.choice(len(found), self.config.per_image, replace=False)]
+        return found
+
+    def candidates(self, row: int, truth: Boxes, image: Tensor, rng: np.random.Generator) -> Boxes:
+        """The usable boxes of an image row that a sample's are drawn from, the best `top`, float32 [N, 4].
 
         Args:
             truth: the picture's annotated boxes [M, 4].
@@ -74,8 +81,6 @@ class ProposalSource:
             found = found[: config.top]
         if len(found) < config.fallback_below and config.fallback != "none":
             found = self._candidates(config.fallback, truth, image, row, rng)
-        if len(found) > config.per_image:
-            found = found[rng.choice(len(found), config.per_image, replace=False)]
         return np.ascontiguousarray(found, dtype=np.float32)
 
     def instances(self, index: AnnotationIndex) -> NDArray[np.int64]:

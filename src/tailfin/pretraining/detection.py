@@ -1,4 +1,4 @@
-"""The detector's own losses on view 1, on the features that all terms share (2DRCL's L_det in eq. 8).
+"""The detector's own losses (2DRCL's L_det in eq. 8), on a picture of their own that loses no object, or on view 1.
 
 class-aware      every loss of the detector, with the objects of the picture
 class-agnostic   RPN losses and the box regression of one class, with the proposals as objects (AlignDet)
@@ -26,7 +26,8 @@ class ClassAwareDetection(Term):
 
     def forward(self, seen: Iteration) -> dict[str, Tensor]:
         detector: Any = seen.detector  # its outputs are its own
-        outputs = detector.from_features(seen.features(0).pyramid, seen.view(0).batch, seen.targets)
+        number = seen.detected
+        outputs = detector.from_features(seen.features(number).pyramid, seen.view(number).batch, seen.targets)
         losses = detector.losses(outputs, seen.targets)
         return {name: self.weight * value for name, value in losses.items()}
 

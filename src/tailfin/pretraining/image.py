@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from tailfin.pretraining.contrast import nt_xent
-from tailfin.pretraining.reconstruction import valid_pixels
+from tailfin.pretraining.reconstruction import real_cells
 from tailfin.pretraining.term import Contrastive, Features, Iteration, View
 
 
@@ -43,10 +43,7 @@ class BatchContrast(HolisticContrast):
 def pooled(features: Features, view: View) -> Tensor:
     """Mean of the deepest layer over each picture's own cells, [B, C]."""
     feature = features.deepest
-    height, width = feature.shape[-2:]
-    down = view.batch.tensors.shape[-2] // height
-    cells = [(-(-h // down), -(-w // down)) for h, w in view.batch.image_sizes]
-    valid = valid_pixels(cells, height, width, feature.device)
-    if valid is None:
+    if all(tuple(size) == tuple(view.batch.tensors.shape[-2:]) for size in view.batch.image_sizes):
         return feature.mean((2, 3))
+    valid = real_cells(view, feature)
     return (feature * valid).sum((2, 3)) / valid.sum((2, 3)).to(feature.dtype)

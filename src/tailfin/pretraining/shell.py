@@ -4,7 +4,7 @@ One iteration, in this order (2DRCL, NeurIPS'24):
 
     the momentum network follows the trained one
     view 1 -> backbone -> pyramid                      trained; all terms share these features
-           -> detection losses                         detection.py
+           -> detection losses                         detection.py; of a view of their own, by default
     view 2 -> momentum network -> keys                 no gradients
     queries of view 1, keys, queues -> contrast        of pictures: image.py, of boxes: box.py, of cells: dense.py;
                                                        a term's keys enter its queue when its loss is done
@@ -44,7 +44,7 @@ class PreTrainer(nn.Module):
 
     Images are the first views (uint8 or float in 0..1, [3, H, W]). Targets hold boxes, labels (objects in view 1),
     `view` (the second view), `proposals` and `view_proposals` (float32 [P, 4], pairwise in both views; P may be 0), and
-    with `third_view` also `third` and `third_proposals`.
+    with `third_view` also `third` and `third_proposals`. Where they hold `weak`, boxes and labels are that picture's.
 
     Args:
         detector: trained in place; what is in it afterwards is the result.
@@ -62,6 +62,7 @@ class PreTrainer(nn.Module):
         self.detector = detector
         self.config = config
         self.iterations, self.accumulation = iterations, accumulation
+        self.momentum = momentum_of(config, iterations)
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))  # calls so far
         self.heads = contrast_heads(detector, config)
         terms = build_terms(detector, config, self.heads)
@@ -100,7 +101,7 @@ class PreTrainer(nn.Module):
 
     def _follow(self) -> None:
         """The momentum network's step, before any key is computed."""
-        momentum, config = self.config.momentum, self.config
+        momentum, config = self.momentum, self.config
         if config.momentum_schedule == "cosine" or self.accumulation > 1:
             call = int(self.step)
             if call % self.accumulation:
@@ -110,6 +111,14 @@ class PreTrainer(nn.Module):
                 momentum = cosine_momentum(momentum, call / (self.accumulation * max(self.iterations, 1)))
         self.average.follow(momentum)
         self.step += 1
+
+
+def momentum_of(config: Pretraining, iterations: int) -> float:
+    """`momentum`, or less where a stage of so many iterations is too short for it: the average then remembers the share
+    `momentum_horizon` of them, and not mostly the start. 0.999 keeps 0.37 of the start after 1,000 iterations."""
+    if not config.momentum_horizon:
+        return config.momentum
+    return min(config.momentum, 1 - 1 / max(config.momentum_horizon * iterations, 1))
 
 
 # Detection comes first: it leaves rows for the contrast of assigned boxes

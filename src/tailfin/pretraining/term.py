@@ -24,6 +24,7 @@ from tailfin.pretraining.contrast import ContrastHead
 from tailfin.pretraining.momentum import MomentumNetwork
 
 SHOWN = 256  # rows of a queue, at most, that the report has
+WEAK = 3  # number of the view that only the detector's own losses look at
 
 
 class View(NamedTuple):
@@ -52,8 +53,8 @@ class Iteration:
         detector: the trained network.
         average: the momentum network.
         images: the first views, [3, H, W] each.
-        targets: per image boxes and labels of view 1, `proposals`, and for contrast `view`, `view_proposals`, `third`
-            and `third_proposals`.
+        targets: per image boxes and labels of view 1, or of the picture `weak` where there is one, `proposals`, and for
+            contrast `view`, `view_proposals`, `third` and `third_proposals`.
         pyramid: whether a term needs the pyramid.
         pairs: (view of the queries, view of the keys), which contrastive terms compare.
     """
@@ -80,12 +81,20 @@ class Iteration:
         """Of a detector that has one."""
         return cast(FasterRCNN, self.detector).roi_heads
 
+    @property
+    def detected(self) -> int:
+        """The view whose objects `targets` has as `boxes` and `labels`."""
+        return WEAK if self.targets and "weak" in self.targets[0] else 0
+
     def view(self, number: int) -> View:
-        """View 0 is the one that the detector trains on, 1 the second, 2 the third."""
+        """View 0 is the first, 1 the second, 2 the third, 3 (`WEAK`) the one for detection alone, without proposals."""
         if number not in self._views:
-            name = ("", "view", "third")[number]
+            name = ("", "view", "third", "weak")[number]
             pictures = [target[name] for target in self.targets] if name else self._images
-            boxes = [target[f"{name}_proposals" if name else "proposals"] for target in self.targets]
+            if number == WEAK:
+                boxes = [target["proposals"][:0] for target in self.targets]
+            else:
+                boxes = [target[f"{name}_proposals" if name else "proposals"] for target in self.targets]
             self._views[number] = View(self.detector.batch(pictures), boxes)
         return self._views[number]
 

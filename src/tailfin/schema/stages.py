@@ -65,8 +65,9 @@ def stages(recipe: R) -> list[Stage[R]]:
     own: list[Stage[R]] = METHODS[whole.method].stages(whole)
     if whole.pretraining is None:
         return own
-    parts = ("backbone", "fpn", "rpn", "head", *(("classifier", "box") if whole.pretraining.keep_predictor else ()))
-    kept = {"pretraining.keep_predictor": whole.pretraining.keep_predictor}
+    keeps = keeps_predictor(whole)
+    parts = ("backbone", "fpn", "rpn", "head", *(("classifier", "box") if keeps else ()))
+    kept = {"pretraining.keep_predictor": keeps}
     before = Stage(PRETRAIN, pretraining_recipe(recipe), _pretraining_inputs(whole), hands_on=parts)
     follower, *rest = (replace(stage, number=stage.number + 1) for stage in own)
     follower = replace(follower, starts_from=PRETRAIN, inputs={**follower.inputs, **kept})
@@ -105,6 +106,17 @@ def pretraining_recipe(recipe: R) -> R:
     evaluation = whole.evaluation.model_copy(update={"every": 0, "patience": 0, "select": "last"})
     without = {"method": "baseline", "features": None, "second": None, "stepwise": None, "pretraining": None}
     return whole.model_copy(update={**own, **without, "evaluation": evaluation})
+
+
+def keeps_predictor(recipe: Any) -> bool:
+    """Whether the method goes on with the classifier and the box layer of the pre-training.
+
+    Its classes are the recipe's; but a classifier learnt with one loss says something else to another.
+    """
+    own = recipe.pretraining
+    if own.keep_predictor is not None:
+        return bool(own.keep_predictor)
+    return bool(own.detects and own.det_loss == "class_aware" and own.loss == recipe.loss)
 
 
 def _pretraining_inputs(recipe: Any) -> dict[str, Any]:
