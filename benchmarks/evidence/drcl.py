@@ -64,9 +64,8 @@ def arms(options: argparse.Namespace) -> list[Arm]:
     for preset in ("aligndet", "moco_v2"):
         own = {"pretraining.preset": preset, **shell}
         found.append(Arm(preset, f"{base}:drcl", own, "", files if preset == "aligndet" else {}))
-    found.append(
-        pretrained("one_curve", **{"pretraining.one_curve": True, **schedule(options.epochs), **schedule(half)})
-    )
+    milestones = schedule(options.epochs)["schedule.milestones"]  # counted from the start of the pre-training
+    found.append(pretrained("one_curve", **{"pretraining.one_curve": True, "schedule.milestones": milestones}))
     both = {**schedule(half), **schedule(half, "second."), **fast, **second}
     found.append(Arm("none_bacl", f"{base}:bacl", both))
     for name, only in (("detection", ()), ("drcl", TERMS)):
@@ -91,7 +90,7 @@ def proposals(options: argparse.Namespace) -> None:
             if (model / "recipe.yaml").is_file():
                 train = ["train", "--resume", str(model)]
             cells.checked([sys.executable, "-m", "tailfin", *train], environment, log)
-        cells.checked([sys.executable, "-m", "tailfin", *write, "--evaluate"], environment, log)
+        cells.checked([sys.executable, "-m", "tailfin", *write, "--top", "300"], environment, log)
 
 
 if __name__ == "__main__":

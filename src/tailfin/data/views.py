@@ -15,11 +15,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torchvision.ops import box_iou
 from torchvision.transforms.v2 import functional as F
 
 from tailfin.data.dataset import Source, TrainingDataset, seen_masks
 from tailfin.data.photometric import photometric
-from tailfin.data.proposals import ProposalSource
+from tailfin.data.proposals import INSTANCE_IOU, ProposalSource
 from tailfin.data.transforms import augment, shortest_edge_size
 from tailfin.schema.data import Data
 from tailfin.schema.pretraining import Views
@@ -187,11 +188,11 @@ class PretrainingDataset(TrainingDataset):
 
     Target: `boxes` [M, 4] and `labels` [M] (and `masks`, `mask_valid`) of the annotated objects in the first view, and
     `ignored` [I, 4], what is seen there of the others; or, with `weak`, all objects of the picture `weak`, which is
-    augmented as `data` says, as in fine-tuning under the same key;
-    `view`, the second view's picture uint8 [3, H2, W2]; `proposals` [P, 4] in the first and `view_proposals` [P, 4] in
-    the second view, row for row the same box; `image_id`. With `third`: `third` and `third_proposals`, the second
-    view's window at half its size with colours of its own. All boxes are xyxy, float32, pixels of their view. P may be
-    0.
+    augmented as `data` says, as in fine-tuning under the same key; `view`, the second view's picture uint8 [3, H2, W2];
+    `proposals` [P, 4] in the first and `view_proposals` [P, 4] in the second view, row for row the same box, and
+    `proposal_labels` int64 [P], the class of the object it lies on or -1; `rarest`, the class of the picture that the
+    fewest training pictures show, or -1; `image_id`. With `third`: `third` and `third_proposals`, the second view's
+    window at half its size with colours of its own. All boxes are xyxy, float32, pixels of their view. P may be 0.
 
     Args:
         proposals: what gives a picture's boxes (`tailfin.data.proposals.open_proposals`).
@@ -250,6 +251,8 @@ class PretrainingDataset(TrainingDataset):
             "view": second.image.contiguous(),
             "proposals": torch.from_numpy(first.boxes),
             "view_proposals": torch.from_numpy(second.boxes),
+            "proposal_labels": torch.from_numpy(classes_of(boxes[first.rows], truth, labels)),
+            "rarest": torch.tensor(labels[counts.argmin()] if len(labels) else -1),
             "image_id": torch.tensor(row),
         }
         if self.third:
@@ -292,6 +295,14 @@ class PretrainingDataset(TrainingDataset):
             target["masks"] = target["masks"].contiguous()
             target["mask_valid"] = target["mask_valid"] & seen_masks(target["masks"])
         return {**target, "weak": weak.contiguous()}
+
+
+def classes_of(boxes: Boxes, truth: Boxes, labels: NDArray[np.int64]) -> NDArray[np.int64]:
+    """int64 [N]: the class of the object that each box overlaps most, by an IoU of `INSTANCE_IOU` or more; else -1."""
+    if not len(truth) or not len(boxes):
+        return np.full(len(boxes), -1, dtype=np.int64)
+    overlaps = box_iou(torch.from_numpy(boxes), torch.from_numpy(truth)).numpy()
+    return np.where(overlaps.max(axis=1) >= INSTANCE_IOU, labels[overlaps.argmax(axis=1)], -1)
 
 
 # ---- details ---------------------------------------------------------------------------------------------------------

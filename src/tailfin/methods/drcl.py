@@ -94,7 +94,13 @@ def rebalanced(
 def terms(run: Run, recipe: Recipe, config: Pretraining, plan: BatchPlan) -> PreTrainer:
     """3.1, 3.3 and eq. 8: the detector with contrast, reconstruction and its own losses around it."""
     detector = cast(FasterRCNN | DenseDetector, run.detector(recipe))  # the schema lets no other through
-    return PreTrainer(detector, config, iterations=plan.iterations, accumulation=recipe.schedule.accumulation)
+    return PreTrainer(
+        detector,
+        config,
+        iterations=plan.iterations,
+        accumulation=recipe.schedule.accumulation,
+        diagnose_every=recipe.logging.every * recipe.schedule.accumulation,
+    )
 
 
 def write(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor, nn
 
 from tailfin.pretraining.contrast import nt_xent
@@ -24,6 +25,10 @@ class HolisticContrast(Contrastive):
 
     def vectors(self, seen: Iteration, number: int, *, keys: bool = False) -> Tensor:
         return pooled(seen.keys(number) if keys else seen.features(number), seen.view(number))
+
+    def labels(self, seen: Iteration) -> Tensor:
+        """The rarest class of each picture."""
+        return torch.stack([target["rarest"] for target in seen.targets])
 
 
 class BatchContrast(HolisticContrast):

@@ -17,7 +17,7 @@ for their gradients.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -49,20 +49,31 @@ class PreTrainer(nn.Module):
     Args:
         detector: trained in place; what is in it afterwards is the result.
         config: terms and networks.
-        iterations: optimiser steps of the stage, for momentum that rises.
+        iterations: optimiser steps of the stage, for the momentum; 0: not known.
         accumulation: calls per optimiser step.
+        diagnose_every: calls in training from one look at how the terms fare to the next, `diagnostics`; 0: never.
     """
 
     step: Tensor
 
     def __init__(
-        self, detector: FasterRCNN | DenseDetector, config: Pretraining, *, iterations: int = 1, accumulation: int = 1
+        self,
+        detector: FasterRCNN | DenseDetector,
+        config: Pretraining,
+        *,
+        iterations: int = 0,
+        accumulation: int = 1,
+        diagnose_every: int = 0,
     ) -> None:
         super().__init__()
         self.detector = detector
         self.config = config
         self.iterations, self.accumulation = iterations, accumulation
         self.momentum = momentum_of(config, iterations)
+        self.diagnose_every, self.calls = diagnose_every, 0
+        # of the call just made: accuracy and spread of each contrast (`ContrastHead.diagnosed`), and `gradient_*`, see
+        # `gradient_ratios`; empty where it was not looked at
+        self.diagnostics: dict[str, Tensor] = {}
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))  # calls so far
         self.heads = contrast_heads(detector, config)
         terms = build_terms(detector, config, self.heads)
@@ -85,9 +96,16 @@ class PreTrainer(nn.Module):
         if self.training:
             self._follow()
         seen = self.look_at(images, targets)
+        looks = self.training and self.diagnose_every > 0 and self.calls % self.diagnose_every == 0
+        self.calls += self.training
+        if looks:
+            seen.diagnosed = {}
         losses: dict[str, Tensor] = {}
         for term in self.terms.values():
             losses |= term(seen)
+        self.diagnostics = {}
+        if looks and seen.diagnosed is not None:
+            self.diagnostics = seen.diagnosed | gradient_ratios(losses, self.detector)
         return losses
 
     def shown(self, seen: Iteration) -> dict[str, Tensor]:
@@ -113,15 +131,39 @@ class PreTrainer(nn.Module):
         self.step += 1
 
 
+def gradient_ratios(losses: Mapping[str, Tensor], detector: nn.Module) -> dict[str, Tensor]:
+    """`gradient_hcl`, ...: the length of a term's gradient over that of the detection losses (without them: over that
+    of all terms together), on the last weights of the backbone that train, which all terms share.
+
+    It costs a backward pass of each term down to these weights.
+    """
+    shared = [own for own in detector.backbone.body.parameters() if own.requires_grad and own.ndim > 1]
+    shared = shared or [own for own in detector.backbone.parameters() if own.requires_grad and own.ndim > 1]
+    own = {name: value for name, value in losses.items() if name in OWN_LOSSES and value.requires_grad}
+    detection = [value for name, value in losses.items() if name not in OWN_LOSSES and value.requires_grad]
+    if not shared or not own:
+        return {}
+    weights = shared[-1]
+
+    def length(values: Sequence[Tensor]) -> Tensor:
+        total = torch.stack([value.float() for value in values]).sum()
+        (gradient,) = torch.autograd.grad(total, [weights], retain_graph=True, allow_unused=True)
+        return weights.new_zeros(()) if gradient is None else gradient.detach().float().norm()
+
+    whole = length(detection or list(own.values())).clamp(min=1e-12)
+    return {f"gradient_{name.removeprefix('loss_')}": length([value]) / whole for name, value in own.items()}
+
+
 def momentum_of(config: Pretraining, iterations: int) -> float:
     """`momentum`, or less where a stage of so many iterations is too short for it: the average then remembers the share
     `momentum_horizon` of them, and not mostly the start. 0.999 keeps 0.37 of the start after 1,000 iterations."""
-    if not config.momentum_horizon:
+    if not config.momentum_horizon or not iterations:
         return config.momentum
     return min(config.momentum, 1 - 1 / max(config.momentum_horizon * iterations, 1))
 
 
 # Detection comes first: it leaves rows for the contrast of assigned boxes
+OWN_LOSSES = ("loss_hcl", "loss_lcl", "loss_dense", "loss_ar", "loss_sr")  # all others are the detector's
 ORDER = ("detection", "image", "box", "dense", "reconstruction")
 
 

@@ -71,6 +71,7 @@ class Iteration:
     ) -> None:
         self.detector, self.average, self.targets, self.pairs = detector, average, targets, pairs
         self.assigned: tuple[Tensor, Tensor] | None = None  # detection leaves it: foreground rows, the box of each
+        self.diagnosed: dict[str, Tensor] | None = None  # terms add figures for the log, where it is a dictionary
         self._images, self._pyramid = images, pyramid
         self._views: dict[int, View] = {}
         self._features: dict[int, Features] = {}
@@ -164,6 +165,10 @@ class Contrastive(Term, ABC):
         """Unit rows float32 [N, dim] of the momentum network."""
         return self.head.keys(self.vectors(seen, number, keys=True), seen.average[self.head.average])
 
+    def labels(self, seen: Iteration) -> Tensor:
+        """int64 [N]: the class of each row, the same in all views; -1 where it has none."""
+        raise ValueError(f"{type(self).__name__} knows no classes of its rows")
+
     def rows(self, queries: Tensor) -> float | None:
         """What sums over queries are divided by; none is their number."""
         return None
@@ -172,9 +177,14 @@ class Contrastive(Term, ABC):
         queries = {number: self.queries(seen, number) for number in sorted({one for one, _ in seen.pairs})}
         keys = {number: self.keys(seen, number) for number in sorted({other for _, other in seen.pairs})}
         rows = self.rows(queries[0])
-        each = [self.head.loss(queries[one], keys[other], rows=rows) for one, other in seen.pairs]
+        labels = self.labels(seen) if self.head.looks_at_classes else None
+        each = [self.head.loss(queries[one], keys[other], rows=rows, labels=labels) for one, other in seen.pairs]
+        if seen.diagnosed is not None:
+            found = self.head.diagnosed(queries[0], keys[seen.pairs[0][1]], labels)
+            name = self.loss_name.removeprefix("loss_")
+            seen.diagnosed |= {f"{kind}_{name}": value for kind, value in found.items()}
         if self.training:
-            self.head.remember(list(keys.values()))
+            self.head.remember(list(keys.values()), None if labels is None else [labels] * len(keys))
         return {self.loss_name: self.weight * torch.stack(each).mean()}
 
     def shown(self, seen: Iteration) -> dict[str, Tensor]:

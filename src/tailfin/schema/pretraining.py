@@ -101,6 +101,7 @@ class Contrast(Section):
     # info_nce: against a queue of earlier keys; nt_xent: against the rest of the batch; cosine: no negatives
     loss: Literal["info_nce", "nt_xent", "cosine"] = "info_nce"
     temperature: Positive = 0.2
+    same_class: Literal["negative", "left_out"] = "negative"  # keys of the query's own class in the queue
     queue: Count = 65536  # keys remembered, for info_nce; should not exceed the keys of one epoch
     hidden: Count = 256  # width of the projector's hidden layer
     dim: Count = 256
@@ -174,6 +175,9 @@ class Pretraining(Section):
     keep_predictor: bool | None = None
     sampler: Annotated[ProposalSampler, BeforeValidator(by_name)] = ProposalSampler(name="dynamic")
     schedule: Schedule = Schedule()
+    # the learning rate goes on where the pre-training leaves it, in one curve over the epochs of both: that of the
+    # recipe's `schedule`, whose milestones then count from the start of the pre-training; the optimiser starts anew
+    one_curve: bool = False
 
     @model_validator(mode="before")
     @classmethod
@@ -206,6 +210,14 @@ class Pretraining(Section):
             and not (weights.lcl or self.detects)
         ):
             raise ValueError("freeze_backbone leaves nothing to train: its terms train the backbone alone")
+        for name in ("image", "box", "dense"):
+            own = getattr(self, name)
+            if own.same_class == "left_out" and (own.loss != "info_nce" or name == "dense"):
+                raise ValueError(
+                    f"{name}.same_class left_out needs negatives with classes: image or box, loss info_nce"
+                )
+        if self.box.same_class == "left_out" and self.box.rois == "assigned":
+            raise ValueError("box.same_class left_out needs box.rois proposals")
         if self.sampler.instance_source == "proposal":
             self._check_proposal_counts()
         if list(self.reconstruction.layers) != sorted(set(self.reconstruction.layers)):

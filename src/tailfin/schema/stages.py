@@ -125,6 +125,9 @@ def _pretraining_inputs(recipe: Any) -> dict[str, Any]:
     own = {key: value for key, value in own_inputs(recipe).items() if key.partition(".")[0] not in later}
     own |= _section(recipe, "pretraining")
     del own["pretraining.keep_predictor"]
+    if recipe.pretraining.one_curve:  # the rates are those of `schedule`, over its epochs too
+        keys = ("epochs", "lr", "warmup", "warmup_ratio", "decay", "milestones", "gamma")
+        own |= flat(_dumped(recipe.schedule, *keys), "schedule.")
     if recipe.pretraining.proposals.file:  # relative to the data's root, which may differ
         own["pretraining.proposals.file"] = str(Path(recipe.data.root) / recipe.pretraining.proposals.file)
     return own
