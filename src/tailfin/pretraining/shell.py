@@ -70,7 +70,8 @@ class PreTrainer(nn.Module):
         self.config = config
         self.iterations, self.accumulation = iterations, accumulation
         self.momentum = momentum_of(config, iterations)
-        self.diagnose_every, self.calls = diagnose_every, 0
+        self.diagnose_every = diagnose_every
+        self.calls = -1  # `step` as a plain number, known at the first call
         # of the call just made: accuracy and spread of each contrast (`ContrastHead.diagnosed`), and `gradient_*`, see
         # `gradient_ratios`; empty where it was not looked at
         self.diagnostics: dict[str, Tensor] = {}
@@ -93,11 +94,13 @@ class PreTrainer(nn.Module):
         self.train(self.training)
 
     def forward(self, images: Sequence[Tensor], targets: Targets) -> dict[str, Tensor]:
+        if self.calls < 0:
+            self.calls = int(self.step)
+        looks = self.training and self.diagnose_every > 0 and self.calls % self.diagnose_every == 0
         if self.training:
             self._follow()
+            self.calls += 1
         seen = self.look_at(images, targets)
-        looks = self.training and self.diagnose_every > 0 and self.calls % self.diagnose_every == 0
-        self.calls += self.training
         if looks:
             seen.diagnosed = {}
         losses: dict[str, Tensor] = {}
