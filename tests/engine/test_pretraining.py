@@ -18,6 +18,8 @@ from tailfin.data.index import open_index
 from tailfin.errors import UserError
 from tailfin.methods import drcl as method
 from tailfin.models import build_detector
+from tailfin.report.runs import read_runs
+from tailfin.report.sections.curves import curves
 from tailfin.run import Run, batch_plan, curve_of
 from tailfin.schedule import Curve
 from tailfin.schema.presets import PRESETS
@@ -77,7 +79,9 @@ def test_the_stage_comes_first_and_its_parts_are_taken_over(straight):
     for term in ("hcl", "lcl"):
         assert all(0 <= line[f"accuracy_{term}"] <= 1 and 0 < line[f"spread_{term}"] < 1.01 for line in lines)
     assert all(line[f"gradient_{term}"] > 0 for line in lines for term in ("hcl", "lcl", "ar", "sr"))
-    assert "gradient over detection" in (out / "report.html").read_text() or not (out / "metrics.json").exists()
+    section = curves(read_runs([out]))
+    assert section is not None and "sr: gradient over detection" in str(section.html)
+    assert "accuracy_hcl" not in read_runs([out])[0].stages[0].parts
 
 
 def test_the_model_file_of_the_stage_is_a_detector(straight):
