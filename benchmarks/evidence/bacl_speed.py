@@ -1,12 +1,12 @@
-"""BACL's table XI: pictures per second of a detector with BACL's classifier beside a plain one, R50 at the paper's size.
+"""BACL's table XI: pictures per second of a detector with BACL's classifier beside a plain one, R50, the paper's size.
 
     python benchmarks/evidence/bacl_speed.py                           # 1333 x 800, 1,000 proposals, 1,203 classes
     python benchmarks/evidence/bacl_speed.py --naive --pictures 1      # with NMS over every candidate too: minutes
 
 The paper reports 1.2 pictures a second against 3.3 (0.36) on a GPU; on a processor only the ratio says something, and
 less of it is NMS, since the backbone costs more there. The heads are not trained, they are made to behave so, as in
-`bacl_cost.py`: the plain one's logits are spread like a trained softmax head's, those of BACL's sigmoid head are so level
-that nearly every proposal passes the threshold with every class, which is the worst that a balanced classifier can do.
+`bacl_cost.py`: the plain one's logits are spread like a trained softmax head's, those of BACL's sigmoid head are so
+level that nearly every proposal passes the threshold with every class: the worst that a balanced classifier can do.
 Both detectors share all other weights. They take turns; ratios are medians over the rounds, times CPU seconds of this
 process. The parts are measured apart as well: all before the selection of detections, and the selection.
 """
@@ -25,7 +25,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts beside this folder
 
-from bacl_cost import RECIPE, count_candidates, every_candidate, level, predict, rounds_of, row, stats_of  # noqa: E402
+from bacl_cost import RECIPE, count_candidates, every_candidate, level, predict, rounds_of, stats_of  # noqa: E402
 from training_speed import LARGE, detector, settle  # noqa: E402
 
 from tailfin.config import load_recipe  # noqa: E402
@@ -49,18 +49,19 @@ def main() -> None:
         f"R50-FPN, {options.size[1]} x {options.size[0]}, {options.proposals:,} proposals, {options.classes:,} classes"
     )
     table = Table(title=f"{title}; {options.threads} threads, {options.rounds} rounds, CPU seconds")
-    for name in ("pictures per CPU second", "BACL", "plain", "ratio", "over the rounds", "paper"):
+    for name in ("pictures per second", "BACL", "plain", "ratio", "over the rounds", "paper"):
         table.add_column(name, justify="left" if name.startswith("pictures") else "right")
-    row(
-        table,
-        f"inference ({candidates[0]:,.0f} candidates a picture, {candidates[1]:,.0f})",
-        len(pictures),
-        seconds["balanced"],
-        seconds["plain"],
-        "0.36",
-    )
-    if options.naive:
-        row(table, "  with NMS over all candidates", len(pictures), seconds["naive"], seconds["plain"], "")
+    titles = {
+        "balanced": f"inference ({candidates[0]:,.0f} candidates a picture, {candidates[1]:,.0f})",
+        "naive": "  with NMS over all candidates",
+    }
+    for name in list(steps)[1:]:
+        ratios = sorted(plain / own for own, plain in zip(seconds[name], seconds["plain"], strict=True))
+        each = [len(pictures) / statistics.median(seconds[own]) for own in (name, "plain")]
+        middle = f"{statistics.median(ratios):.3f}"
+        paper = "0.36" if name == "balanced" else ""
+        span = f"{ratios[0]:.3f} to {ratios[-1]:.3f}"
+        table.add_row(titles[name], *(f"{value:.3f}" for value in each), middle, span, paper)
     Console(width=130).print(table)
     before = statistics.median(seconds["trunk"]) / len(pictures)
     for name in steps:

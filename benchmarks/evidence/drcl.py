@@ -9,7 +9,7 @@
     hcl, lcl, ar, sr                            the same with one term beside the detection loss
     drcl            all terms of 2DRCL
     aligndet, moco_v2                           other pre-trainings for as long, then RFS
-    one_curve       `drcl` with one curve of the learning rate over both stages
+    detection_curve, drcl_curve                 two of these with one curve of the learning rate over both stages
     none_bacl, detection_bacl, drcl_bacl        the same followed by BACL's two stages of half the remaining epochs each
 
 All pre-trainings draw pictures by dynamic rebalancing, but for those whose preset has another sampler. Boxes come from
@@ -65,7 +65,8 @@ def arms(options: argparse.Namespace) -> list[Arm]:
         own = {"pretraining.preset": preset, **shell}
         found.append(Arm(preset, f"{base}:drcl", own, "", files if preset == "aligndet" else {}))
     milestones = schedule(options.epochs)["schedule.milestones"]  # counted from the start of the pre-training
-    found.append(pretrained("one_curve", **{"pretraining.one_curve": True, "schedule.milestones": milestones}))
+    curve = {"pretraining.one_curve": True, "schedule.milestones": milestones}
+    found += [pretrained("detection_curve", (), **curve), pretrained("drcl_curve", **curve)]
     both = {**schedule(half), **schedule(half, "second."), **fast, **second}
     found.append(Arm("none_bacl", f"{base}:bacl", both))
     for name, only in (("detection", ()), ("drcl", TERMS)):
