@@ -51,7 +51,7 @@ def arms(options: argparse.Namespace) -> list[Arm]:
 
     def pretrained(name: str, only: tuple[str, ...] = TERMS, **more: Any) -> Arm:
         off = {f"pretraining.weights.{term}": 0 for term in TERMS if term not in only}
-        return Arm(name, f"{base}:drcl", {**shell, **off, **more}, "drcl", files)
+        return Arm(name, f"{base}:drcl", {**shell, **off, **more}, "", files)
 
     files = {"pretraining.proposals.file": options.out / "proposals.npz"}
     bacl = {**schedule(quarter), **schedule(quarter, "second."), **second}
@@ -71,7 +71,7 @@ def arms(options: argparse.Namespace) -> list[Arm]:
     found.append(Arm("none_bacl", f"{base}:bacl", both))
     for name, only in (("detection", ()), ("drcl", TERMS)):
         own = pretrained(f"{name}_bacl", only, **bacl)
-        found.append(Arm(own.name, f"{base}:drcl_bacl", own.overrides, "drcl_bacl", files))
+        found.append(Arm(own.name, f"{base}:drcl_bacl", own.overrides, "", files))
     return found
 
 
