@@ -7,7 +7,8 @@
     none            no pre-training: RFS for all epochs
     detection       half of them in the pre-training's shell with the detection loss alone, then RFS
     hcl, lcl, ar, sr                            the same with one term beside the detection loss
-    drcl            all terms of 2DRCL
+    drcl            all terms of 2DRCL, SR at the recipe's weight of 0.1
+    drcl_published  with SR at 0.9
     aligndet, moco_v2                           other pre-trainings for as long, then RFS
     detection_curve, drcl_curve                 two of these with one curve of the learning rate over both stages
     none_bacl, detection_bacl, drcl_bacl        the same followed by BACL's two stages of half the remaining epochs each
@@ -61,6 +62,7 @@ def arms(options: argparse.Namespace) -> list[Arm]:
         pretrained("drcl"),
         *(pretrained(term, (term,)) for term in TERMS),
     ]
+    found.append(pretrained("drcl_published", **{"pretraining.weights.sr": 0.9}))
     for preset in ("aligndet", "moco_v2"):
         own = {"pretraining.preset": preset, **shell}
         found.append(Arm(preset, f"{base}:drcl", own, "", files if preset == "aligndet" else {}))
