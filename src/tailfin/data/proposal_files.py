@@ -86,9 +86,9 @@ def read_proposals(path: str | Path, index: AnnotationIndex) -> StoredProposals:
 
     owner = np.full(len(ids), -1)
     owner[rows[known]] = np.flatnonzero(known)
-    for first, last in _parts(offsets):  # of whole images, so that the memory does not grow with the file
-        image = np.repeat(owner[first:last], np.diff(offsets[first : last + 1]))
-        own = boxes[offsets[first] : offsets[last]]
+    for start, end in _parts(offsets):  # of whole images, so that the memory does not grow with the file
+        image = np.repeat(owner[start:end], np.diff(offsets[start : end + 1]))
+        own = boxes[offsets[start] : offsets[end]]
         limit = np.stack([index.widths[image], index.heights[image]], axis=1) + BORDER
         outside = (image >= 0) & ((own[:, :2] < -BORDER).any(axis=1) | (own[:, 2:] > limit).any(axis=1))
         if outside.any():
@@ -133,7 +133,7 @@ def write_proposals(
                 file.write((b"," if number else b"[") + text)
             file.write(b"]" if len(image_ids) else b"[]")
         return
-    arrays = {
+    arrays: dict[str, NDArray[Any]] = {
         "image_ids": image_ids.astype(np.int64, copy=False),
         "offsets": offsets.astype(np.int64, copy=False),
         "boxes": boxes.astype(np.float32, copy=False),
