@@ -104,7 +104,7 @@ def _matrix(run: Run, value: dict[str, Any]) -> Markup | str:
         )
     )
     figure.update_layout(
-        xaxis={"type": "category", "tickangle": -60, "automargin": True, "title": "taken for"},
-        yaxis={"type": "category", "autorange": "reversed", "automargin": True, "title": "object"},
+        xaxis={"type": "category", "tickangle": -60, "automargin": True},
+        yaxis={"type": "category", "autorange": "reversed", "automargin": True},
     )
     return chart(figure, height=max(420, 160 + 18 * len(ids)))

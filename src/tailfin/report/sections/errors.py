@@ -44,6 +44,7 @@ def errors(runs: Sequence[Run]) -> Section | None:
             marker={"color": _COLORS[kind]},
             text=[f"{share:.0f}" if share >= 4 else "" for share in shares],
             textposition="inside",
+            textangle=0,
             hovertemplate="%{x}<br>" + kind + " <b>%{y:.1f} %</b><extra></extra>",
         )
     figure.update_layout(
