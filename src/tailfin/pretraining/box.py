@@ -70,6 +70,10 @@ class LocalContrast(Contrastive):
         pools = self.level_pools or [self.pool]
         return shared(torch.cat([pool(levels, view.boxes, view.batch.image_sizes) for pool in pools]))
 
+    def labels(self, seen: Iteration) -> Tensor:
+        """The class of the object that each proposal lies on."""
+        return torch.cat([target["proposal_labels"] for target in seen.targets] * max(len(self.level_pools), 1))
+
     def rows(self, queries: Tensor) -> float:
         """What this process divides its sum over boxes by, so that the mean of the processes is that over all boxes."""
         (total,) = sum_over_ranks(torch.tensor([float(len(queries))], device=queries.device))

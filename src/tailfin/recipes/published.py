@@ -132,13 +132,13 @@ SCHEDULES: dict[int, dict[str | None, tuple[str, ...]]] = {  # stages of the met
     # states none, and each further part has the 2 epochs of step 2
     3: {"50+1+2": (), "50+1": (), "50+2": (), None: ()},
 }
-# pre-training -> overrides. Those that contrast boxes take them from DATA/proposals.json (`tailfin data proposals`)
+# pre-training -> overrides. Those that contrast boxes take them from DATA/proposals.npz (`tailfin data proposals`)
 PRETRAINING: dict[str | None, tuple[str, ...]] = {
     None: ("weights=imagenet",),
     "imagenet": ("weights=imagenet",),
-    "2drcl": ("weights=imagenet", "pretraining={preset: drcl, proposals: {file: proposals.json}}"),
+    "2drcl": ("weights=imagenet", "pretraining={preset: drcl, proposals: {file: proposals.npz}}"),
     **{
-        preset: ("weights=imagenet", f"pretraining={{preset: {preset}, proposals: {{file: proposals.json}}}}")
+        preset: ("weights=imagenet", f"pretraining={{preset: {preset}, proposals: {{file: proposals.npz}}}}")
         for preset in ("aligndet", "soco")
     },
     **{

@@ -66,8 +66,9 @@ def stages(recipe: R) -> list[Stage[R]]:
     own: list[Stage[R]] = METHODS[whole.method].stages(whole)
     if whole.pretraining is None:
         return own
-    parts = ("backbone", "fpn", "rpn", "head", *(("classifier", "box") if whole.pretraining.keep_predictor else ()))
-    kept = {"pretraining.keep_predictor": whole.pretraining.keep_predictor}
+    keeps = keeps_predictor(whole)
+    parts = ("backbone", "fpn", "rpn", "head", *(("classifier", "box") if keeps else ()))
+    kept = {"pretraining.keep_predictor": keeps}
     before = Stage(PRETRAIN, pretraining_recipe(recipe), _pretraining_inputs(whole), hands_on=parts)
     follower, *rest = (replace(stage, number=stage.number + 1) for stage in own)
     follower = replace(follower, starts_from=PRETRAIN, inputs={**follower.inputs, **kept})
@@ -108,12 +109,26 @@ def pretraining_recipe(recipe: R) -> R:
     return whole.model_copy(update={**own, **without, "evaluation": evaluation})
 
 
+def keeps_predictor(recipe: Any) -> bool:
+    """Whether the method goes on with the classifier and the box layer of the pre-training.
+
+    Its classes are the recipe's; but a classifier learnt with one loss says something else to another.
+    """
+    own = recipe.pretraining
+    if own.keep_predictor is not None:
+        return bool(own.keep_predictor)
+    return bool(own.detects and own.det_loss == "class_aware" and own.loss == recipe.loss)
+
+
 def _pretraining_inputs(recipe: Any) -> dict[str, Any]:
     """Of the recipe's own keys those of detector, start and data; the method's loss, sampler and rates come later."""
     later = ("loss", "sampler", "schedule", "evaluation", "features")
     own = {key: value for key, value in own_inputs(recipe).items() if key.partition(".")[0] not in later}
     own |= _section(recipe, "pretraining")
     del own["pretraining.keep_predictor"]
+    if recipe.pretraining.one_curve:  # the rates are those of `schedule`, over its epochs too
+        keys = ("epochs", "lr", "warmup", "warmup_ratio", "decay", "milestones", "gamma")
+        own |= flat(_dumped(recipe.schedule, *keys), "schedule.")
     if recipe.pretraining.proposals.file:  # relative to the data's root, which may differ
         own["pretraining.proposals.file"] = str(Path(recipe.data.root) / recipe.pretraining.proposals.file)
     return own
