@@ -14,17 +14,18 @@ Hoiem et al. (ECCV'12), from whom such diagrams come, and LVIS's federated rule:
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral
 from typing import Any, Literal, get_args
 
 import numpy as np
+from hotcoco import mask as mask_utils
 from numpy.typing import NDArray
 
 from tailfin.errors import UserError, nearest
 from tailfin.evaluation.detections import Detections, load_detections, with_geometry
 from tailfin.evaluation.groups import TrainCounts, as_train_counts, frequencies
-from tailfin.evaluation.truth import GroundTruth, load_truth
+from tailfin.evaluation.truth import GroundTruth, encode_mask, load_truth
 from tailfin.stats import GROUPS
 
 TYPES = ("correct", "location", "background", "classification", "other")
@@ -36,6 +37,8 @@ PAIRS = 2**21  # pairs of prediction and object that are compared at a time
 Precedence = Literal["same_class", "best_iou"]
 Duplicates = Literal["literal", "location"]
 Unjudged = Literal["drop", "all"]
+IoUType = Literal["bbox", "segm"]
+Overlap = Callable[[NDArray[np.int64], NDArray[np.int64]], NDArray[np.float64]]
 
 
 def error_types(
@@ -46,10 +49,11 @@ def error_types(
     duplicates: Duplicates = "literal",
     unjudged: Unjudged = "drop",
     *,
+    iou_type: IoUType = "bbox",
     group_bounds: Sequence[int] | None = None,
     train_counts: TrainCounts | Mapping[int, int] | str | os.PathLike[str] | None = None,
 ) -> dict[str, Any]:
-    """Types of the best predictions of each class, by boxes.
+    """Types of the best predictions of each class, by boxes or by masks.
 
     Objects marked iscrowd or ignore are no evidence and do not count for N, but make their class judged in the image.
 
@@ -64,6 +68,7 @@ def error_types(
             whose best object (largest IoU, then lowest id) is taken into a location error.
         unjudged: "drop" leaves out predictions of classes that the image neither shows nor lists as absent, before the
             best are taken; "all" keeps them.
+        iou_type: overlap of boxes, or "segm", of masks, which results and annotations then have.
 
     Returns:
         "types": the five names; "category_ids" int64 [C], ascending; "counts" int64 [C, 5]; "num_gt" int64 [C], N;
@@ -78,13 +83,14 @@ def error_types(
         ("precedence", precedence, get_args(Precedence)),
         ("duplicates", duplicates, get_args(Duplicates)),
         ("unjudged", unjudged, get_args(Unjudged)),
+        ("iou_type", iou_type, get_args(IoUType)),
     ):
         if value not in choices:
             raise UserError(f'{name} "{value}" does not exist{nearest(value, choices)}')
     if top != "per_class" and (not isinstance(top, Integral) or isinstance(top, bool) or top < 1):
         raise UserError(f'top must be a positive whole number or "per_class" (given: {top!r})')
     truth = load_truth(annotations)
-    detections, _ = with_geometry(load_detections(results, truth, "bbox"), truth, "bbox")
+    detections, _ = with_geometry(load_detections(results, truth, iou_type), truth, iou_type)
     frequency = frequencies(truth.categories, group_bounds, as_train_counts(train_counts))
     classes = len(truth.category_ids)
 
@@ -94,7 +100,8 @@ def error_types(
     if unjudged == "drop":
         types[~_judged(truth, detections)] = UNJUDGED
     best = _best(detections, np.flatnonzero(types != UNJUDGED), num_gt if top == "per_class" else int(top), classes)
-    own, other, target = _overlaps(truth, evidence, detections, best)
+    overlap = _mask_overlap(truth, evidence, detections) if iou_type == "segm" else _box_overlap(truth, detections)
+    own, other, target = _overlaps(truth, evidence, detections, best, overlap)
     types[best] = _types(own, other, precedence)
     if duplicates == "location":
         hits = np.flatnonzero(types[best] == CORRECT)
@@ -139,9 +146,17 @@ def _best(
 
 
 def _overlaps(
-    truth: GroundTruth, evidence: NDArray[np.bool_], detections: Detections, rows: NDArray[np.int64]
+    truth: GroundTruth,
+    evidence: NDArray[np.bool_],
+    detections: Detections,
+    rows: NDArray[np.int64],
+    overlap_of: Overlap,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.int64]]:
-    """Of each of `rows`: largest IoU with its own class and with another one, and its object (own class, -1: none)."""
+    """Of each of `rows`: largest IoU with its own class and with another one, and its object (own class, -1: none).
+
+    `overlap_of` takes rows of detections and of objects, K pairs, to float64 [K]; a detection's pairs stand together and
+    are all objects of its image, in one order.
+    """
     objects = np.flatnonzero(evidence)
     objects = objects[np.lexsort((truth.annotation_ids[objects], truth.image_rows[objects]))]
     starts = np.searchsorted(truth.image_rows[objects], np.arange(len(truth.image_ids) + 1))
@@ -149,7 +164,6 @@ def _overlaps(
     sizes = starts[detections.image_rows[rows] + 1] - first
     own, other = np.zeros(len(rows)), np.zeros(len(rows))
     target = np.full(len(rows), -1, dtype=np.int64)
-    assert detections.boxes is not None
     ends = np.cumsum(sizes)
     start = 0
     while start < len(rows):  # a few parts, so that memory stays bounded
@@ -163,7 +177,7 @@ def _overlaps(
         groups = np.cumsum(count) - count  # where the pairs of each prediction start
         place = np.arange(count.sum()) + np.repeat(first[part] - groups, count)
         mine, their = np.repeat(rows[part], count), objects[place]
-        overlap = _iou(detections.boxes[mine], truth.boxes[their])
+        overlap = overlap_of(mine, their)
         same = detections.category_rows[mine] == truth.category_rows[their]
         with_own = np.where(same, overlap, 0.0)
         own[part] = np.maximum.reduceat(with_own, groups)
@@ -172,6 +186,32 @@ def _overlaps(
         owner, lowest = np.unique(np.repeat(part, count)[reached], return_index=True)
         target[owner] = their[reached[lowest]]
     return own, other, target
+
+
+def _box_overlap(truth: GroundTruth, detections: Detections) -> Overlap:
+    boxes = detections.boxes
+    assert boxes is not None
+    return lambda mine, their: _iou(boxes[mine], truth.boxes[their])
+
+
+def _mask_overlap(truth: GroundTruth, evidence: NDArray[np.bool_], detections: Detections) -> Overlap:
+    """IoU of masks, image by image: a matrix of its detections and objects each."""
+    masks, found = truth.masks(), detections.masks or []
+    sizes = truth.image_sizes[truth.image_rows].tolist()
+    objects = {int(row): encode_mask(masks[row], *map(int, sizes[row])) for row in np.flatnonzero(evidence)}
+
+    def overlap(mine: NDArray[np.int64], their: NDArray[np.int64]) -> NDArray[np.float64]:
+        result = np.zeros(len(mine))
+        images = detections.image_rows[mine]
+        order = np.argsort(images, kind="stable")  # pairs of a detection stay together
+        for pairs in np.split(order, np.flatnonzero(np.diff(images[order])) + 1):
+            own = mine[pairs[np.flatnonzero(np.diff(mine[pairs], prepend=-1))]]
+            others = their[pairs[: len(pairs) // len(own)]]
+            matrix = mask_utils.iou([found[row] for row in own], [objects[row] for row in others], [False] * len(others))
+            result[pairs] = np.asarray(matrix, dtype=np.float64).reshape(len(own), len(others)).ravel()
+        return result
+
+    return overlap
 
 
 def _iou(boxes: NDArray[np.float64], others: NDArray[np.float64]) -> NDArray[np.float64]:
