@@ -9,8 +9,8 @@ own functions, with their settings (anchors, samplers, losses, weights) carried 
 their size on both sides. Steps, turns and memory are those of `training_speed.py`: CPU seconds, ratios are medians over
 the rounds. Targets: a training step at 1.05 of torchvision's images per second, inference at 3 times, at most its memory.
 
-In inference both report up to 300 detections of scores above 1e-4, as LVIS is measured, with logits spread as a trained
-classifier's. torchvision's masks stay 28 x 28 on both sides: pasting them is not the detector's work.
+In inference both report up to 300 detections of scores above 1e-4, as LVIS is measured, with logits spread like those of
+a trained classifier. Masks stay 28 x 28 on both sides: pasting them is not the detector's work.
 """
 
 from __future__ import annotations
@@ -91,7 +91,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--memory", choices=NAMES, help=argparse.SUPPRESS)
     options = parser.parse_args()
     # what the functions of training_speed.py ask for
-    options.device, options.precision, options.channels_last, options.steps, options.cpu_time = "cpu", "no", False, 1, True
+    options.device, options.precision, options.channels_last, options.steps, options.cpu_time = (
+        "cpu",
+        "no",
+        False,
+        1,
+        True,
+    )
     return options
 
 

@@ -189,9 +189,7 @@ def test_one_stage_methods(masked_set, tiny_recipe, tmp_path, detector, changes)
         with pytest.raises(UserError, match="needs one box head"):
             load_recipe(tiny_recipe, given)
         return
-    out = tailfin.train(
-        tiny_recipe, train=masked_set[0], val=masked_set[1], out=tmp_path / "run", overrides=given
-    )
+    out = tailfin.train(tiny_recipe, train=masked_set[0], val=masked_set[1], out=tmp_path / "run", overrides=given)
     lines = [json.loads(line) for line in (out / "stages/1-train/metrics.jsonl").read_text().splitlines()]
     assert lines and all(np.isfinite(line["loss"]) for line in lines)
     assert set(json.loads((out / "metrics.json").read_text())) >= {"bbox", "segm"}

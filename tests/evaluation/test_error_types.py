@@ -225,7 +225,13 @@ def test_rectangular_masks_are_boxes():
         box = np.concatenate([rng.integers(0, 30, 2), rng.integers(1, 20, 2)]).tolist()
         image, category = int(rng.choice([1, 2, 5])), int(rng.choice([3, 7]))
         if number < 20:
-            own = {"id": number + 1, "image_id": image, "category_id": category, "bbox": box, "iscrowd": number % 5 == 4}
+            own = {
+                "id": number + 1,
+                "image_id": image,
+                "category_id": category,
+                "bbox": box,
+                "iscrowd": number % 5 == 4,
+            }
             truth["annotations"].append({**own, "area": box[2] * box[3], "segmentation": corners(box)})
         else:
             near = truth["annotations"][int(rng.integers(20))]

@@ -207,7 +207,9 @@ def _mask_overlap(truth: GroundTruth, evidence: NDArray[np.bool_], detections: D
         for pairs in np.split(order, np.flatnonzero(np.diff(images[order])) + 1):
             own = mine[pairs[np.flatnonzero(np.diff(mine[pairs], prepend=-1))]]
             others = their[pairs[: len(pairs) // len(own)]]
-            matrix = mask_utils.iou([found[row] for row in own], [objects[row] for row in others], [False] * len(others))
+            matrix = mask_utils.iou(
+                [found[row] for row in own], [objects[row] for row in others], [False] * len(others)
+            )
             result[pairs] = np.asarray(matrix, dtype=np.float64).reshape(len(own), len(others)).ravel()
         return result
 
