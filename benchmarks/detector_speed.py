@@ -7,10 +7,11 @@
 The peers are `maskrcnn_resnet50_fpn` and `retinanet_resnet50_fpn` of the installed torchvision, built by torchvision's
 own functions, with their settings (anchors, samplers, losses, weights) carried over to tailfin's recipe; pictures keep
 their size on both sides. Steps, turns and memory are those of `training_speed.py`: CPU seconds, ratios are medians over
-the rounds. Targets: a training step at 1.05 of torchvision's images per second, inference at 3 times, at most its memory.
+the rounds. Targets: a training step at 1.05 of torchvision's images per second, inference at 3 times, at most its
+memory.
 
-In inference both report up to 300 detections of scores above 1e-4, as LVIS is measured, with logits spread like those of
-a trained classifier. Masks stay 28 x 28 on both sides: pasting them is not the detector's work.
+In inference both report up to 300 detections of scores above 1e-4, as LVIS is measured, with logits spread like those
+of a trained classifier. Masks stay 28 x 28 on both sides: pasting them is not the detector's work.
 """
 
 from __future__ import annotations

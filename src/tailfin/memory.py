@@ -50,7 +50,8 @@ def watched_step(model: nn.Module, image: Tensor, target: Mapping[str, Tensor]) 
         losses = model([image], [dict(target)])
         total = torch.stack(list(losses.values())).sum()
         del losses
-        total.backward()
+        if total.requires_grad:
+            total.backward()
     own = {p.grad.untyped_storage()._cdata for p in model.parameters() if p.grad is not None}
     fixed = np.array([watch.alive.get(key, -1) for key in own], dtype=np.int64)
     model.zero_grad(set_to_none=True)

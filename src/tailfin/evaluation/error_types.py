@@ -154,8 +154,8 @@ def _overlaps(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.int64]]:
     """Of each of `rows`: largest IoU with its own class and with another one, and its object (own class, -1: none).
 
-    `overlap_of` takes rows of detections and of objects, K pairs, to float64 [K]; a detection's pairs stand together and
-    are all objects of its image, in one order.
+    `overlap_of` takes rows of detections and of objects, K pairs, to float64 [K]; a detection's pairs stand together
+    and are all objects of its image, in one order.
     """
     objects = np.flatnonzero(evidence)
     objects = objects[np.lexsort((truth.annotation_ids[objects], truth.image_rows[objects]))]
