@@ -56,10 +56,12 @@ def overfit(name: str, file: Path, options: argparse.Namespace, out: Path) -> di
     overrides = [
         *changes,
         *(f"schedule.epochs={options.epochs}", f"schedule.milestones=[{late}]", "schedule.batch=8"),
-        *("schedule.warmup=20", "data.workers=0", "evaluation.protocol=coco", "logging.every=20"),
-        *(f"data.root={options.data}", "data.train.images=train", "data.val.images=train"),
+        *("schedule.warmup=20", "data.workers=0", "evaluation.batch=8", "evaluation.protocol=coco", "logging.every=20"),
     ]
-    run = tailfin.train(recipe, train=file, val=file, out=out, overrides=overrides)
+    images = options.data / "train"
+    run = tailfin.train(
+        recipe, train=file, val=file, train_images=images, val_images=images, out=out, overrides=overrides
+    )
     metrics: dict[str, Any] = json.loads((run / "metrics.json").read_text())
     return metrics
 
@@ -73,9 +75,7 @@ def sixteen(document: dict[str, Any]) -> dict[str, Any]:
     kept: list[int] = []
     while len(kept) < COUNT:
         left = [image for image in by_image if image not in kept and by_image[image]]
-        best = max(
-            left, key=lambda image: sum(1 / (1 + seen.get(a["category_id"], 0)) ** 2 for a in by_image[image])
-        )
+        best = max(left, key=lambda image: sum(1 / (1 + seen.get(a["category_id"], 0)) ** 2 for a in by_image[image]))
         kept.append(best)
         for annotation in by_image[best]:
             seen[annotation["category_id"]] = seen.get(annotation["category_id"], 0) + 1
