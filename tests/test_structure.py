@@ -32,7 +32,7 @@ ORDER = (
     ("mask_encoding", "inference", "exemplar_scores"),
     ("report", "pictures"),
     ("processes", "provenance", "reuse", "run_files", "run"),
-    ("methods", "dry_run"),
+    ("memory", "methods", "dry_run"),
     ("api",),
     ("calibration_search", "cost", "propose"),
     ("cli", "__main__"),

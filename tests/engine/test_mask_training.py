@@ -171,6 +171,33 @@ def test_two_stages(masked_set, tiny_recipe, tmp_path, detector, changes, traine
         assert any(key.startswith(f"{part}.") for key in differ), part
 
 
+@pytest.mark.parametrize("detector", [MASKS, CASCADE], ids=["mask", "cascade"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ["loss={name: pcb, base: softmax, start_epoch: 0}", "detector.classifier=pcb"],
+        ["features=fasa"],
+        ["detector.classifier=tde"],
+        ["detector.classifier=forest", "detector.rpn_nms_resampling=discrete"],
+        ["detector.classifier={name: weight_cosine, temperature: 48}", "features={name: rio, max_images: 100}"],
+        ["loss=balanced_sigmoid", "features=meta_reweighting"],
+        ["loss=fcbl", "features=hallucination"],
+    ],
+    ids=["pcb", "fasa", "tde", "forest", "rio", "balms", "bacl end to end"],
+)
+def test_one_stage_methods(masked_set, tiny_recipe, tmp_path, detector, changes):
+    """They train beside the masks; what needs one box head says so of a cascade."""
+    given = [*detector, *SHORT, "schedule.epochs=0.5", *changes]
+    if detector is CASCADE and "features=meta_reweighting" in changes:
+        with pytest.raises(UserError, match="needs one box head"):
+            load_recipe(tiny_recipe, given)
+        return
+    out = tailfin.train(tiny_recipe, train=masked_set[0], val=masked_set[1], out=tmp_path / "run", overrides=given)
+    lines = [json.loads(line) for line in (out / "stages/1-train/metrics.jsonl").read_text().splitlines()]
+    assert lines and all(np.isfinite(line["loss"]) for line in lines)
+    assert set(json.loads((out / "metrics.json").read_text())) >= {"bbox", "segm"}
+
+
 def test_stepwise_learning_on_masks(masked_set, tiny_recipe, tmp_path):
     """The teacher's rows reach the student's mask branch; a cascade says that it cannot be taught."""
     step = "{per_head_class: 4, per_tail_class: 2, lr: 0.01}"
