@@ -25,7 +25,7 @@ VERBS = {
     "predict": "Detect objects in pictures; no annotations are needed.",
     "report": "Write one HTML file about runs, side by side, or serve it with --live.",
     "cost": "Count multiply-adds and parameters, and measure pictures per second part by part.",
-    "calibrate": "Calibrate a trained model's scores by class size; predict and evaluate the result like any model.",
+    "calibrate": "Calibrate the scores of a trained model, or those in any results file.",
     "data": "Look at, check, make and convert annotation files.",
     "recipes": "List, show and copy recipes and published rows.",
     "doctor": "Check versions, devices, threads, memory and optional parts; exit code 2 where training cannot work.",
