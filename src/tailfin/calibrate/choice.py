@@ -16,6 +16,7 @@ from tailfin.errors import UserError, nearest
 from tailfin.schema.calibration import Calibration
 
 NUMBERS = ("AP", "APr", "APc", "APf")
+TIE = 5e-4  # a gain up to this is none: scores are not changed for it
 Numbers = dict[str, float]  # of NUMBERS, fractions; -1 where there are no such classes
 
 
@@ -46,7 +47,7 @@ class Choice:
 
 
 def choose(folds: Mapping[str, Sequence[Numbers]], goal: Goal) -> tuple[str, dict[str, Numbers]]:
-    """(label of the best candidate, each candidate's mean numbers); of equal ones the first, so plain wins a tie."""
+    """(label of the best candidate, each candidate's mean numbers); plain scores win a tie."""
     means = {label: mean(own) for label, own in folds.items()}
     return _best(means, goal), means
 
@@ -91,4 +92,5 @@ def _best(means: Mapping[str, Numbers], goal: Goal) -> str:
         for label, own in means.items()
         if goal.f_loss is None or plain["APf"] < 0 or own["APf"] >= plain["APf"] - goal.f_loss - 1e-12
     ]
-    return max(allowed, key=lambda label: means[label][goal.by])
+    best = max(allowed, key=lambda label: means[label][goal.by])
+    return best if means[best][goal.by] > plain[goal.by] + TIE else PLAIN

@@ -127,8 +127,8 @@ def evaluate(
     for text in dict.fromkeys(str(warning.message) for warning in caught):
         typer.echo(f"warning: {text}", err=True)
     _show(metrics, per_category)
-    for name, own in points.items():
-        Console().print(operating_table(own, name if len(points) > 1 else ""))
+    for name, found_points in points.items():
+        Console().print(operating_table(found_points, name if len(points) > 1 else ""))
     if json is not None:
         write_json(json, next(iter(metrics.values())) if len(metrics) == 1 else metrics, indent=2)
         typer.echo(f"metrics written to {json}")

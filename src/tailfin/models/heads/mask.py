@@ -73,7 +73,7 @@ class MaskPredictor(nn.Module):
         assert bias is not None
         rows = labels if len(weight) > 1 else torch.zeros_like(labels)
         chosen = weight[rows, :, 0, 0].to(features.dtype)  # [N, channels]
-        logits = torch.bmm(chosen[:, None], features.flatten(2)).view(len(features), *features.shape[2:])
+        logits = torch.bmm(chosen[:, None], features.flatten(2))[:, 0].unflatten(1, features.shape[2:])
         return at_least_float32(logits) + at_least_float32(bias)[rows, None, None]
 
 
