@@ -201,7 +201,7 @@ def _detect(
                 seen = model.outputs([image.to(detector.device) for image in images])
                 for name, rescore in own.items():
                     model.rescore = rescore
-                    for image, row, output in zip(images, rows, model.detections(seen, model.limits), strict=True):
+                    for image, row, output in zip(images, rows, model.boxes_only(seen, model.limits), strict=True):
                         image_id = int(source.index.image_ids[row])
                         boxes = output["boxes"].cpu().numpy() * picture_scale(image.shape[-2:], source.index, row)
                         labels, scores = output["labels"].cpu().numpy(), output["scores"].cpu().numpy()

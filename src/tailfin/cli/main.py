@@ -26,6 +26,7 @@ VERBS = {
     "report": "Write one HTML file about runs, side by side, or serve it with --live.",
     "cost": "Count multiply-adds and parameters, and measure pictures per second part by part.",
     "calibrate": "Calibrate the scores of a trained model, or those in any results file.",
+    "export": "Write a trained model for other programs: ONNX, torch.export or OpenVINO.",
     "data": "Look at, check, make and convert annotation files.",
     "recipes": "List, show and copy recipes and published rows.",
     "doctor": "Check versions, devices, threads, memory and optional parts; exit code 2 where training cannot work.",
