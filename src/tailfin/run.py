@@ -17,7 +17,7 @@ from torch import nn
 from tailfin import evaluation
 from tailfin.checkpoint import content_hash, load_model_file, resume_point, save_model
 from tailfin.config import dump_recipe, recipe_from_file
-from tailfin.data.dataset import TrainingDataset, open_source
+from tailfin.data.dataset import TrainingDataset, open_source, unchecked_note
 from tailfin.engine import Stage as Optimisation
 from tailfin.engine import Step, check_shares, detector_step, fit
 from tailfin.errors import UserError
@@ -129,8 +129,9 @@ class Run:
                 f"stage {name}: {len(dataset.rows())} images, {plan.iterations} iterations of {recipe.schedule.batch}, "
                 f"{self.stats.num_classes} classes, loss {recipe.loss.name}, sampler {recipe.sampler.name}"
             )
-            if about_masks:
-                self.say(about_masks)
+            for note in (about_masks, unchecked_note(self.train, recipe.data)):
+                if note:
+                    self.say(note)
             seeing: list[Any] = [module for module in model.modules() if hasattr(module, "see_annotations")]
             for module in seeing:  # what it takes from them is in its state, a resume point or model file brings it
                 module.see_annotations(self.train.index)

@@ -17,6 +17,7 @@ from tailfin.data.dataset import (
     open_source,
     to_test_size,
     training_loader,
+    unchecked_note,
 )
 from tailfin.errors import UserError
 from tailfin.samplers import BatchPlan
@@ -194,3 +195,33 @@ def test_open_source_needs_a_file(tiny_set, tmp_path):
     assert relative.images == tiny_set[0].with_suffix("")
     with pytest.raises(UserError, match="image folder .* does not exist"):
         open_source(DataFiles(annotations=str(tiny_set[0]), images="nothing"), str(tmp_path), "train")
+
+
+def test_classes_that_nobody_looked_for(tmp_path):
+    """Known are: every class of a picture without lists; else those present and those listed as absent, in full."""
+    (tmp_path / "set").mkdir()
+    lists = [{}, {"neg_category_ids": [5]}, {"neg_category_ids": [5], "not_exhaustive_category_ids": [7]}]
+    for number in range(3):
+        Image.fromarray(np.zeros((40, 50, 3), np.uint8)).save(tmp_path / "set" / f"{number}.png")
+    document = {
+        "images": [{"id": i, "file_name": f"{i}.png", "width": 50, "height": 40, **own} for i, own in enumerate(lists)],
+        "annotations": [
+            {"id": i, "image_id": i, "category_id": 7, "bbox": [5, 5, 20, 20], "iscrowd": 0} for i in range(3)
+        ],
+        "categories": [{"id": i, "name": f"class {i}"} for i in (3, 5, 7)],
+    }
+    (tmp_path / "set.json").write_text(json.dumps(document))
+    source = open_source(DataFiles(annotations=str(tmp_path / "set.json")), "", "train")
+    ignoring = CONFIG.model_copy(update={"unchecked_classes": "ignore"})
+    dataset = TrainingDataset(source, ignoring, 0)
+    known = [dataset[(0, row, 0)][1]["known"].tolist() for row in range(3)]
+    assert known == [[True, True, True], [False, True, True], [False, True, False]]
+    assert "known" not in TrainingDataset(source, CONFIG, 0)[(0, 0, 0)][1]
+    assert unchecked_note(source, ignoring) == "33% of pictures times classes were not looked for"
+    assert unchecked_note(source, CONFIG) == ""
+
+
+def test_ignoring_without_lists_is_said(source):
+    assert "every class counts as looked for" in unchecked_note(
+        source, CONFIG.model_copy(update={"unchecked_classes": "ignore"})
+    )

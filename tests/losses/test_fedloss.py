@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from tailfin import losses
+from tailfin.errors import UserError
+from tailfin.losses import fedloss
 from tailfin.losses.fedloss import FedLoss
 
 DTYPES = (torch.float64, torch.float32)
@@ -144,3 +146,31 @@ def test_mistakes(stats_of):
         loss(logits, labels, drawn=torch.tensor([2]))
     with pytest.raises(ValueError, match=r"drawn must be classes, int64 \[K\]"):
         loss(logits, labels, drawn=torch.zeros(2))
+
+
+def test_any_sigmoid_is_a_base(stats_of):
+    """With every class drawn the value is the base's own, with few of them less; the base's statistics move."""
+    stats = stats_of(np.arange(1, 13))
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, 13, (40,), generator=generator)
+    for base in fedloss.BASES:
+        plain = fedloss.BASES[base](stats).train()
+        logits = torch.randn((40, plain.num_logits), generator=generator)
+        facts = {"quality": torch.rand(40)} if "quality" in plain.row_facts else {}
+        wanted = plain(logits, labels, **facts).item()
+        all_drawn = losses.build("fedloss", stats, base=base, num_classes=30).train()
+        assert all_drawn(logits, labels, **facts).item() == pytest.approx(wanted, rel=1e-6), base
+        state = all_drawn.state_dict()
+        assert all(torch.equal(value, state[f"base.{name}"]) for name, value in plain.state_dict().items())
+        present = labels[:4].clamp(max=11)
+        few = losses.build("fedloss", stats, base=base, num_classes=1).train()
+        facts = {name: value[:4] for name, value in facts.items()}
+        assert few(logits[:4], present, **facts) < fedloss.BASES[base](stats).train()(logits[:4], present, **facts)
+
+
+def test_base_options_are_the_bases(stats_of):
+    stats = stats_of(np.arange(1, 13))
+    loss = losses.build("fedloss", stats, base="focal", base_options={"focal_gamma": 1.0})
+    assert loss.base.focal_gamma == 1.0
+    with pytest.raises(UserError, match='has no option "gama"'):
+        losses.build("fedloss", stats, base="focal", base_options={"gama": 1.0})

@@ -79,6 +79,17 @@ def open_source(files: DataFiles, root: str, what: str) -> Source:
     return Source(index, image_folder(annotations, images))
 
 
+def unchecked_note(source: Source, config: Data) -> str:
+    """What `unchecked_classes: ignore` leaves out; empty where it is not asked for."""
+    if config.unchecked_classes != "ignore":
+        return ""
+    index = source.index
+    if not index.federated and not len(index.not_exhaustive_labels):
+        return f"{index.path} has no neg_category_ids: every class counts as looked for, nothing is ignored"
+    known = sum(int(index.known(image).sum()) for image in range(len(index)))
+    return f"{1 - known / max(len(index) * len(index.categories), 1):.0%} of pictures times classes were not looked for"
+
+
 class TrainingDataset(Dataset):
     """Augmented samples by key; `kept` (bool, a value per annotation of the index) hides all other annotations.
 
@@ -161,7 +172,10 @@ class TrainingDataset(Dataset):
         return np.concatenate([rows[rows > row], rows[rows < row]])
 
     def sample(self, epoch: int, row: int, copy: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Augmented picture uint8 [3, H, W] and target (boxes, labels, image_id; masks, mask_valid) of a key."""
+        """Augmented picture uint8 [3, H, W] and target (boxes, labels, image_id; masks, mask_valid; known) of a key.
+
+        `known`, bool [C], are the checked classes of the picture itself; a pasted object has its label, no more.
+        """
         rng = np.random.default_rng([self.seed, 3, epoch, row, copy])
         image, target = self._augmented(row, rng)
         if self.config.copy_paste:
@@ -174,6 +188,8 @@ class TrainingDataset(Dataset):
             target["mask_valid"] = target["mask_valid"] & seen_masks(target["masks"])
         else:
             target = {key: value for key, value in target.items() if key != "masks"}
+        if self.config.unchecked_classes == "ignore":
+            target["known"] = torch.from_numpy(self.source.index.known(row))
         return image.contiguous(), {**target, "image_id": torch.tensor(row)}
 
     def _augmented(self, row: int, rng: np.random.Generator) -> tuple[Tensor, dict[str, Tensor]]:

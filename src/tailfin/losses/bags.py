@@ -42,6 +42,7 @@ class BAGS(ClassificationLoss):
     `slices` are (start, length) of the bins' logits, bin 0 first.
     """
 
+    classes_first = False  # a class has its logit in its bin
     bin_label: Tensor
     column: Tensor
 

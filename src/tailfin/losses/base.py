@@ -19,9 +19,11 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from tailfin.stats import ClassStats
 
+DROP = 1e30  # a logit lowered by this has probability, loss and gradient 0; finite, so that 0 * DROP = 0
 PRIOR_BIAS = -math.log(999.0)  # sigmoid(-log(999)) = 0.001, the prior of long-tail sigmoid classifiers (BACL, EQL v2)
 
 
@@ -59,6 +61,7 @@ class ClassificationLoss(ExactBuffers):
     """
 
     num_logits: int
+    classes_first: bool = True  # the first C logits are those of the classes, which `known` can leave out
     alone: bool = True  # False for a term that has no scores of its own and cannot be a detector's whole loss
     # Keywords of `loss` that a detector fills where it knows them; others keep their default. Of each row, [N]:
     # "gt_index", its object over the batch (-1: none); "memory", whether it comes from a feature memory; "quality", the
@@ -77,8 +80,12 @@ class ClassificationLoss(ExactBuffers):
         code = cls.__init__.__code__  # type: ignore[misc]
         return code.co_varnames[code.co_argcount : code.co_argcount + code.co_kwonlyargcount]
 
-    def forward(self, logits: Tensor, labels: Tensor, **keywords: Any) -> Tensor:
-        """The loss, a scalar. `keywords` are those of the method; tensors with one entry per row are filtered too."""
+    def forward(self, logits: Tensor, labels: Tensor, *, known: Tensor | None = None, **keywords: Any) -> Tensor:
+        """The loss, a scalar. `keywords` are those of the method; tensors with one entry per row are filtered too.
+
+        `known`, bool [N, C], says which classes somebody looked for in the row's picture: the others, but for the row's
+        own label, have no part in the row's loss, neither value nor gradient nor statistics.
+        """
         if logits.ndim != 2 or logits.shape[1] != self.num_logits:
             raise ValueError(f"logits must be [N, {self.num_logits}], these are {list(logits.shape)}")
         if labels.shape != logits.shape[:1]:
@@ -87,12 +94,23 @@ class ClassificationLoss(ExactBuffers):
         keep = labels >= 0
         if not bool(keep.all()):
             logits, labels = logits[keep], labels[keep]
+            known = None if known is None else known[keep]
             keywords = {
                 key: value[keep] if isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == rows else value
                 for key, value in keywords.items()
             }
         self.parts = {}
-        return self.loss(at_least_float32(logits), labels, **keywords)
+        logits = at_least_float32(logits)
+        if known is not None:
+            logits = self._without_unknown(logits, labels, known)
+        return self.loss(logits, labels, **keywords)
+
+    def _without_unknown(self, logits: Tensor, labels: Tensor, known: Tensor) -> Tensor:
+        if not self.classes_first:
+            raise ValueError(f"{type(self).__name__} has no logit per class that could be left out")
+        known = F.pad(known, (0, self.num_logits - self.num_classes), value=True)
+        own = torch.arange(self.num_logits, device=labels.device) == labels[:, None]
+        return torch.where(known | own, logits, -DROP)
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Scalar loss of rows without ignored ones; logits are float32 or float64."""

@@ -37,8 +37,8 @@ from torch import Tensor
 
 from tailfin.collectives import sum_over_ranks
 from tailfin.errors import nearest
-from tailfin.losses.base import PRIOR_BIAS, ClassificationLoss, mean_over_rows
-from tailfin.losses.fused import DROP, one_hot_bce
+from tailfin.losses.base import DROP, PRIOR_BIAS, ClassificationLoss, mean_over_rows
+from tailfin.losses.fused import one_hot_bce
 from tailfin.losses.objectness import objectness_scores
 from tailfin.stats import ClassStats
 

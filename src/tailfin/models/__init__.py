@@ -58,6 +58,10 @@ def build_detector(recipe: Recipe, stats: ClassStats, *, start: bool = True) -> 
     body, whole = _starting_weights(recipe, source)
     loss = losses.build(recipe.loss.name, stats, **recipe.loss.options)
     loss = replaced_loss(recipe.features, stats, loss)
+    if recipe.data.unchecked_classes == "ignore" and not loss.classes_first:
+        raise UserError(
+            f"data.unchecked_classes: ignore needs a loss with a logit for each class, {recipe.loss.name} has none"
+        )
     if body is not None and (convert := RELEASED.get(recipe.detector.name)):
         whole = convert(body, stats, loss, source)
         body = None if whole is not None else body

@@ -42,7 +42,16 @@ from tailfin.models.dense_anchors import LevelAnchors
 from tailfin.models.dense_head import DenseHead
 from tailfin.models.dense_ops import flatten_map
 from tailfin.models.detections import best_detections
-from tailfin.models.detector import Compared, Detections, Detector, Limits, Targets, reported, valid_cells
+from tailfin.models.detector import (
+    Compared,
+    Detections,
+    Detector,
+    Limits,
+    Targets,
+    known_classes,
+    reported,
+    valid_cells,
+)
 from tailfin.models.precision import in_float32
 from tailfin.models.roi_align import PyramidRoIAlign
 
@@ -160,7 +169,7 @@ class DenseDetector(Detector):
         logits = flat(outputs.logits, self.class_loss.num_logits)
         facts = self.facts(matched, targets)
         if self.normalizer != "picture":
-            rows = {name: value.flatten() for name, value in facts.items()}
+            rows = {name: value.flatten(0, 1) for name, value in facts.items()}
             return self._class_term(logits.flatten(0, 1), matched.labels.flatten(), divisor[0], rows)
         terms = [
             self._class_term(own, labels, by, {name: value[number] for name, value in facts.items()})
@@ -174,8 +183,9 @@ class DenseDetector(Detector):
         return self.class_loss(logits, labels, **facts) * ((labels >= 0).sum() / divisor)
 
     def facts(self, matched: Matched, targets: Targets) -> dict[str, Tensor]:
-        """What the loss asks to know about its rows, [B, N] each."""
-        wanted: dict[str, Tensor] = {}
+        """What the loss asks to know about its rows, [B, N] each, and the picture's known classes, [B, N, C]."""
+        wanted = known_classes(targets, [matched.labels.shape[1]] * len(targets))
+        wanted = {name: value.unflatten(0, matched.labels.shape) for name, value in wanted.items()}
         at = (matched.picture, matched.place)
         if "quality" in self.class_loss.row_facts:
             quality = paired_iou(self.decoded(matched).detach(), matched.boxes)

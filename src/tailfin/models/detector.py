@@ -44,6 +44,17 @@ class Limits(NamedTuple):
         return self._replace(**{name: value for name, value in given.items() if value is not None})
 
 
+def known_classes(targets: Targets, rows: Sequence[int]) -> dict[str, Tensor]:
+    """`known`, bool [N, C]: the classes that were looked for in each row's picture, as `ClassificationLoss` takes them.
+
+    Nothing where the targets do not say. `rows` are counts per picture, one after another.
+    """
+    if not targets or "known" not in targets[0]:
+        return {}
+    own = [target["known"].expand(count, -1) for target, count in zip(targets, rows, strict=True)]
+    return {"known": torch.cat(own)}
+
+
 class Compared(NamedTuple):
     """What knowledge transfer compares between a student and its teacher on the same pictures."""
 

@@ -26,6 +26,7 @@ from torchvision.ops import box_convert
 from tailfin.collectives import sum_over_ranks
 from tailfin.losses.base import ClassificationLoss
 from tailfin.losses.focal import Focal
+from tailfin.models.detector import known_classes
 from tailfin.schema.detectors import DeformableDETRConfig
 from tailfin.stats import ClassStats
 
@@ -99,7 +100,7 @@ class SetCriterion(nn.Module):
 
         total, ranks = sum_over_ranks(boxes.new_tensor(float(sum(objects.counts))), boxes.new_ones(()))
         normalizer = total.clamp(min=1) / ranks
-        classes = self.classification(logits, objects, matched[0], normalizer)
+        classes = self.classification(logits, objects, matched[0], normalizer, targets)
         l1, giou = box_losses(boxes, objects, matched[0])
         losses = {
             "loss_classifier": self.class_weight * classes[-1],
@@ -125,12 +126,21 @@ class SetCriterion(nn.Module):
         """[..., K] logits to [..., C] foreground scores."""
         return self.loss.scores(logits.flatten(0, -2)).reshape(*logits.shape[:-1], self.loss.num_classes)
 
-    def classification(self, logits: Tensor, objects: Objects, pairs: Pairs, normalizer: Tensor) -> list[Tensor]:
+    def classification(
+        self,
+        logits: Tensor,
+        objects: Objects,
+        pairs: Pairs,
+        normalizer: Tensor,
+        targets: Sequence[dict[str, Tensor]],
+    ) -> list[Tensor]:
         """The classification loss of every layer, without its weight."""
         layers, pictures, queries = logits.shape[:3]
         labels = torch.full((layers, pictures, queries), self.loss.num_classes, device=logits.device)
         labels[pairs.layer, pairs.picture, pairs.query] = objects.labels[pairs.picture, pairs.object]
-        keywords: dict[str, Tensor] = {"normalizer": normalizer} if "normalizer" in self.loss.row_facts else {}
+        keywords = known_classes(targets, [queries] * pictures)
+        if "normalizer" in self.loss.row_facts:
+            keywords["normalizer"] = normalizer
         if "gt_index" in self.loss.row_facts:
             index = torch.full_like(labels, -1)
             index[pairs.layer, pairs.picture, pairs.query] = objects.first[pairs.picture] + pairs.object

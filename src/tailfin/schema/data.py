@@ -43,6 +43,9 @@ class Data(Section):
 
     group_by_aspect: bool = True  # batches hold only upright or only wide pictures
     keep_empty: bool = False  # train on images without annotations too
+    # where a file has neg_category_ids (LVIS), a class that nobody looked for in a picture: a negative there, as
+    # released, or without a part in the classification loss
+    unchecked_classes: Literal["negative", "ignore"] = "negative"
     workers: Annotated[int, Field(ge=0)] = 2
     max_pixels: Count = 64_000_000  # a larger picture is refused
     # a training picture that is missing, damaged or of another size ends training, or the next one takes its place

@@ -24,6 +24,7 @@ class Rows(NamedTuple):
     matched: Tensor  # [N, 4] the ground-truth box of each row; of no meaning on background rows
     gt_index: Tensor  # int64 [N] the object of each row, counted over the batch; -1 on background rows
     added: Tensor  # bool [N] rows that are an object's own box, joined to the proposals
+    known: Tensor | None = None  # bool [N, C] classes that were looked for in the row's picture; none: all
 
 
 class ExtraRows(NamedTuple):

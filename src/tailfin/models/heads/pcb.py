@@ -92,6 +92,8 @@ class IterativeRoIHeads(RoIHeads):
         passes = self.passes(features, rows.boxes, image_sizes)
         deltas = passes[-1][1]
         facts: dict[str, Any] = self.facts(deltas, torch.cat(rows.boxes), rows.labels, rows.matched, rows.gt_index)
+        if rows.known is not None:
+            facts["known"] = rows.known
         classifier = passes[0][0].new_zeros(())
         for step, (weight, (logits, _)) in enumerate(zip(self.step_weights, passes, strict=True)):
             if "iter_id" in self.loss.row_facts:

@@ -19,7 +19,7 @@ from torchvision.ops import MultiScaleRoIAlign, box_area, box_iou
 
 from tailfin.losses.base import ClassificationLoss
 from tailfin.models.detections import select_detections
-from tailfin.models.detector import Limits, Targets
+from tailfin.models.detector import Limits, Targets, known_classes
 from tailfin.models.features.base import ExtraRows, FeatureModule, Rows, Seen
 from tailfin.models.precision import in_float32
 
@@ -195,6 +195,8 @@ class RoIHeads(nn.Module):
             logits = torch.cat([logits, more_logits])
         box = self.box_regression_loss(deltas, [boxes], labels[: len(boxes)], matched)
         facts = self.facts(deltas, boxes, labels, matched, rows.gt_index, memory=more is not None and more.memory)
+        if rows.known is not None:  # extra rows are of no picture
+            facts["known"] = F.pad(rows.known, (0, 0, 0, len(labels) - len(rows.known)), value=True)
         return {"loss_classifier": self.loss(logits, labels, **facts), "loss_box_reg": box}
 
     def facts(
@@ -259,6 +261,7 @@ class RoIHeads(nn.Module):
             torch.cat(matched),
             torch.cat(objects),
             torch.cat([row >= len(own) for row, own in zip(draws, proposals, strict=True)]),
+            known_classes(targets, [len(row) for row in draws]).get("known"),
         )
 
     def box_regression_loss(self, deltas: Tensor, proposals: list[Tensor], labels: Tensor, matched: Tensor) -> Tensor:

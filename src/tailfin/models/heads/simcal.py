@@ -131,7 +131,8 @@ class TwinRoIHeads(RoIHeads):
         chosen = labels >= 0
         boxes = [own[keep] for own, keep in zip(rows.boxes, chosen.split(counts), strict=True)]
         logits, _ = self.predict(features, boxes, image_sizes)
-        return {"loss_classifier": self.loss(logits, labels[chosen])}
+        known = None if rows.known is None else rows.known[chosen]
+        return {"loss_classifier": self.loss(logits, labels[chosen], known=known)}
 
 
 def with_twin(
