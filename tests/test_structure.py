@@ -34,7 +34,7 @@ ORDER = (
     ("processes", "provenance", "reuse", "run_files", "run"),
     ("methods", "dry_run"),
     ("api",),
-    ("calibrate", "cost", "export", "propose"),
+    ("calibrate", "cost", "export", "predicting", "propose"),
     ("cli", "__main__"),
 )
 PLACES = {f"tailfin.{name}": place for place, names in enumerate(ORDER) for name in names}

@@ -107,25 +107,38 @@ class Detector:
         if isinstance(images, str | Path | Image.Image | np.ndarray) or isinstance(images, Tensor) and images.ndim == 3:
             images = [images]
         results: list[dict[str, Any]] = []
+        for start in range(0, len(images), batch):
+            group = images[start : start + batch]
+            for found in self.raw(group, score_threshold, max_dets):
+                size = found.pop("size")
+                results.append({key: value.cpu() for key, value in found.items() if key != "masks"})
+                if "masks" in found:
+                    results[-1].update(rles=encode_masks(found["masks"], found["boxes"], size), size=size)
+        return results
+
+    @torch.inference_mode()
+    def raw(
+        self, images: Sequence[Picture], score_threshold: float | None = None, max_dets: int | None = None
+    ) -> list[dict[str, Any]]:
+        """One batch, as `results`, with the detector's own `masks` [D, m, m] within the boxes, and the `size` (H, W) of
+        each picture."""
+        results: list[dict[str, Any]] = []
         limits = self.limits(score_threshold, max_dets)
         thresholds = self.thresholds if score_threshold is None else None
         if thresholds is not None:
             limits = limits._replace(score_threshold=max(float(thresholds.min()) - 1e-6, 0.0))
-        for start in range(0, len(images), batch):
-            pictures = [_to_tensor(image, self.recipe.data.max_pixels) for image in images[start : start + batch]]
-            resized = [to_test_size(picture, self.recipe.data) for picture in pictures]
-            outputs = self.model([picture.to(self.device) for picture in resized], limits=limits)
-            for picture, small, output in zip(pictures, resized, outputs, strict=True):
-                if thresholds is not None:
-                    keep = output["scores"].float() >= thresholds.to(output["scores"].device)[output["labels"]]
-                    output = {key: value[keep] for key, value in output.items()}
-                across, down = picture.shape[-1] / small.shape[-1], picture.shape[-2] / small.shape[-2]
-                boxes = output["boxes"].float().cpu() * torch.tensor([across, down, across, down])
-                rest = {key: value.cpu() for key, value in output.items() if key not in ("boxes", "masks")}
-                results.append({"boxes": boxes, **rest})
-                if "masks" in output:
-                    size = (picture.shape[-2], picture.shape[-1])
-                    results[-1].update(rles=encode_masks(output["masks"], boxes, size), size=size)
+        pictures = [_to_tensor(image, self.recipe.data.max_pixels) for image in images]
+        resized = [to_test_size(picture, self.recipe.data) for picture in pictures]
+        outputs = self.model([picture.to(self.device) for picture in resized], limits=limits)
+        for picture, small, output in zip(pictures, resized, outputs, strict=True):
+            if thresholds is not None:
+                keep = output["scores"].float() >= thresholds.to(output["scores"].device)[output["labels"]]
+                output = {key: value[keep] for key, value in output.items()}
+            size = (picture.shape[-2], picture.shape[-1])
+            across, down = size[1] / small.shape[-1], size[0] / small.shape[-2]
+            boxes = output["boxes"].float().cpu() * torch.tensor([across, down, across, down])
+            rest = {key: value if key == "masks" else value.cpu() for key, value in output.items() if key != "boxes"}
+            results.append({"boxes": boxes, **rest, "size": size})
         return results
 
     @property

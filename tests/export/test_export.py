@@ -30,7 +30,7 @@ NAMES = ["a", "b", "c", "d"]
 STATS = ClassStats(image_count=[90, 40, 12, 3], instance_count=[90, 40, 12, 3], num_images=99, names=NAMES)
 SMALL = "{norm: bn, frozen_layers: 0, fpn_channels: 16, anchor_sizes: [16, 32, 64, 128, 256], rpn_pre_nms: [200, 200],"
 SMALL += " rpn_post_nms: [100, 100], head_channels: 32, %s}"
-DENSE = "{norm: bn, frozen_layers: 0, fpn_channels: 32, head_convs: 1, %s}"
+DENSE = "{norm: bn, frozen_layers: 0, fpn_channels: 64, head_convs: 1, %s}"
 DETR = "{name: deformable_detr, norm: bn, frozen_layers: 0, widths: [32, 32, 32, 32, 32], blocks: [1, 1, 1, 1],"
 DETR += " levels: 3, channels: 32, encoder_layers: 1, decoder_layers: 2, heads: 4, points: 2, feedforward: 32, %s}"
 DETECTORS = {
@@ -137,13 +137,18 @@ def test_onnx_on_real_photos(tmp_path, data_dir, name):
     found = json.loads(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
     wanted = tailfin.load(model, "cpu").predict(photo)[0]
     assert abs(len(found) - min(len(wanted["scores"]), 100)) <= 5  # resizing by Pillow differs by a grey level
-    assert found[0][0] in NAMES and found[0][1] == pytest.approx(float(wanted["scores"][0]), abs=0.02)
+    assert found[0][0] in NAMES and found[0][1] == pytest.approx(float(wanted["scores"][0]), abs=0.06)
 
 
 def test_a_program_of_torch_export(tmp_path, photos):
     out = tmp_path / "model.pt2"
-    agreement = export(made(tmp_path, "retinanet"), out, photos=[photos], score=0.1)
+    model = made(tmp_path, "retinanet", "data.sizes=[288]", "data.max_size=400")
+    agreement = export(model, out, photos=[photos], score=0.1)
     assert agreement.good and agreement.detections > 10
+    small = made(tmp_path, "retinanet")
+    with pytest.raises(UserError, match="does not take pictures of"):
+        export(small, tmp_path / "small.pt2", photos=[photos], score=0.1)
+    assert not (tmp_path / "small.pt2").exists()
     extra = {"tailfin.json": ""}
     torch.export.load(str(out), extra_files=extra)
     assert json.loads(extra["tailfin.json"])["names"] == NAMES

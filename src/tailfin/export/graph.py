@@ -32,6 +32,7 @@ from tailfin.models.faster_rcnn import FasterRCNN
 from tailfin.models.mask_rcnn import MaskRCNN
 from tailfin.models.retinanet import RetinaNet
 
+EXPORTED = "faster_rcnn, mask_rcnn, retinanet, atss, deformable_detr"
 Found = tuple[Tensor, ...]  # boxes, scores, labels(, masks)
 
 
@@ -80,16 +81,14 @@ Runner = Callable[[Graph, Tensor, Tensor], Found]
 def runner(detector: Detector) -> Runner:
     """How a detector is exported; one that has no way is a `UserError`."""
     if isinstance(detector, CascadeRCNN):
-        raise UserError("a cascade of box heads is not exported: faster_rcnn, mask_rcnn, retinanet, atss, deformable_detr")
+        raise UserError(f"a cascade of box heads is not exported; {EXPORTED} are")
     if isinstance(detector, FasterRCNN):
         return two_stage
     if isinstance(detector, RetinaNet | ATSS):
         return dense
     if type(detector).__name__ == "DeformableDETR":
         return queries
-    raise UserError(
-        f"{type(detector).__name__} is not exported: faster_rcnn, mask_rcnn, retinanet, atss, deformable_detr are"
-    )
+    raise UserError(f"{type(detector).__name__} is not exported; {EXPORTED} are")
 
 
 # ---- Faster and Mask R-CNN -------------------------------------------------------------------------------------------
@@ -254,4 +253,3 @@ def _clipped(boxes: Tensor, scores: Tensor, limit: Tensor, least: float) -> tupl
     sides = boxes[..., 2:] - boxes[..., :2]
     solid = (sides > 0).all(dim=2) if least == 0 else (sides >= least).all(dim=2)
     return boxes, torch.where(solid, scores, torch.zeros_like(scores))
-

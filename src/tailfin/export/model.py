@@ -196,8 +196,15 @@ def _run_program(path: Path) -> Run:
     program = torch.export.load(str(path)).module()
 
     def run(images: Tensor, sizes: Tensor) -> list[Tensor]:
-        with torch.inference_mode():
-            return list(program(images, sizes))
+        try:
+            with torch.inference_mode():
+                return list(program(images, sizes))
+        except AssertionError as error:  # of its guards: a level with one cell is another program
+            height, width = images.shape[2:]
+            raise UserError(
+                f"the program does not take pictures of {height} x {width} pixels, only larger ones "
+                f"({' '.join(str(error).split())[:160]})"
+            ) from None
 
     return run
 

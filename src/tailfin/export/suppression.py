@@ -1,8 +1,8 @@
 """Suppression over a batch, and the end of every exported graph, with shapes that depend on no values.
 
 Where the eager detectors keep as many boxes as there are, a graph keeps a fixed number whose scores may be 0: the best
-candidates by `topk`, of which NMS says which stay. ONNX has NMS over a batch and classes as one operator; in PyTorch the
-same is one call with every class and picture at a place of its own.
+candidates by `topk`, of which NMS says which stay. ONNX has NMS over a batch and classes as one operator; in PyTorch
+the same is one call with every class and picture at a place of its own.
 """
 
 from __future__ import annotations
