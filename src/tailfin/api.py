@@ -109,7 +109,7 @@ class Detector:
         results: list[dict[str, Any]] = []
         for start in range(0, len(images), batch):
             group = images[start : start + batch]
-            for found in self.raw(group, score_threshold, max_dets):
+            for found in self.raw(list(group), score_threshold, max_dets):
                 size = found.pop("size")
                 results.append({key: value.cpu() for key, value in found.items() if key != "masks"})
                 if "masks" in found:
@@ -199,7 +199,7 @@ def train(
     them, in order, up to the first that this recipe would train differently; `stage1` is one whose first stage must be
     the one that the recipe would train, and is taken alone.
     """
-    from tailfin.methods import METHODS
+    from tailfin.methods import method
     from tailfin.processes import on_main, process_state
     from tailfin.run import Run, resumed_recipe, run_folder
 
@@ -218,7 +218,7 @@ def train(
     first, others = (Path(given) if given is not None else None for given in (stage1, reuse))
     run = Run(resolved, folder, stage1=first, reuse=others)
     try:
-        METHODS[resolved.method](run)
+        method(resolved.method)(run)
     finally:
         run.close()
     return folder

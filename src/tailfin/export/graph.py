@@ -47,6 +47,10 @@ class Settings(NamedTuple):
 class Graph(nn.Module):
     """`detector` as a function of images and sizes, see the head of this file."""
 
+    thresholds: Tensor
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, detector: Detector, settings: Settings) -> None:
         super().__init__()
         self.detector = detector.eval()

@@ -182,7 +182,7 @@ class Parquet:
     def _flush(self) -> None:
         import pyarrow as pa
 
-        columns = list(zip(*self.rows, strict=True)) if self.rows else [[] for _ in COLUMNS]
+        columns: list[Any] = list(zip(*self.rows, strict=True)) if self.rows else [()] * len(COLUMNS)
         arrays = [pa.array(column, kind.type) for column, kind in zip(columns, self.schema, strict=True)]
         with writing(self.out):
             self.file.write_table(pa.Table.from_arrays(arrays, schema=self.schema))
