@@ -138,7 +138,7 @@ def _system(name: str) -> tuple[Any, str]:
     try:
         import fsspec
     except ImportError:
-        raise UserError(f"{name}: addresses are read by fsspec: pip install fsspec") from None
+        raise UserError(f"{name}: addresses are read by fsspec: pip install 'tailfin[remote]'") from None
     try:
         system, path = fsspec.core.url_to_fs(name)
     except (ValueError, ImportError) as error:
