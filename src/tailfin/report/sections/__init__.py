@@ -11,7 +11,9 @@ from tailfin.report.page import Section
 from tailfin.report.runs import Run
 from tailfin.report.sections.classes import class_table
 from tailfin.report.sections.classifier import classifier
+from tailfin.report.sections.confusion import swallowed
 from tailfin.report.sections.curves import curves
+from tailfin.report.sections.errors import errors
 from tailfin.report.sections.examples import examples
 from tailfin.report.sections.groups import groups
 from tailfin.report.sections.overview import overview
@@ -26,6 +28,8 @@ SECTIONS: tuple[Callable[[Sequence[Run]], Section | None], ...] = (
     groups,
     scatter,
     class_table,
+    errors,
+    swallowed,
     classifier,
     curves,
     examples,

@@ -1,0 +1,60 @@
+"""Every pair of a detection and an object of the same image with its IoU, in parts that fit into memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tailfin.evaluation.detections import Detections
+from tailfin.evaluation.truth import GroundTruth
+
+PAIRS = 2**21  # compared at a time
+
+
+class Pairs(NamedTuple):
+    """All pairs of some detections, those of a detection one after another, its objects in order of annotation id."""
+
+    places: NDArray[np.int64]  # [D] of the detections, in the rows asked for; each has a pair
+    starts: NDArray[np.int64]  # [D] where each one's pairs begin
+    counts: NDArray[np.int64]  # [D] how many it has
+    detections: NDArray[np.int64]  # [P] row of the detection
+    objects: NDArray[np.int64]  # [P] row of the object
+    iou: NDArray[np.float64]  # [P]
+
+
+def pairs(
+    truth: GroundTruth, evidence: NDArray[np.bool_], detections: Detections, rows: NDArray[np.int64]
+) -> Iterator[Pairs]:
+    """Pairs of the detections `rows` with the objects marked by `evidence` (bool [G]); by boxes."""
+    assert detections.boxes is not None
+    objects = np.flatnonzero(evidence)
+    objects = objects[np.lexsort((truth.annotation_ids[objects], truth.image_rows[objects]))]
+    starts = np.searchsorted(truth.image_rows[objects], np.arange(len(truth.image_ids) + 1))
+    first = starts[detections.image_rows[rows]]
+    sizes = starts[detections.image_rows[rows] + 1] - first
+    ends = np.cumsum(sizes)
+    start = 0
+    while start < len(rows):
+        done = ends[start - 1] if start else 0
+        stop = max(start + 1, int(np.searchsorted(ends, done + PAIRS, side="right")))
+        part = np.arange(start, stop)[sizes[start:stop] > 0]
+        start = stop
+        if not len(part):
+            continue
+        count = sizes[part]
+        begin = np.cumsum(count) - count
+        mine = np.repeat(rows[part], count)
+        their = objects[np.arange(count.sum()) + np.repeat(first[part] - begin, count)]
+        yield Pairs(part, begin, count, mine, their, box_iou(detections.boxes[mine], truth.boxes[their]))
+
+
+def box_iou(boxes: NDArray[np.float64], others: NDArray[np.float64]) -> NDArray[np.float64]:
+    """[K, 4] and [K, 4] xywh to [K]; boxes without area overlap by 0."""
+    low = np.maximum(boxes[:, :2], others[:, :2])
+    high = np.minimum(boxes[:, :2] + boxes[:, 2:], others[:, :2] + others[:, 2:])
+    shared = (high - low).clip(min=0).prod(axis=1)
+    union = boxes[:, 2:].prod(axis=1) + others[:, 2:].prod(axis=1) - shared
+    return np.divide(shared, union, out=np.zeros_like(shared), where=union > 0)
