@@ -24,6 +24,8 @@ from tailfin.evaluation import (
     per_category_table,
 )
 from tailfin.evaluation import evaluate as evaluate_results
+from tailfin.evaluation.operating import Aim, operating_points
+from tailfin.evaluation.table import operating_table
 from tailfin.files import existing_file, write_json
 from tailfin.schema.recipe import Evaluation
 
@@ -69,6 +71,9 @@ def evaluate(
     ] = None,
     no_cats: Annotated[bool, typer.Option("--no-cats", help="Pool all classes (coco only).")] = False,
     per_category: Annotated[bool, typer.Option("--per-category", help="Show every class too.")] = False,
+    thresholds: Annotated[
+        str | None, typer.Option(help="Show a threshold per class for the f1, precision=0.9 or recall=0.8 asked for.")
+    ] = None,
     save: Annotated[Path | None, typer.Option(help="Folder that keeps the results JSON of a run or model.")] = None,
     json: Annotated[Path | None, typer.Option(help="Write the metrics to this file.")] = None,
 ) -> None:
@@ -92,6 +97,7 @@ def evaluate(
     for kind in kinds:
         if kind not in IOU_TYPES:
             raise UserError(f'unknown IoU type "{kind}"{nearest(kind, IOU_TYPES)}')
+    aim = Aim.of(thresholds) if thresholds is not None else None
     options: dict[str, Any] = {
         "max_dets": max_dets,
         "per_class": per_class,
@@ -129,9 +135,12 @@ def evaluate(
                 name: evaluate_results(annotations, source, protocol, kinds, **options)
                 for name, source in found.items()
             }
+            points = {} if aim is None else {n: operating_points(annotations, own, aim) for n, own in found.items()}
     for text in dict.fromkeys(str(warning.message) for warning in caught):
         typer.echo(f"warning: {text}", err=True)
     _show(metrics, per_category)
+    for name, found_points in points.items():
+        Console().print(operating_table(found_points, name if len(points) > 1 else ""))
     if json is not None:
         write_json(json, next(iter(metrics.values())) if len(metrics) == 1 else metrics, indent=2)
         typer.echo(f"metrics written to {json}")

@@ -138,11 +138,14 @@ class DeformableDETR(Detector):
         device = batch.tensors.device
         if sizes is None:
             sizes = torch.tensor([[width, height] * 2 for height, width in batch.image_sizes], device=device).float()
-        padded = any(size != tuple(full) for size in batch.image_sizes)
+        return self.from_sizes(full, sizes, any(size != tuple(full) for size in batch.image_sizes), maps)
 
+    def from_sizes(self, full: Sequence[int], sizes: Tensor, padded: bool, maps: list[Tensor]) -> Outputs:
+        """`from_maps` for a batch of `full` (H, W) pixels whose pictures have `sizes` [B, 4] (width, height, twice);
+        without padding the masks are left out."""
         maps = maps + [maps[-1]] * (len(self.input_proj) - len(maps))
         features = [project(level) for project, level in zip(self.input_proj, maps, strict=True)]
-        shapes: Shapes = [(int(level.shape[-2]), int(level.shape[-1])) for level in features]
+        shapes: Shapes = [(level.shape[-2], level.shape[-1]) for level in features]
         masks = [valid_mask(shape, full, sizes) for shape in shapes]
         mask = torch.cat([level.flatten(1) for level in masks], dim=1) if padded else None
         ratios = torch.stack([torch.stack([m[:, 0].float().mean(1), m[:, :, 0].float().mean(1)], 1) for m in masks], 1)
@@ -171,7 +174,7 @@ class DeformableDETR(Detector):
             encoder_boxes = raw.sigmoid()
             queries, content, reference = self._queries_of(encoder_logits, raw, mask)
         else:
-            queries, content = self.query_embed.weight.expand(len(sizes), -1, -1).chunk(2, dim=2)
+            queries, content = self.query_embed.weight.expand(sizes.shape[0], -1, -1).chunk(2, dim=2)
             reference = in_float32(self.reference_points, queries).sigmoid()
         hidden, boxes = self._decode(queries, content, reference, memory, mask, ratios, shapes)
         return Outputs(self.classify(hidden), boxes, hidden, features, masks, sizes, encoder_logits, encoder_boxes)
@@ -221,7 +224,7 @@ class DeformableDETR(Detector):
         anchors = torch.cat([centres, sides.expand_as(centres)], dim=2)
         valid = ((anchors > SMALLEST_PROPOSAL) & (anchors < LARGEST_PROPOSAL)).all(2, keepdim=True)
         if mask is not None:
-            valid &= mask[..., None]
+            valid = valid & mask[..., None]
         found = self.enc_output_norm(self.enc_output(memory * valid))
         delta = in_float32(self.bbox_embed[-1], found)
         return in_float32(self.class_embed[-1], found), delta + anchors.logit().masked_fill(~valid, math.inf)

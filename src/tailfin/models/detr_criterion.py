@@ -128,7 +128,7 @@ class SetCriterion(nn.Module):
 
     def scores(self, logits: Tensor) -> Tensor:
         """[..., K] logits to [..., C] foreground scores."""
-        return self.loss.scores(logits.flatten(0, -2)).unflatten(0, logits.shape[:-1])
+        return self.loss.scores(logits.flatten(0, -2)).reshape(*logits.shape[:-1], self.loss.num_classes)
 
     def classification(
         self,

@@ -21,6 +21,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 from pydantic import ValidationError
 
+from tailfin import plugins
 from tailfin.errors import nearest
 from tailfin.schema.data import Data
 from tailfin.schema.problems import explain
@@ -92,8 +93,14 @@ def check_stages(recipe: Any) -> None:
 
 def known_method(name: str) -> str:
     """`name` if it is a method, else a `ValueError`."""
+    if name not in METHODS and (own := plugins.load(plugins.METHODS, name)) is not None:
+        if not isinstance(getattr(own, "METHOD", None), Method) or not callable(getattr(own, "train", None)):
+            raise ValueError(
+                f'the method "{name}" of an installed package lacks METHOD (a stages.Method) or train(run)'
+            )
+        METHODS[name] = own.METHOD
     if name not in METHODS:
-        raise ValueError(f'"{name}" is not a choice{nearest(name, METHODS)}')
+        raise ValueError(f'"{name}" is not a choice{nearest(name, [*METHODS, *plugins.names(plugins.METHODS)])}')
     return name
 
 

@@ -76,7 +76,8 @@ class MaskPredictor(nn.Module):
         rows = labels if len(weight) > 1 else torch.zeros_like(labels)
         chosen = at_least_float32(weight)[rows, None, :, 0, 0]  # [N, 1, channels]
         logits = in_float32(torch.bmm, chosen, at_least_float32(features).flatten(2))
-        return logits.view(len(features), *features.shape[2:]) + at_least_float32(bias)[rows, None, None]
+        logits = logits[:, 0].unflatten(1, features.shape[2:])
+        return logits + at_least_float32(bias)[rows, None, None]
 
 
 class MaskBranch(nn.Module):
