@@ -7,6 +7,9 @@ its output beside it. A finished cell has a line in OUT/cells.jsonl and is not t
 (Ctrl-C, SIGTERM, `timeout`) goes on where it was. Seeds are the outer loop, so that what is there is paired as early as
 possible. Arms that have stages in common train them once per seed (`tailfin train --reuse`).
 
+`--set` says whose recipes are taken; `--data` may be any folder with train.json and val.json, for example one of
+`tailfin data synth`, and `--change` fits the recipes to it (`sampler.threshold`).
+
 The interval of a difference is that of its mean over the seeds that both arms have, by Student's t (95 %): the arms of
 a seed have the same start and, as far as their samplers allow, the same order. With one seed there is none.
 """

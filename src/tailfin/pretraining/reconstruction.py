@@ -132,7 +132,7 @@ class Generator(nn.Module):
         channels: int,
         *,
         stride: int = 32,
-        bridge: str = "first_stride4",
+        bridge: str = "bilinear",
         widths: Sequence[int] = (512, 256, 64),
     ) -> None:
         super().__init__()

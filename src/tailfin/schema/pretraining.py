@@ -140,9 +140,9 @@ class Reconstruction(Section):
     """The generator on the backbone's last layer, and what its pictures are compared on."""
 
     widths: tuple[Count, Count, Count] = (512, 256, 64)  # between the four transposed convolutions
-    # how four doublings reach the backbone's stride of 32: the first one quadruples, the result is enlarged, or the
-    # target is shrunk
-    bridge: Literal["first_stride4", "bilinear", "half_target"] = "first_stride4"
+    # how four doublings reach the backbone's stride of 32: the result is enlarged, the first one quadruples (a larger
+    # error and a pattern of squares: docs/results.md), or the target is shrunk
+    bridge: Literal["bilinear", "first_stride4", "half_target"] = "bilinear"
     mask_fraction: Fraction = 0.25  # of a proposal's area
     mask_proposals: Literal["one", "all"] = "one"  # per picture
     mask_fill: Literal["zero", "noise"] = "zero"  # zero is the mean colour
