@@ -133,7 +133,7 @@ class DeformableDETR(Detector):
         return self.from_maps(batch, list(self.backbone(batch.tensors).values()))
 
     def from_maps(self, batch: ImageList, maps: list[Tensor], sizes: Tensor | None = None) -> Outputs:
-        """`outputs` from the backbone's feature maps of a batch on, for what has them already; so of `Outputs.sizes`."""
+        """`outputs` from the backbone's feature maps of a batch on, for what has them (and `Outputs.sizes`) already."""
         full = batch.tensors.shape[-2:]
         device = batch.tensors.device
         if sizes is None:
