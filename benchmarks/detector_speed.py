@@ -68,13 +68,17 @@ def main() -> None:
     )
     for name in ("", "tailfin", "torchvision", "ratio", "over the rounds", "target"):
         table.add_column(name, justify="left" if name == "" else "right")
+    done = Console(stderr=True)
     for name in options.detectors:
         if not options.skip_training:
             speed_row(table, f"{name}, training, images/s", options, training_pair(name, options), "at least 1.05")
+            done.print(list(column._cells[-1] for column in table.columns))
         if not options.skip_inference:
             speed_row(table, f"{name}, inference, images/s", options, inference_pair(name, options), "at least 3")
+            done.print(list(column._cells[-1] for column in table.columns))
         if not options.skip_memory:
             training_speed.memory_row(table, options, __file__, ["--detectors", name], f"{name}, ", "at most 1.0")
+            done.print(list(column._cells[-1] for column in table.columns))
     Console(width=130).print(table)
 
 

@@ -55,6 +55,9 @@ def main() -> None:
             held, total = estimated(name, shape, options)
             found = None if options.estimate_only else median([run_child(name, shape) for _ in range(options.runs)])
             cells = ("", "") if found is None else (f"{found:.0f}", f"{total / found:.3f}")
+            print(
+                name, shape, f"estimate {total:.0f} MiB, {held:.0f} held; measured {found}", file=sys.stderr, flush=True
+            )
             table.add_row(name, f"{shape[0]} x {shape[1]}", f"{total:.0f}", f"{held:.0f}", *cells)
     Console(width=110).print(table)
 
