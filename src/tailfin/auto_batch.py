@@ -19,9 +19,9 @@ import torch
 
 from tailfin.config import check_recipe
 from tailfin.data.dataset import TrainingDataset, open_source
-from tailfin.dry_run import memory_estimate
 from tailfin.engine import detector_step
 from tailfin.errors import UserError
+from tailfin.memory import training_memory, watched_step
 from tailfin.models import build_detector
 from tailfin.processes import new_accelerator
 from tailfin.run import batch_plan
@@ -58,8 +58,10 @@ def largest_batch(
     keys = next(batch_plan(recipe, dataset, stats).keys(0, slice(0, 1), 1))
     samples = [dataset.sample(*key) for key in keys]
     largest = max(samples, key=lambda sample: sample[0].shape[-1] * sample[0].shape[-2])
-    single = recipe.model_copy(update={"schedule": recipe.schedule.model_copy(update={"batch": 1, "accumulation": 1})})
-    weights, each = memory_estimate(model, single, [largest])
+    step, states = watched_step(model, *largest), 2 if recipe.schedule.optimizer == "adamw" else 1
+    one, two = (training_memory(model, step, pictures, states).total for pictures in (1, 2))
+    each = two - one
+    weights = max(one - each, 0)
     each = max(each // (2 if accelerator.mixed_precision in HALF and device.type == "cuda" else 1), 1)
     there = (free or free_memory)(device)
     usable = int(SHARE.get(device.type, 0.5) * there)

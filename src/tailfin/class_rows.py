@@ -95,6 +95,7 @@ def join_class_rows(
     to, of = torch.from_numpy(kept), torch.from_numpy(join.rows[kept])
     same = list(old) == list(new) and not join.missing
     joined: dict[str, Tensor] = {}
+    proposals = _proposal_head(own)
     anew = []
     classified = False
     for key, value in weights.items():
@@ -103,6 +104,11 @@ def join_class_rows(
             joined[key] = value
             continue
         classifier = "bbox_pred" not in parts and not _of_masks(parts)
+        if proposals and key.startswith(proposals) and 1 in (len(value), len(start)):
+            rows = start.detach().clone()  # the logit that ranks proposals is the last; one side has no others
+            rows[-1] = value[-1].to(rows)
+            joined[key] = rows
+            continue
         if same or _shared(key, value, start, len(old), len(new)):
             joined[key] = value
             classified |= same and classifier and start.shape == value.shape and not set(parts) & {*CLASS_STATE}
@@ -214,6 +220,12 @@ def _told(join: ClassJoin, kept: int, classified: bool, anew: list[str]) -> list
         more = ", ..." if len(anew) > 3 else ""
         lines.append(f"  ordered by the file's classes, start anew: {len(anew)} ({', '.join(anew[:3])}{more})")
     return lines
+
+
+def _proposal_head(own: Mapping[str, Tensor]) -> str:
+    """Beginning of the names of a two-stage query detector's head of proposals, its last; empty where there is none."""
+    heads = [int(key.split(".")[1]) for key in own if key.startswith("class_embed.")]
+    return f"class_embed.{max(heads)}." if heads and "enc_output.weight" in own else ""
 
 
 def _named(names: list[str]) -> str:

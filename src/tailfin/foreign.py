@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import collections
 import pickle
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,10 +21,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tailfin.errors import UserError
+from tailfin.errors import UserError, nearest
 from tailfin.files import existing_file
 
-STATES = ("model", "state_dict")  # under which of a file's keys its weights may lie
+# dictionaries in which a checkpoint keeps its weights, the first that it has; step-wise learning's released code keeps
+# the expert in `model_l0` and the student of its last step, which is the result, in `model_l1`
+STATES = ("model", "state_dict", "model_l1")
 CORES = ("core", "_core")
 # the functions that a pickle of numpy arrays calls, by their modules of numpy 1 and 2
 ARRAYS: dict[tuple[str, str], Any] = {
@@ -44,22 +47,30 @@ class Checkpoint(NamedTuple):
     facts: dict[str, Any]
 
 
-def read_checkpoint(path: Path) -> Checkpoint:
-    """A .pth, .pt, .bin or .pkl file.
+def read_checkpoint(path: Path, part: str = "") -> Checkpoint:
+    """A .pth, .pt, .bin or .pkl file; `part` is the key of its weights, where that is none of `STATES`.
 
     Raises:
         UserError: the file is missing or damaged, wants code to be run, or holds no dictionary of tensors.
     """
     path = existing_file(path, "weights")
     value = _arrays(path) if path.suffix == ".pkl" else _tensors(path)
-    facts = {str(key): one for key, one in value.items() if key not in STATES} if isinstance(value, dict) else {}
-    inner = next((value[key] for key in STATES if key in value), None) if isinstance(value, dict) else None
-    state = value if inner is None else inner
+    inner = ""
+    if isinstance(value, dict):
+        if part and part not in value:
+            raise UserError(f'weights {path}: there is no "{part}" in it{nearest(part, [str(key) for key in value])}')
+        inner = part or next((key for key in STATES if key in value), "")
+    facts = {str(key): one for key, one in value.items() if key not in STATES} if inner else {}
+    if inner == STATES[-1] and not part:
+        text = f"{path}: {inner}, the student of its last step, is taken; {path}#model_l0 would be the expert"
+        warnings.warn(text, UserWarning, stacklevel=2)
+    state = value[inner] if inner else value
     if isinstance(state, Mapping):
         state = {key: _tensor(one) for key, one in state.items()}
     if not isinstance(state, dict) or not all(isinstance(one, Tensor) for one in state.values()):
         raise UserError(f"weights {path} hold no dictionary of tensors")
-    return Checkpoint({str(key): one for key, one in state.items()}, facts if inner is not None else {})
+    parallel = bool(state) and all(str(key).startswith("module.") for key in state)  # around DistributedDataParallel
+    return Checkpoint({str(key).removeprefix("module." if parallel else ""): one for key, one in state.items()}, facts)
 
 
 def _tensors(path: Path) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
 from torch import Tensor
@@ -12,7 +13,7 @@ from tailfin import losses
 from tailfin.checkpoint import FORMAT, read_safetensors
 from tailfin.class_rows import read_aliases
 from tailfin.errors import UserError
-from tailfin.files import existing_file
+from tailfin.files import existing_file, read_object
 from tailfin.foreign import read_checkpoint
 from tailfin.losses.base import ClassificationLoss
 from tailfin.models.atss import build_atss
@@ -29,7 +30,12 @@ from tailfin.models.convert_torchvision import (
     released_retinanet,
 )
 from tailfin.models.detector import Detector, Limits
-from tailfin.models.detr_convert import convert_released, is_released
+from tailfin.models.detr_convert import (
+    convert_released,
+    convert_transformers,
+    is_released,
+    is_transformers,
+)
 from tailfin.models.faster_rcnn import FasterRCNN, build_faster_rcnn
 from tailfin.models.features import build_features, replaced_loss
 from tailfin.models.heads import check_features_fit, refuse_untrained, wrap_trained
@@ -80,6 +86,15 @@ def build_detector(recipe: Recipe, stats: ClassStats, *, start: bool = True) -> 
     return model, [f"backbone: {source}"] if body is not None else ["random start"]
 
 
+def released_weights(recipe: Recipe, stats: ClassStats) -> Released | None:
+    """The recipe's `weights` by tailfin's names, where they are a detector of another project; else None."""
+    state, _ = _starting_weights(recipe, recipe.weights)
+    convert = RELEASED.get(recipe.detector.name)
+    if state is None or convert is None:
+        return None
+    return convert(state, stats, losses.build(recipe.loss.name, stats, **recipe.loss.options), recipe.weights)
+
+
 def _two_stage(
     build: Callable[..., Any],
     recipe: Recipe,
@@ -122,7 +137,10 @@ def _pyramid(
     recipe: Recipe, config: FasterRCNNConfig | LocalizerConfig, body_state: dict[str, Tensor] | None, source: str
 ) -> Backbone:
     body = build_body(recipe, config, body_state, source)
-    return pyramid_backbone(body, layers=config.fpn_layers, channels=config.fpn_channels, pool=config.fpn_pool)
+    init = "torchvision" if isinstance(config, LocalizerConfig) else config.init
+    return pyramid_backbone(
+        body, layers=config.fpn_layers, channels=config.fpn_channels, pool=config.fpn_pool, init=init
+    )
 
 
 def _dense(
@@ -137,7 +155,12 @@ def _dense(
     config = cast(RetinaNetConfig | ATSSConfig, recipe.detector)
     own = build_body(recipe, config, body, source)
     backbone = pyramid_backbone(
-        own, layers=config.fpn_layers, channels=config.fpn_channels, convs=config.fpn_convs, relu=config.fpn_convs_relu
+        own,
+        layers=config.fpn_layers,
+        channels=config.fpn_channels,
+        convs=config.fpn_convs,
+        relu=config.fpn_convs_relu,
+        init=config.init,
     )
     return build(backbone, loss, config, _limits(recipe), channels_last=recipe.schedule.channels_last)
 
@@ -180,7 +203,9 @@ def _released_retinanet(
 def _released_detr(
     state: dict[str, Tensor], stats: ClassStats, loss: ClassificationLoss, source: str
 ) -> Released | None:
-    return Released(convert_released(state, num_logits=loss.num_logits)) if is_released(state) else None
+    if is_transformers(state):
+        return convert_transformers(state, stats.names, _labels_beside(source), source)
+    return convert_released(state, stats.names, stats.category_ids.tolist(), source) if is_released(state) else None
 
 
 def _released_rcnn(
@@ -203,18 +228,40 @@ def _starting_weights(recipe: Recipe, weights: str) -> tuple[dict[str, Tensor] |
     if weights == "none":
         return None, None
     if weights == "coco":
-        return coco_state(recipe.detector.name), None
+        return coco_state(recipe.detector), None
     if weights in NAMED_WEIGHTS:
         return named_state(recipe, weights), None
-    path = existing_file(weights, "weights")
+    path, part = _file_and_part(weights)
     if path.suffix == ".safetensors":
         state, metadata = read_safetensors(path)
         return (None, state) if metadata.get("format") == FORMAT else (state, None)
-    state = read_checkpoint(path).state
+    checkpoint = read_checkpoint(path, part)
     for project, known in (("detectron2", is_detectron2), ("mmdetection", is_mmdetection)):
-        if known(state):
+        if known(checkpoint.state):
             raise UserError(
                 f"weights {path} are a detector of {project}: convert it first, `tailfin convert {path} --recipe "
                 "RECIPE --classes FILE --out model.safetensors`, and start from that file"
             )
-    return state, None
+    return checkpoint.state, None
+
+
+def _file_and_part(weights: str) -> tuple[Path, str]:
+    """A file, and the part of a checkpoint with several models: `FILE#model_l0`."""
+    plain, mark, part = weights.rpartition("#")
+    if mark and not Path(weights).exists():
+        return existing_file(plain, "weights"), part
+    return existing_file(weights, "weights"), ""
+
+
+def _labels_beside(source: str) -> list[str] | None:
+    """Class names of a checkpoint of transformers, from the config.json beside its file; None without one."""
+    if source == "coco":
+        return None
+    config = _file_and_part(source)[0].with_name("config.json")
+    if not config.is_file():
+        return None
+    labels = read_object(config).get("id2label")
+    try:
+        return [str(labels[str(number)]) for number in range(len(labels))]  # type: ignore[index, arg-type]
+    except (KeyError, TypeError):
+        raise UserError(f"{config}: its id2label does not name the classes 0, 1, ...") from None

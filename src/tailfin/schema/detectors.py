@@ -27,9 +27,26 @@ class DetectorSection(Section):
     CLASSES: ClassVar[bool] = True  # it tells classes apart
     COCO: ClassVar[str] = ""  # the backbone that `weights: coco` has for it; empty: none
     name: str
-    # of the backbone; a random start needs another than "frozen_bn"; "own": those of a timm backbone, trained
-    norm: Literal["frozen_bn", "bn", "gn", "own"] = "frozen_bn"
+    # of the backbone; "frozen_bn" fixes statistics, scale and shift, "frozen_stats" the statistics alone (mmdetection);
+    # a random start needs another than these; "own": those of a timm backbone, trained
+    norm: Literal["frozen_bn", "frozen_stats", "bn", "gn", "own"] = "frozen_bn"
     frozen_layers: Annotated[int, Field(ge=0, le=5)] = 2  # of stem, layer1..layer4, from below; 2 = stem and layer1
+
+
+# `detector.style`: what the two-stage detectors of two libraries do differently, by key; a key that is given counts
+STYLES: dict[str, dict[str, Any]] = {
+    "torchvision": {},  # the defaults
+    "mmdetection": {
+        "norm": "frozen_stats",
+        "anchor_style": "exact",
+        "rpn_box_loss": "l1",
+        "rpn_min_pos_iou": 0.3,
+        "rpn_low_quality": "take",
+        "roi_aligned": True,
+        "roi_sampling": 0,
+        "init": "xavier",
+    },
+}
 
 
 class FasterRCNNConfig(DetectorSection):
@@ -39,12 +56,23 @@ class FasterRCNNConfig(DetectorSection):
     BOX_HEAD: ClassVar[bool] = True
     COCO: ClassVar[str] = "resnet50"
     name: Literal["faster_rcnn"] = "faster_rcnn"
+    # ---- `style` sets these and `norm` where they are not given (`STYLES`) ----
+    style: Literal["torchvision", "mmdetection"] = "torchvision"
+    anchor_style: Literal["torchvision", "exact"] = "torchvision"  # torchvision: whole pixels, strides guessed
+    rpn_box_loss: Literal["smooth_l1", "l1"] = "smooth_l1"  # smooth_l1: with beta 1/9
+    # objects whose anchors all overlap them little: from which IoU on the best of them are positive, and whether these
+    # learn that object ("take") or the one that they overlap most ("keep_owner")
+    rpn_min_pos_iou: Fraction = 0.0
+    rpn_low_quality: Literal["keep_owner", "take", "none"] = "keep_owner"
+    roi_aligned: bool = False  # half-pixel correction
+    roi_sampling: Annotated[int, Field(ge=0)] = 2  # samples per bin and side; 0 = as many as the box has cells
+    init: Literal["torchvision", "xavier"] = "torchvision"  # first weights of the pyramid and the shared layers
+    # ---- the same in every style ----
     fpn_channels: Count = 256
     fpn_layers: Annotated[tuple[Annotated[int, Field(ge=1, le=4)], ...], Field(min_length=1)] = (1, 2, 3, 4)
     fpn_pool: bool = True  # one more level, pooled from the last
     anchor_sizes: tuple[Count, ...] = (32, 64, 128, 256, 512)  # one per level, in pixels
     anchor_ratios: tuple[Positive, ...] = (0.5, 1.0, 2.0)
-    anchor_style: Literal["torchvision", "exact"] = "torchvision"  # torchvision: sides in whole pixels
     rpn_batch: Count = 256
     rpn_fg_fraction: Fraction = 0.5
     rpn_fg_iou: Fraction = 0.7
@@ -55,8 +83,6 @@ class FasterRCNNConfig(DetectorSection):
     rpn_pre_nms: tuple[Count, Count] = (2000, 1000)  # per level, training and test
     rpn_post_nms: tuple[Count, Count] = (1000, 1000)  # per image, training and test
     roi_size: Count = 7
-    roi_sampling: int = 2  # samples per bin and side; 0 = adaptive
-    roi_aligned: bool = False  # half a cell's shift: detectron2, mmdetection; false: torchvision
     roi_batch: Count = 512
     roi_fg_fraction: Fraction = 0.25
     roi_fg_iou: Fraction = 0.5
@@ -67,6 +93,12 @@ class FasterRCNNConfig(DetectorSection):
     box_loss_beta: Positive = 1 / 9  # of smooth_l1, below which it is quadratic
     box_loss_weight: NotNegative = 1.0
     rpn_loss_weight: NotNegative = 1.0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_style(cls, values: Any) -> Any:
+        style = values.get("style") if isinstance(values, dict) else None
+        return {**STYLES.get(style, {}), **values} if isinstance(style, str) else values
 
     @model_validator(mode="after")
     def _check(self) -> FasterRCNNConfig:
@@ -142,6 +174,7 @@ class DeformableDETRConfig(DetectorSection):
     """Deformable DETR, two-stage with box refinement; defaults are the published ones (300 queries, 6+6 layers)."""
 
     PARTS: ClassVar[tuple[str, ...]] = ("classifier", "box", "projection", "encoder", "decoder", "backbone")
+    COCO: ClassVar[str] = "resnet50"
     name: Literal["deformable_detr"]
     widths: tuple[Count, ...] = ()  # stem, layer1..4 of a small ResNet in the place of `backbone`; empty: `backbone`
     blocks: tuple[Count, ...] = ()  # its blocks in layer1..4
@@ -163,6 +196,15 @@ class DeformableDETRConfig(DetectorSection):
     class_cost: NotNegative = 2.0  # of the matching
     box_cost: NotNegative = 5.0
     giou_cost: NotNegative = 2.0
+    # what the encoder's class head is: one logit that ranks proposals, or as released one for every class beside it,
+    # which learn that nothing is theirs
+    encoder_head: Literal["one", "classes"] = "one"
+    # Xavier start of the decoder's queries, keys and values: each for itself, or as released for the one matrix that
+    # they are in there, smaller by sqrt(2)
+    attention_init: Literal["separate", "packed"] = "separate"
+    # losses are divided by the objects of all processes per process: at least one in the batch, or as released at least
+    # one for every process
+    normalizer: Literal["batch", "process"] = "batch"
 
     @model_validator(mode="after")
     def _check(self) -> DeformableDETRConfig:
@@ -228,6 +270,7 @@ class RetinaNetConfig(DetectorSection):
     fpn_layers: Annotated[tuple[Annotated[int, Field(ge=1, le=4)], ...], Field(min_length=1)] = (2, 3, 4)
     fpn_convs: Literal["none", "body", "pyramid"] = "body"  # two more levels, from C5 or from P5 (torchvision)
     fpn_convs_relu: bool = True  # before the second of them; false: mmdetection
+    init: Literal["torchvision", "xavier"] = "torchvision"  # first weights of the pyramid; xavier: mmdetection's
     head_convs: Annotated[int, Field(ge=0)] = 4  # layers of each tower
     head_norm: Literal["none", "gn"] = "none"
     anchor_scale: Positive = 4.0  # side of the smallest anchor in strides
@@ -264,6 +307,7 @@ class ATSSConfig(DetectorSection):
     fpn_layers: Annotated[tuple[Annotated[int, Field(ge=1, le=4)], ...], Field(min_length=1)] = (2, 3, 4)
     fpn_convs: Literal["none", "body", "pyramid"] = "pyramid"  # two more levels, from C5 or from P5
     fpn_convs_relu: bool = True  # before the second of them; false: mmdetection
+    init: Literal["torchvision", "xavier"] = "torchvision"  # first weights of the pyramid; xavier: mmdetection's
     head_convs: Annotated[int, Field(ge=0)] = 4  # layers of each tower
     head_norm: Literal["none", "gn"] = "gn"
     anchor_scales: Annotated[tuple[Positive, ...], Field(min_length=1)] = (8.0,)  # sides of the squares in strides
