@@ -66,7 +66,7 @@ def test_classes_are_added_by_name(replay, known, tiny_set, tiny_recipe, tmp_pat
     assert torch.equal(base["backbone.body.conv1.weight"], last["backbone.body.conv1.weight"])
     assert not torch.equal(base[rows], last[rows])
     torch.manual_seed(17)  # the new rows are the recipe's seed's
-    model = _given(Run(load_recipe(out / "recipe.yaml"), tmp_path / "again"))
+    model = _given(Run(load_recipe(out / "recipe.yaml"), tmp_path / "again"), [])
     assert torch.equal(model.state_dict()[rows], base[rows])
     annotations = json.loads(tiny_set[0].read_text())["annotations"]
     green = sum(one["category_id"] == 5 for one in annotations)
