@@ -150,7 +150,7 @@ class FedLoss(ClassificationLoss):
         if drawn.device.type == "cpu" and not bool(((drawn >= 0) & (drawn < self.num_classes)).all()):
             raise ValueError(f"drawn must be classes in 0..{self.num_classes - 1}")
         chosen = torch.zeros(self.num_classes, dtype=torch.bool, device=drawn.device)
-        return chosen.rows_fill_(0, drawn, True).to(self.weight.device)
+        return chosen.index_fill_(0, drawn, True).to(self.weight.device)
 
     def at_epoch(self, epoch: float) -> None:
         self.base.at_epoch(epoch)
