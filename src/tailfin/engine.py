@@ -30,7 +30,7 @@ from tailfin.data.dataset import TrainingDataset, training_loader
 from tailfin.errors import UserError
 from tailfin.progress import Progress
 from tailfin.samplers.plan import BatchPlan
-from tailfin.schedule import build_optimizer, learning_rate
+from tailfin.schedule import Curve, build_optimizer, learning_rate
 from tailfin.schema.recipe import Recipe
 from tailfin.schema.training import Schedule
 from tailfin.stop_signals import Interrupted, StopSignals
@@ -54,6 +54,7 @@ class Stage:
     step: Step
     evaluate: Evaluate | None = None
     save_best: Callable[[nn.Module], None] | None = None
+    curve: Curve | None = None  # of the rate, where it is not the stage's own
 
 
 def detector_step(model: nn.Module, images: list[Tensor], targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -115,7 +116,10 @@ def fit(accelerator: Accelerator, stage: Stage) -> nn.Module:
             if 0 < recipe.evaluation.patience <= best["waited"]:
                 progress.note(f"no better AP in {best['waited']} evaluations: stopped after {iteration} iterations")
                 break
-            rate = learning_rate(iteration, total, milestones, schedule)
+            if stage.curve is not None:
+                rate = stage.curve.rate(plan.epoch_at(iteration), iteration)
+            else:
+                rate = learning_rate(iteration, total, milestones, schedule)
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["lr_scale"]
             seed_iteration(recipe.seed, iteration, accelerator.process_index)
@@ -131,6 +135,7 @@ def fit(accelerator: Accelerator, stage: Stage) -> nn.Module:
                     losses = stage.step(model, images, targets)
                     loss = torch.stack(list(losses.values())).sum()
                     accelerator.backward(loss / schedule.accumulation)
+                log.note(getattr(plain, "diagnostics", {}))
                 losses = {name: value.detach() for name, value in losses.items()}
                 seen.append((losses, targets))
                 for name, value in losses.items():

@@ -73,7 +73,8 @@ def test_it_learns_its_pictures(few, tiny_recipe, tmp_path, detector):
     ]
     out = tailfin.train(tiny_recipe, train=few, val=few, out=tmp_path / "run", overrides=[*detector, *changes])
     metrics = json.loads((out / "metrics.json").read_text())
-    assert metrics["bbox"]["AP50"] > 0.9 and metrics["segm"]["AP50"] > 0.9, metrics
+    # three seeds of both gave 0.84 to 0.99, and the order of a sum is as good as a seed; untrained it is below 0.01
+    assert metrics["bbox"]["AP50"] > 0.6 and metrics["segm"]["AP50"] > 0.6, metrics
 
 
 def test_objects_pasted_along_their_masks(masked_set, tiny_recipe, tmp_path):
@@ -168,6 +169,33 @@ def test_two_stages(masked_set, tiny_recipe, tmp_path, detector, changes, traine
     assert {next((part for part in trained if key.startswith(f"{part}.")), key) for key in differ} <= trained
     for part in trained - {"roi_heads.loss"}:
         assert any(key.startswith(f"{part}.") for key in differ), part
+
+
+@pytest.mark.parametrize("detector", [MASKS, CASCADE], ids=["mask", "cascade"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ["loss={name: pcb, base: softmax, start_epoch: 0}", "detector.classifier=pcb"],
+        ["features=fasa"],
+        ["detector.classifier=tde"],
+        ["detector.classifier=forest", "detector.rpn_nms_resampling=discrete"],
+        ["detector.classifier={name: weight_cosine, temperature: 48}", "features={name: rio, max_images: 100}"],
+        ["loss=balanced_sigmoid", "features=meta_reweighting"],
+        ["loss=fcbl", "features=hallucination"],
+    ],
+    ids=["pcb", "fasa", "tde", "forest", "rio", "balms", "bacl end to end"],
+)
+def test_one_stage_methods(masked_set, tiny_recipe, tmp_path, detector, changes):
+    """They train beside the masks; what needs one box head says so of a cascade."""
+    given = [*detector, *SHORT, "schedule.epochs=0.5", *changes]
+    if detector is CASCADE and "features=meta_reweighting" in changes:
+        with pytest.raises(UserError, match="needs one box head"):
+            load_recipe(tiny_recipe, given)
+        return
+    out = tailfin.train(tiny_recipe, train=masked_set[0], val=masked_set[1], out=tmp_path / "run", overrides=given)
+    lines = [json.loads(line) for line in (out / "stages/1-train/metrics.jsonl").read_text().splitlines()]
+    assert lines and all(np.isfinite(line["loss"]) for line in lines)
+    assert set(json.loads((out / "metrics.json").read_text())) >= {"bbox", "segm"}
 
 
 def test_stepwise_learning_on_masks(masked_set, tiny_recipe, tmp_path):

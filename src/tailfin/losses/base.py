@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from tailfin.stats import ClassStats
 
+PICTURES = 2  # of a process in the published runs (8 x 2), whose draws and means are per process
 DROP = 1e30  # a logit lowered by this has probability, loss and gradient 0; finite, so that 0 * DROP = 0
 PRIOR_BIAS = -math.log(999.0)  # sigmoid(-log(999)) = 0.001, the prior of long-tail sigmoid classifiers (BACL, EQL v2)
 
@@ -65,7 +66,8 @@ class ClassificationLoss(ExactBuffers):
     alone: bool = True  # False for a term that has no scores of its own and cannot be a detector's whole loss
     # Keywords of `loss` that a detector fills where it knows them; others keep their default. Of each row, [N]:
     # "gt_index", its object over the batch (-1: none); "memory", whether it comes from a feature memory; "quality", the
-    # IoU of its predicted box with its object (0 on background). Of all rows: "iter_id", the pass of an iterative box
+    # IoU of its predicted box with its object (0 on background); "picture", its place in the batch, int64 (rows of no
+    # picture have one behind the last). Of all rows: "iter_id", the pass of an iterative box
     # head that they come from; "normalizer", the number of objects, where these are matched to rows one to one.
     row_facts: tuple[str, ...] = ()
 
@@ -81,7 +83,13 @@ class ClassificationLoss(ExactBuffers):
         return code.co_varnames[code.co_argcount : code.co_argcount + code.co_kwonlyargcount]
 
     def forward(
-        self, logits: Tensor, labels: Tensor, *, known: Tensor | None = None, every_row: bool = False, **keywords: Any
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        *,
+        known: Tensor | None = None,
+        every_row: bool = False,
+        **keywords: Any,
     ) -> Tensor:
         """The loss, a scalar. `keywords` are those of the method; tensors with one entry per row are filtered too.
 

@@ -162,6 +162,9 @@ class CascadeRCNN(FasterRCNN):
         found, branches = super().detections(outputs, limits), self.branches()
         return with_masks(found, branches, outputs) if branches else found
 
+    def boxes_only(self, outputs: Outputs, limits: Limits) -> Detections:
+        return super().detections(outputs, limits)
+
     # ---- parts -----------------------------------------------------------------------------------------------------
 
     def parts(self) -> dict[str, nn.Module]:

@@ -193,6 +193,9 @@ class DenseDetector(Detector):
             counts = torch.tensor([len(target["boxes"]) for target in targets]).to(matched.labels.device)
             objects = matched.objects + (counts.cumsum(0) - counts)[matched.picture]
             wanted["gt_index"] = torch.full_like(matched.labels, -1).index_put_(at, objects)
+        if "picture" in self.class_loss.row_facts:
+            pictures = torch.arange(len(matched.labels), device=matched.labels.device)
+            wanted["picture"] = pictures[:, None].expand_as(matched.labels)
         if "memory" in self.class_loss.row_facts:
             wanted["memory"] = torch.zeros_like(matched.labels, dtype=torch.bool)
         return wanted

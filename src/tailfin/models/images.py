@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torchvision.models.detection.image_list import ImageList
 
+from tailfin.models.constants import constant
+
 MEAN = (0.485, 0.456, 0.406)  # of ImageNet's pictures, RGB in 0..1
 STD = (0.229, 0.224, 0.225)
 
@@ -31,7 +33,7 @@ def batch_images(
     width = -(-max(size[1] for size in sizes) // divisor) * divisor
     device = images[0].device
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    own_mean, own_std = (on_device(values, device)[:, None, None] for values in (mean, std))
+    own_mean, own_std = (constant(values, device)[:, None, None] for values in (mean, std))
     if all(size == (height, width) for size in sizes):
         batch = _normalise(torch.stack(list(images)), own_mean, own_std).contiguous(memory_format=layout)
     else:

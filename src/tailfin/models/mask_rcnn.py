@@ -62,6 +62,9 @@ class MaskRCNN(FasterRCNN):
     def detections(self, outputs: Outputs, limits: Limits) -> Detections:
         return with_masks(super().detections(outputs, limits), [self.mask], outputs)
 
+    def boxes_only(self, outputs: Outputs, limits: Limits) -> Detections:
+        return super().detections(outputs, limits)
+
     def parts(self) -> dict[str, nn.Module]:
         return {**super().parts(), "mask": self.mask}
 

@@ -12,10 +12,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-import torch.distributed
 from torch import Tensor, nn
 
-from tailfin.collectives import sum_over_ranks
+from tailfin.collectives import sum_over_ranks, this_rank
 from tailfin.models.roi_align import Places, PyramidRoIAlign
 from tailfin.models.row_sampling import chosen_rows
 from tailfin.pretraining.contrast import ContrastHead, box_nt_xent
@@ -71,12 +70,14 @@ class LocalContrast(Contrastive):
         pools = self.level_pools or [self.pool]
         return shared(torch.cat([pool(levels, view.boxes, view.batch.image_sizes) for pool in pools]))
 
+    def labels(self, seen: Iteration) -> Tensor:
+        """The class of the object that each proposal lies on."""
+        return torch.cat([target["proposal_labels"] for target in seen.targets] * max(len(self.level_pools), 1))
+
     def rows(self, queries: Tensor) -> float:
         """What this process divides its sum over boxes by, so that the mean of the processes is that over all boxes."""
-        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-            return len(queries)
-        total = sum_over_ranks(torch.tensor([float(len(queries))], device=queries.device))[0]
-        return float(total) / torch.distributed.get_world_size()
+        (total,) = sum_over_ranks(torch.tensor([float(len(queries))], device=queries.device))
+        return float(total) / this_rank()[1]
 
     def forward(self, seen: Iteration) -> dict[str, Tensor]:
         losses = super().forward(seen)

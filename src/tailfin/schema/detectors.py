@@ -191,6 +191,15 @@ class DeformableDETRConfig(DetectorSection):
     class_cost: NotNegative = 2.0  # of the matching
     box_cost: NotNegative = 5.0
     giou_cost: NotNegative = 2.0
+    # what the encoder's class head is: one logit that ranks proposals, or as released one for every class beside it,
+    # which learn that nothing is theirs
+    encoder_head: Literal["one", "classes"] = "one"
+    # Xavier start of the decoder's queries, keys and values: each for itself, or as released for the one matrix that
+    # they are in there, smaller by sqrt(2)
+    attention_init: Literal["separate", "packed"] = "separate"
+    # losses are divided by the objects of all processes per process: at least one in the batch, or as released at least
+    # one for every process
+    normalizer: Literal["batch", "process"] = "batch"
 
     @model_validator(mode="after")
     def _check(self) -> DeformableDETRConfig:

@@ -132,6 +132,8 @@ class Recipe(Section):
                 f"a random start (weights: none) cannot freeze the backbone, as pretraining.preset "
                 f"{pretraining.preset} does: set pretraining.freeze_backbone=false"
             )
+        if pretraining.one_curve and self.method == "stepwise":
+            raise ValueError("pretraining.one_curve: the steps of method stepwise have rates of their own")
         one_precision(self, "pretraining")
         reconstructs = pretraining.weights.ar > 0 or pretraining.weights.sr > 0
         if reconstructs and max(getattr(self.detector, "fpn_layers", (4,))) < 3:

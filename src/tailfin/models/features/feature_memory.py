@@ -113,18 +113,20 @@ class FeatureMemory(nn.Module):
     def sample(
         self,
         mean_score: Tensor,
+        classes: int | None = None,
         *,
         generator: torch.Generator | None = None,
         draws: tuple[Tensor, Tensor] | None = None,
     ) -> StoredRows:
-        """Stored rows of the classes drawn against `mean_score` [C] >= 0; classes without any give none.
+        """Stored rows of the classes drawn against `mean_score` [C] >= 0; classes without any give none. `classes`
+        takes the place of `sampled_num_classes`.
 
         `draws` takes the place of random numbers: uniforms [sampled_num_classes] for the classes and
         [sampled_num_classes, sampled_num_features] for the rows of each.
         """
         device = self.written.device
         if draws is None:
-            shape = (self.sampled_num_classes, self.sampled_num_features)
+            shape = (self.sampled_num_classes if classes is None else classes, self.sampled_num_features)
             uniform = torch.rand(shape[0], generator=generator, device=device).sort().values
             draws = uniform, torch.rand(shape, generator=generator, device=device)
         chosen = inverse_cdf(1 / (mean_score + 1e-7), draws[0]).to(device)
@@ -151,11 +153,17 @@ class RememberedRows(FeatureModule):
     Every iteration: store the features of 16 shifted boxes around each object, draw classes against the loss's mean
     score, and train classifier and boxes with stored rows of them. `pooled`: features are stored before the shared
     layers, which the drawn ones then pass anew. `prefill`: before a second stage the memory is filled, class by class,
-    with features of the frozen detector.
+    with features of the frozen detector. `per` as for `FeatureModule.share`.
     """
 
     def __init__(
-        self, memory: FeatureMemory, loss: ClassificationLoss, *, pooled: bool = False, prefill: bool = False
+        self,
+        memory: FeatureMemory,
+        loss: ClassificationLoss,
+        *,
+        pooled: bool = False,
+        prefill: bool = False,
+        per: str = "batch",
     ) -> None:
         super().__init__()
         if not isinstance(loss, EBL):
@@ -163,11 +171,13 @@ class RememberedRows(FeatureModule):
         self.memory = memory
         self.pooled = pooled
         self.prefill = prefill
+        self.per = per
         self._loss = (loss,)
 
     def rows(self, seen: Seen) -> ExtraRows:
         self.remember(seen.pool, seen.head, seen.targets, seen.image_sizes)
-        drawn = self.memory.sample(self._loss[0].mean_score[:-1])
+        classes = self.share(self.memory.sampled_num_classes, len(seen.targets), self.per)
+        drawn = self.memory.sample(self._loss[0].mean_score[:-1], classes)
         features = drawn.features.to(seen.shared.dtype)
         return ExtraRows(
             seen.head(features) if self.pooled else features, drawn.labels, drawn.boxes, drawn.gt_boxes, memory=True
@@ -236,9 +246,9 @@ def build(
     """The module of a recipe."""
     pooled = config.stores == "pooled"
     shape = (detector.fpn_channels, detector.roi_size, detector.roi_size) if pooled else (detector.head_channels,)
-    options = config.model_dump(exclude={"name", "stores", "prefill"})
+    options = config.model_dump(exclude={"name", "stores", "prefill", "per"})
     memory = FeatureMemory(stats.num_classes, shape, **{**options, "dtype": getattr(torch, config.dtype)})
-    return RememberedRows(memory, loss, pooled=pooled, prefill=config.prefill)
+    return RememberedRows(memory, loss, pooled=pooled, prefill=config.prefill, per=config.per)
 
 
 def ring_slots(index: Tensor, written: Tensor, size: int) -> tuple[Tensor, Tensor]:

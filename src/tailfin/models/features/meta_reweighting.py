@@ -66,6 +66,7 @@ class MetaReweighter(BalancedSigmoid):
 
     def __init__(self, stats: ClassStats, *, lr: float = 0.01) -> None:
         super().__init__(stats)
+        self._gathered: list[Tensor] = []  # outer gradients of the optimiser batch so far; empty between two of them
         if not 0 < lr < math.inf:
             raise ValueError(f"lr must be positive (given: {lr})")
         self.lr = float(lr)
@@ -94,9 +95,13 @@ class MetaReweighter(BalancedSigmoid):
         balanced_labels: Tensor,
         *,
         inner_lr: float,
+        last: bool = True,
         every_row: bool = False,
     ) -> Tensor:
         """One step of the class weights; returns the plain sigmoid loss after the inner step, detached.
+
+        Without `last` the gradient is kept for the call that has it, whose step takes the mean: a step per optimiser
+        batch, whatever its accumulation.
 
         `classifier` maps features [N, D] to logits [N, C]; it gets no gradient and no change. Labels are as for a loss.
         With several processes the outer gradient is the mean over them: call it on all of them. Both sets of rows may
@@ -120,9 +125,14 @@ class MetaReweighter(BalancedSigmoid):
             outer = rows.sum() / max(len(balanced_labels), 1)
             (gradient,) = torch.autograd.grad(outer, class_weight)
         gradient, ranks = sum_over_ranks(gradient, gradient.new_ones(1))
+        self._gathered.append(gradient / ranks)
+        if not last:
+            return outer.detach()
+        mean = torch.stack(self._gathered).mean(0)
+        self._gathered.clear()
         adam(
             [self.class_weight],
-            [gradient / ranks],
+            [mean],
             [self.exp_avg],
             [self.exp_avg_sq],
             [],
@@ -163,6 +173,7 @@ class LearntWeights(FeatureModule):
     """
 
     rate: Callable[[float], float]
+    accumulation = 1  # calls per optimiser batch
 
     def __init__(self, loss: ClassificationLoss, inner_lr: float | None = None) -> None:
         super().__init__()
@@ -172,6 +183,7 @@ class LearntWeights(FeatureModule):
         self._loss = (loss,)
 
     def at_epoch(self, epoch: float) -> None:
+        super().at_epoch(epoch)
         self.epoch = epoch
 
     def rows(self, seen: Seen) -> None:
@@ -179,7 +191,9 @@ class LearntWeights(FeatureModule):
             rate = self.inner_lr if self.inner_lr is not None else self.rate(self.epoch)
             balanced = target["balanced_features"], target["balanced_labels"]
             rows = seen.shared, seen.rows.labels, *balanced
-            self._loss[0].learn(seen.classifier, *rows, inner_lr=rate, every_row=True)
+            self.calls += 1
+            last = self.calls % self.accumulation == 0
+            self._loss[0].learn(seen.classifier, *rows, inner_lr=rate, last=last, every_row=True)
 
     def around(self, model: Any, stage: StageFacts) -> dict[str, Any]:
         """Partners for the pictures, and a step that hands their rows on."""
@@ -197,7 +211,7 @@ class LearntWeights(FeatureModule):
             losses: dict[str, Tensor] = model(images, [{**targets[0], **rows}, *targets[1:]])
             return losses
 
-        self.rate = rate
+        self.rate, self.accumulation = rate, recipe.schedule.accumulation
         return {"dataset": dataset, "plan": plan, "step": step}
 
 

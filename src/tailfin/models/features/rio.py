@@ -9,7 +9,7 @@ alike, and only then is the bank updated with the batch's own. Meant for use wit
     rows, row_labels = bank(features, labels)      # both in one, for a classifier alone
 
 All state is in buffers, so a checkpoint has it, and the same on every process: each stores the rows of all, in the
-order of the processes, which is what one process stores of the joined batch. What a process recalls follows its own
+order of the processes, which is what one process stores of the joined batch. What a picture recalls follows its own
 classes.
 """
 
@@ -75,13 +75,18 @@ class FeatureBank(nn.Module):
         return torch.cat([features, stored.features.to(features.dtype)]), torch.cat([labels, stored.labels])
 
     @torch.no_grad()
-    def recall(self, labels: Tensor) -> StoredRows:
-        """The newest rows, at most `cache`, of each target class in `labels` [N]: class by class, newest first."""
-        rings = len(self.written)
-        present = counts_of(self._ring(labels), rings + 1, torch.int64)[:-1] > 0
+    def recall(self, labels: Tensor, pictures: Tensor | None = None, batch: int = 1) -> StoredRows:
+        """The newest rows, at most `cache`, of each target class in `labels` [N]: class by class, newest first.
+
+        With `pictures` int64 [N], the picture of each row among `batch` ones: of each target class in each picture,
+        picture by picture.
+        """
+        width = len(self.written) + 1
+        ring = self._ring(labels) if pictures is None else self._ring(labels) + pictures * width
+        present = counts_of(ring, batch * width, torch.int64).view(batch, width)[:, :-1, None] > 0
         age = torch.arange(self.cache, device=labels.device)
-        held = present[:, None] & (age < self.written[:, None].clamp(max=self.size))
-        ring, back = torch.where(held)
+        held = present & (age < self.written[:, None].clamp(max=self.size))
+        _, ring, back = torch.where(held)
         place = (ring, (self.written[ring] - 1 - back) % self.size)
         return StoredRows(self.features[place], self.target_classes[ring], self.boxes[place], self.gt_boxes[place])
 
@@ -115,15 +120,21 @@ class FeatureBank(nn.Module):
 
 
 class RecalledRows(FeatureModule):
-    """RIO: the newest stored rows of the rare classes in the batch join it, then the batch's own are stored."""
+    """RIO: the newest stored rows of the rare classes in the batch join it, then the batch's own are stored.
 
-    def __init__(self, bank: FeatureBank) -> None:
+    Each picture recalls for its own classes, so that a batch recalls as much however it is split; with `per` "process",
+    as released, the pictures of a process do so together.
+    """
+
+    def __init__(self, bank: FeatureBank, *, per: str = "batch") -> None:
         super().__init__()
         self.bank = bank
+        self.per = per
 
     def rows(self, seen: Seen) -> ExtraRows:
         rows = seen.rows
-        stored = self.bank.recall(rows.labels)
+        each = (rows.places.picture, len(seen.targets)) if self.per == "batch" else ()
+        stored = self.bank.recall(rows.labels, *each)
         self.bank.push(seen.shared.detach(), rows.labels, torch.cat(rows.boxes), rows.matched)
         return ExtraRows(stored.features.to(seen.shared.dtype), stored.labels, stored.boxes, stored.gt_boxes)
 
@@ -132,4 +143,5 @@ def build(config: RIO, detector: FasterRCNNConfig, stats: ClassStats, loss: Clas
     """The module of a recipe."""
     images = torch.from_numpy(stats.image_count)
     rare = torch.where((images > 0) & (images <= config.max_images))[0]
-    return RecalledRows(FeatureBank(rare, detector.head_channels, size=config.size, cache=config.cache))
+    bank = FeatureBank(rare, detector.head_channels, size=config.size, cache=config.cache)
+    return RecalledRows(bank, per=config.per)

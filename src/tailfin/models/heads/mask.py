@@ -15,6 +15,7 @@ from tailfin.losses.base import at_least_float32
 from tailfin.models.features.base import Rows, Targets
 from tailfin.models.mask_ops import TargetStyle, mask_loss, mask_targets
 from tailfin.models.normed_conv import NormedConv2d
+from tailfin.models.precision import in_float32
 from tailfin.models.roi_align import Places, PyramidRoIAlign
 from tailfin.models.row_sampling import chosen_rows
 
@@ -61,8 +62,8 @@ class MaskPredictor(nn.Module):
             nn.init.zeros_(self.conv.bias)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Logits of all filters, [N, num_masks, m, m]."""
-        return self.conv(features)
+        """Logits of all filters, [N, num_masks, m, m], computed in float32 at least."""
+        return in_float32(self.conv, features)
 
     def own(self, features: Tensor, labels: Tensor) -> Tensor:
         """Logits of each row's own class, [N, m, m], float32 at least; labels int64 [N], which a single filter
@@ -73,9 +74,10 @@ class MaskPredictor(nn.Module):
         bias = self.conv.bias
         assert bias is not None
         rows = labels if len(weight) > 1 else torch.zeros_like(labels)
-        chosen = weight[rows, :, 0, 0].to(features.dtype)  # [N, channels]
-        logits = torch.bmm(chosen[:, None], features.flatten(2)).view(len(features), *features.shape[2:])
-        return at_least_float32(logits) + at_least_float32(bias)[rows, None, None]
+        chosen = at_least_float32(weight)[rows, None, :, 0, 0]  # [N, 1, channels]
+        logits = in_float32(torch.bmm, chosen, at_least_float32(features).flatten(2))
+        logits = logits[:, 0].unflatten(1, features.shape[2:])
+        return logits + at_least_float32(bias)[rows, None, None]
 
 
 class MaskBranch(nn.Module):

@@ -91,7 +91,7 @@ class IterativeRoIHeads(RoIHeads):
             raise ValueError("the iterative head takes no extra rows: they have no pooled features to refine")
         passes = self.passes(features, rows.boxes, image_sizes, rows.places)
         deltas = passes[-1][1]
-        facts: dict[str, Any] = self.facts(deltas, torch.cat(rows.boxes), rows.labels, rows.matched, rows.gt_index)
+        facts: dict[str, Any] = self.facts(deltas, torch.cat(rows.boxes), rows.labels, rows.matched, rows)
         if rows.known is not None:
             facts["known"] = rows.known
         classifier = passes[0][0].new_zeros(())

@@ -196,22 +196,24 @@ class RoIHeads(nn.Module):
                 boxes, matched = torch.cat([boxes, more.boxes]), torch.cat([matched, more.gt_boxes])
             logits = torch.cat([logits, more_logits])
         box = self.box_regression_loss(deltas, [boxes], labels[: len(boxes)], matched)
-        facts = self.facts(deltas, boxes, labels, matched, rows.gt_index, memory=more is not None and more.memory)
+        facts = self.facts(deltas, boxes, labels, matched, rows, memory=more is not None and more.memory)
         if rows.known is not None:  # extra rows are of no picture
             facts["known"] = F.pad(rows.known, (0, 0, 0, len(labels) - len(rows.known)), value=True)
         return {"loss_classifier": self.loss(logits, labels, every_row=True, **facts), "loss_box_reg": box}
 
     def facts(
-        self, deltas: Tensor, boxes: Tensor, labels: Tensor, matched: Tensor, gt_index: Tensor, *, memory: bool = False
+        self, deltas: Tensor, boxes: Tensor, labels: Tensor, matched: Tensor, rows: Rows, *, memory: bool = False
     ) -> dict[str, Tensor]:
-        """What the loss asks to know about its rows, [N] each: those of `gt_index`, then extra ones up to `labels`.
+        """What the loss asks to know about its rows, [N] each: the sampled `rows`, then extra ones up to `labels`.
 
         Only the first rows may have boxes and matched ones; `memory` says whether the extra rows come from a memory.
         """
         wanted: dict[str, Tensor] = {}
-        extra = len(labels) - len(gt_index)
+        extra = len(labels) - len(rows.labels)
         if "gt_index" in self.loss.row_facts:
-            wanted["gt_index"] = F.pad(gt_index, (0, extra), value=-1)
+            wanted["gt_index"] = F.pad(rows.gt_index, (0, extra), value=-1)
+        if "picture" in self.loss.row_facts:
+            wanted["picture"] = F.pad(rows.places.picture, (0, extra), value=len(rows.boxes))
         if "memory" in self.loss.row_facts:
             wanted["memory"] = torch.arange(len(labels), device=labels.device) >= len(labels) - extra * memory
         if "quality" in self.loss.row_facts:

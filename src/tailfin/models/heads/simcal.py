@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tailfin.collectives import several_ranks, sum_over_ranks
 from tailfin.data.dataset import Source
 from tailfin.losses.base import ClassificationLoss, at_least_float32
 from tailfin.losses.softmax import Softmax
@@ -49,7 +50,8 @@ def simcal_scores(original: Tensor, calibrated: Tensor, replaced: Tensor) -> Ten
 class SimCal(ClassificationLoss):
     """Both heads as one loss: logits are the original's C + 1, then the calibrated head's C + 1, background last.
 
-    loss = softmax cross-entropy of the calibrated head, mean over the rows; the original gets no gradient.
+    loss = softmax cross-entropy of the calibrated head, mean over the rows; the original gets no gradient. An episode
+    has as many rows as its objects, so processes differ: in training each divides by the mean number of all of them.
     """
 
     replaced: Tensor
@@ -62,8 +64,11 @@ class SimCal(ClassificationLoss):
         self.register_buffer("replaced", torch.as_tensor(stats.instance_count) < instance_threshold, persistent=False)
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        calibrated = logits[:, self.num_classes + 1 :]
-        return F.cross_entropy(calibrated, labels, reduction="sum") / max(len(labels), 1)
+        total = F.cross_entropy(logits[:, self.num_classes + 1 :], labels, reduction="sum")
+        if not (self.training and several_ranks()):
+            return total / max(len(labels), 1)
+        rows, ranks = sum_over_ranks(total.new_tensor(float(len(labels))), total.new_ones(()))
+        return total * ranks / rows.clamp(min=1)
 
     def scores(self, logits: Tensor) -> Tensor:
         original, calibrated = logits.chunk(2, dim=1)
@@ -135,7 +140,7 @@ class TwinRoIHeads(RoIHeads):
         own = list(boxes[chosen.rows].split(chosen.per_picture))
         logits, _ = self.predictor(self.head(self.pool(features, own, image_sizes, places)))
         known = None if rows.known is None else rows.known[chosen.rows]
-        return {"loss_classifier": self.loss(logits.float(), labels[chosen.rows], known=known, every_row=True)}
+        return {"loss_classifier": self.loss(logits.float(), labels[chosen.rows], every_row=True, known=known)}
 
 
 def with_twin(
