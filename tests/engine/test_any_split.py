@@ -24,6 +24,7 @@ from tailfin.models.features.base import Rows, Seen
 from tailfin.models.features.box_generator import shifted_boxes
 from tailfin.models.features.meta_reweighting import LearntWeights, MetaReweighter
 from tailfin.models.heads.simcal import episode_labels
+from tailfin.models.roi_align import Places
 from tailfin.models.rpn import RPNOutputs
 from tailfin.pretraining.contrast import ContrastHeads
 from tailfin.run import batch_plan
@@ -52,12 +53,13 @@ def rows_of(pictures: Sequence[int]) -> Rows:
     labels = [torch.cat([target(p)["labels"], torch.full((ROWS - 3,), CLASSES)]) for p in pictures]
     boxes = [torch.rand(ROWS, 4) for _ in pictures]
     none = torch.zeros(ROWS * len(pictures), dtype=torch.int64)
-    return Rows(boxes, torch.cat(labels), torch.cat(boxes), none, none.bool())
+    places = Places(torch.arange(len(pictures)).repeat_interleave(ROWS), [len(none)])
+    return Rows(boxes, torch.cat(labels), torch.cat(boxes), none, none.bool(), places)
 
 
 def seen(pictures: Sequence[int], classifier: nn.Module) -> Seen:
     rows = rows_of(pictures)
-    pool = lambda boxes: torch.cat(boxes)  # noqa: E731 - boxes serve as features of four channels
+    pool = lambda boxes, places=None: torch.cat(boxes)  # noqa: E731 - boxes serve as features of four channels
     shared, sizes = torch.rand(len(rows.labels), WIDTH), [(64, 64)] * len(pictures)
     return Seen(rows, shared, [target(p) for p in pictures], sizes, pool, nn.Identity(), classifier)
 
@@ -129,7 +131,7 @@ def fedloss(**options: Any) -> Call:
     def call(pictures: Sequence[int]) -> Tensor:
         rows = rows_of(pictures)
         logits = torch.zeros((len(rows.labels), CLASSES), requires_grad=True)
-        (slope,) = torch.autograd.grad(loss(logits, rows.labels, picture=rows.pictures()), logits)
+        (slope,) = torch.autograd.grad(loss(logits, rows.labels, picture=rows.places.picture), logits)
         kept = (slope != 0).sum(0)
         return torch.cat([kept[:16], kept[16:].sum()[None]])
 
@@ -143,7 +145,7 @@ def bags(**options: Any) -> Call:
 
     def call(pictures: Sequence[int]) -> Tensor:
         rows = rows_of(pictures)
-        loss(torch.zeros((len(rows.labels), loss.num_logits)), rows.labels, picture=rows.pictures())
+        loss(torch.zeros((len(rows.labels), loss.num_logits)), rows.labels, picture=rows.places.picture)
         return len(pictures) * torch.stack(list(loss.parts.values()))
 
     return call
@@ -154,7 +156,7 @@ def simcal() -> Call:
 
     def call(pictures: Sequence[int]) -> Tensor:
         rows = rows_of(pictures)
-        labels = episode_labels(rows.labels, rows.pictures(), torch.tensor(pictures) % 8, CLASSES)
+        labels = episode_labels(rows.labels, rows.places.picture, torch.tensor(pictures) % 8, CLASSES)
         return torch.stack([(labels == CLASSES).sum(), ((labels >= 0) & (labels < CLASSES)).sum()])
 
     return call
@@ -185,22 +187,18 @@ def box_generator() -> Call:
 
 
 def nms_resampling() -> Call:
-    """Proposals that the resampling RPN keeps, of anchors and scores that belong to the picture."""
+    """Proposals that the resampling RPN keeps, of scores that belong to the picture."""
     recipe = load_recipe("fod/faster_rcnn_r18_softmax", ["detector.rpn_nms_resampling=discrete"])
     model: Any = build_detector(recipe, STATS, start=False)[0]
     rpn = model.rpn.train()
 
+    generator = torch.Generator().manual_seed(0)
+    anchors = target(0)["boxes"][torch.arange(100) % 3] + 4 * torch.rand(100, 4, generator=generator)
+
     def call(pictures: Sequence[int]) -> Tensor:
-        scores, anchors = [], []
-        for picture in pictures:
-            generator = torch.Generator().manual_seed(picture)
-            scores.append(torch.randn(100, 1, generator=generator))
-            anchors.append(
-                target(picture)["boxes"][torch.arange(100) % 3] + 4 * torch.rand(100, 4, generator=generator)
-            )
-        raw = RPNOutputs(torch.cat(scores), torch.zeros(100 * len(pictures), 4), anchors, [100])
-        found = rpn.propose(raw, [(64, 64)] * len(pictures), [target(p) for p in pictures])[0]
-        return torch.tensor([sum(len(own) for own in found)])
+        scores = torch.stack([torch.randn(100, generator=torch.Generator().manual_seed(p)) for p in pictures])
+        raw = RPNOutputs(scores, torch.zeros(len(pictures), 100, 4), anchors, [100])
+        return rpn.propose(raw, [(64, 64)] * len(pictures), [target(p) for p in pictures]).valid.sum()[None]
 
     return call
 

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 import tailfin
+from same_draws import first_rows
 from tailfin import checkpoint
 from tailfin.models.features import box_generator
 from tailfin.models.features.feature_memory import FeatureMemory
@@ -110,11 +111,12 @@ def test_stopped_inside_stage_two_and_resumed(tmp_path, tiny_set, tiny_recipe, s
 def number_all_draws(rank: int, world: int) -> None:
     """The same batch gives the same losses whoever has it: samplers take the first rows and anchors, boxes shift by a
     half, and the draws are numbered over all processes, each having its share."""
-    torch.randperm = lambda n, **options: torch.arange(n)
+
+    first_rows()
     shifted, sample, begin = box_generator.perturbed_boxes, FeatureHallucination.sample, FeatureStatistics.__init__
     stored = FeatureMemory.sample
 
-    def shifted_by_a_half(boxes, size, **options):
+    def shifted_by_a_half(boxes, size, **_):
         return shifted(boxes, size, draws=torch.full((4, 16), 0.5))
 
     def own_classes(number):

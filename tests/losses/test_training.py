@@ -60,7 +60,7 @@ def features(tmp_path_factory, tiny_set, tiny_recipe) -> Features:
             small = to_test_size(picture, detector.recipe.data)
             batch = batch_images([small])
             maps = model.backbone(batch.tensors)
-            _, proposals, _ = model.rpn(batch, maps)
+            proposals, _ = model.rpn(batch, maps)[1].split()
             own = slice(int(clean.offsets[row]), int(clean.offsets[row + 1]))
             scale = small.shape[-1] / picture.shape[-1]
             target = {

@@ -16,13 +16,16 @@ from torch.nn import functional as F
 
 from tailfin.collectives import gather_over_ranks
 from tailfin.pretraining.contrast import (
+    ContrastHeads,
     ProjectionMLP,
     RingQueue,
     box_nt_xent,
     cosine_distance,
     info_nce,
     nt_xent,
+    same_class,
 )
+from tailfin.schema.pretraining import Contrast
 
 
 def unit(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -258,3 +261,41 @@ def test_two_processes_keep_the_same_queue_and_see_one_batch(run_on_ranks):
     assert (one["loss"] + two["loss"]) / 2 == pytest.approx(loss.item(), rel=1e-6)
     mean = torch.cat([torch.from_numpy(part["grad"]) for part in (one, two)]) / 2  # as gradients are averaged
     torch.testing.assert_close(mean, first.grad, atol=1e-6, rtol=1e-5)
+
+
+def test_negatives_of_the_same_class_are_left_out():
+    torch.manual_seed(0)
+    queries, keys, negatives = (F.normalize(torch.randn(n, 6, dtype=torch.float64), dim=1) for n in (3, 3, 8))
+    labels, others = torch.tensor([0, 1, -1]), torch.tensor([0, 0, 1, 2, -1, -1, 1, 0])
+    out = same_class(labels, others)
+    assert out.tolist()[0] == [True, True, False, False, False, False, False, True] and not out[2].any()
+    each = [
+        info_nce(queries[row : row + 1], keys[row : row + 1], negatives[~out[row]], 0.2) for row in range(len(queries))
+    ]
+    value = info_nce(queries, keys, negatives, 0.2, left_out=out)
+    torch.testing.assert_close(value, torch.stack(each).mean())
+    every = info_nce(queries, keys, negatives, 0.2, left_out=torch.ones(3, 8, dtype=torch.bool))
+    assert every.item() == pytest.approx(0)  # nothing is left to confuse it with
+    free = queries.requires_grad_()
+    assert torch.autograd.gradcheck(lambda own: info_nce(own, keys, negatives, 0.2, left_out=out), free)
+
+
+def test_a_queue_remembers_the_class_of_its_keys():
+    queue = RingQueue(4, 2)
+    assert queue.labels.tolist() == [-1] * 4
+    queue.enqueue(torch.eye(2), torch.tensor([5, 1202]))
+    queue.enqueue(torch.eye(2)[:1])
+    assert queue.labels.tolist() == [5, 1202, -1, -1]
+    queue.enqueue(torch.ones(6, 2), torch.arange(6))
+    assert sorted(queue.labels.tolist()) == [2, 3, 4, 5] and int(queue.place) == 1
+
+
+def test_diagnosis_of_a_contrast():
+    rows = F.normalize(torch.randn(4000, 16, generator=torch.Generator().manual_seed(0)), dim=1)
+    heads = ContrastHeads({"image": (Contrast(queue=50, hidden=8, dim=16), 8)})
+    own = heads["image"].diagnosed(rows[:500], rows[:500])
+    assert own["spread"].item() == pytest.approx(1, abs=0.02) and own["accuracy"].item() == 1
+    far = heads["image"].diagnosed(rows[:500], -rows[:500])
+    one = heads["image"].diagnosed(rows[:1].expand(9, -1), rows[:9])
+    assert far["accuracy"].item() == 0 and one["spread"].item() == pytest.approx(0, abs=1e-3)
+    assert heads["image"].diagnosed(rows[:0], rows[:0]) == {}

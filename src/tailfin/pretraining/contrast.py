@@ -31,17 +31,24 @@ from tailfin.schema.pretraining import Contrast
 
 
 def info_nce(
-    queries: Tensor, keys: Tensor, negatives: Tensor, temperature: float, *, rows: float | None = None
+    queries: Tensor,
+    keys: Tensor,
+    negatives: Tensor,
+    temperature: float,
+    *,
+    rows: float | None = None,
+    left_out: Tensor | None = None,
 ) -> Tensor:
     """InfoNCE of queries [N, D] and their keys [N, D] against the negatives [K, D]: the mean over rows, a scalar.
 
     `rows` is what the sum is divided by instead of N (a process's share of all rows). No row gives 0 in the graph.
+    `left_out` bool [N, K]: pairs that are no negatives.
     Neither the [N, K] similarities nor the negatives are kept for the backward pass, so the negatives may be
     overwritten before it: the gradient to a query is the softmax-weighted sum of keys and negatives, [N, D].
     """
     with torch.autocast(queries.device.type, enabled=False):
         dtype = torch.promote_types(queries.dtype, torch.float32)
-        total = _InfoNCE.apply(queries.to(dtype), keys.to(dtype), negatives.to(dtype), temperature)
+        total = _InfoNCE.apply(queries.to(dtype), keys.to(dtype), negatives.to(dtype), temperature, left_out)
     return total / max(len(queries) if rows is None else rows, 1)
 
 
@@ -49,9 +56,13 @@ class _InfoNCE(torch.autograd.Function):
     """Sum over rows of InfoNCE."""
 
     @staticmethod
-    def forward(ctx: Any, queries: Tensor, keys: Tensor, negatives: Tensor, temperature: float) -> Tensor:
+    def forward(
+        ctx: Any, queries: Tensor, keys: Tensor, negatives: Tensor, temperature: float, left_out: Tensor | None
+    ) -> Tensor:
         positive = (queries * keys).sum(1, keepdim=True) / temperature
         weights = (queries @ negatives.T).div_(temperature)  # [N, K], turned into the softmax in place
+        if left_out is not None:
+            weights.masked_fill_(left_out, -torch.inf)
         top = torch.maximum(positive, weights.amax(1, keepdim=True)) if weights.shape[1] else positive
         weights = weights.sub_(top).exp_()
         own = (positive - top).exp()
@@ -65,7 +76,7 @@ class _InfoNCE(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         to_queries, to_keys = ctx.saved_tensors
-        return gradient * to_queries, None if to_keys is None else gradient * to_keys, None, None
+        return gradient * to_queries, None if to_keys is None else gradient * to_keys, None, None, None
 
 
 def nt_xent(first: Tensor, second: Tensor, temperature: float) -> Tensor:
@@ -106,6 +117,11 @@ def box_nt_xent(queries: Tensor, query_ids: Tensor, keys: Tensor, key_ids: Tenso
         return (each.sum(1) / found.clamp(min=1)).sum() * ranks / matched.clamp(min=1)
 
 
+def same_class(labels: Tensor, others: Tensor) -> Tensor:
+    """bool [N, K]: both are of one class; -1 is of none."""
+    return (labels[:, None] == others) & (labels >= 0)[:, None]
+
+
 def cosine_distance(queries: Tensor, keys: Tensor, *, rows: float | None = None) -> Tensor:
     """2 - 2 cos of unit rows [N, D] with their keys: the mean over rows, or the sum divided by `rows`."""
     total = (2 - 2 * (queries.float() * keys.float()).sum(1)).sum()
@@ -115,24 +131,29 @@ def cosine_distance(queries: Tensor, keys: Tensor, *, rows: float | None = None)
 class RingQueue(nn.Module):
     """The newest `size` keys, unit rows [size, dim] in float32; random directions before the first keys come.
 
-    `rows` and `place` are buffers, so a checkpoint has them. Any number of keys goes in, the end wraps to the start.
+    `rows`, `labels` (the class of each, -1 for none) and `place` are buffers, so a checkpoint has them. Any number of
+    keys goes in, the end wraps to the start.
     """
 
     rows: Tensor
+    labels: Tensor
     place: Tensor
 
     def __init__(self, size: int, dim: int) -> None:
         super().__init__()
         self.register_buffer("rows", F.normalize(torch.randn(size, dim), dim=1))
+        self.register_buffer("labels", torch.full((size,), -1))
         self.register_buffer("place", torch.zeros((), dtype=torch.int64))  # of the next key
 
     @torch.no_grad()
-    def enqueue(self, keys: Tensor) -> None:
-        """Store keys [n, dim] in their order, the newest in place of the oldest."""
+    def enqueue(self, keys: Tensor, labels: Tensor | None = None) -> None:
+        """Store keys [n, dim], and the class of each, in their order, the newest in place of the oldest."""
         size = len(self.rows)
         places = self.place + torch.arange(len(keys), device=self.rows.device)
         kept = keys[-size:] if len(keys) else keys  # of more than fit only the newest
-        self.rows.index_copy_(0, places[len(keys) - len(kept) :] % size, kept.to(self.rows))
+        places = places[len(keys) - len(kept) :] % size
+        self.rows.index_copy_(0, places, kept.to(self.rows))
+        self.labels[places] = -1 if labels is None else labels[-size:].to(self.labels)
         self.place.add_(len(keys)).remainder_(size)
 
 
@@ -216,16 +237,43 @@ class ContrastHead:
         """Unit rows float32 [N, dim] by the projector's momentum copy."""
         return F.normalize(projector(vectors).float(), dim=1)
 
-    def loss(self, queries: Tensor, keys: Tensor, *, rows: float | None = None) -> Tensor:
-        """Cosine distance, or InfoNCE against the queue as it is; `rows` as in `info_nce`."""
+    @property
+    def looks_at_classes(self) -> bool:
+        """Whether keys of a query's own class are no negatives."""
+        return self.queue is not None and self.config.same_class == "left_out"
+
+    def loss(self, queries: Tensor, keys: Tensor, *, rows: float | None = None, labels: Tensor | None = None) -> Tensor:
+        """Cosine distance, or InfoNCE against the queue as it is; `rows` as in `info_nce`. With the queries' `labels`
+        [N] keys of the same class (-1 is none) are left out."""
         if self.queue is None:
             return cosine_distance(queries, keys, rows=rows)
-        return info_nce(queries, keys, self.queue.rows, self.config.temperature, rows=rows)
+        same = None if labels is None else same_class(labels, self.queue.labels)
+        return info_nce(queries, keys, self.queue.rows, self.config.temperature, rows=rows, left_out=same)
 
-    def remember(self, keys: Sequence[Tensor]) -> None:
+    def remember(self, keys: Sequence[Tensor], labels: Sequence[Tensor] | None = None) -> None:
         """Keys of all processes into the queue, where there is one."""
+        if self.queue is None:
+            return
+        joined = torch.cat(list(keys))
+        if labels is None:
+            self.queue.enqueue(gather_over_ranks(joined.detach())[0])
+        else:  # a class is a small whole number: exact in float32
+            (both,) = gather_over_ranks(torch.cat([joined, torch.cat(list(labels))[:, None].to(joined)], dim=1))
+            self.queue.enqueue(both[:, :-1], both[:, -1].round().long())
+
+    @torch.no_grad()
+    def diagnosed(self, queries: Tensor, keys: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        """How the contrast goes: `accuracy`, the share of queries to which their own key is nearer than any negative;
+        `spread`, the deviation of queries per dimension over that of evenly spread ones: 0 is a collapse, 1 even."""
+        if not len(queries):
+            return {}
+        found = {"spread": queries.std(dim=0, correction=0).square().sum().sqrt()}
         if self.queue is not None:
-            self.queue.enqueue(gather_over_ranks(torch.cat(list(keys)).detach())[0])
+            negatives = queries @ self.queue.rows.to(queries).T
+            if labels is not None:
+                negatives = negatives.masked_fill(same_class(labels, self.queue.labels), -torch.inf)
+            found["accuracy"] = ((queries * keys).sum(1) > negatives.amax(1)).float().mean()
+        return found
 
 
 class ContrastHeads(nn.Module):

@@ -18,6 +18,7 @@ _MOCO_VIEWS = {
     "resize": "square",
     "sizes": (224,),
     "min_valid": 0,
+    "keep_rarest": False,
     "solarise_p": (0.0, 0.0),
 }
 _BYOL_VIEWS = {**_MOCO_VIEWS, "jitter": (0.4, 0.4, 0.2, 0.1), "blur_p": (1.0, 0.1), "solarise_p": (0.0, 0.2)}

@@ -266,7 +266,7 @@ def test_eqfl_is_told_the_quality(heads):
     given = []
     heads.loss.register_forward_pre_hook(lambda module, args, kwargs: given.append(kwargs), with_kwargs=True)
     heads(*batch())[1]["loss_classifier"].backward()
-    assert set(given[0]) == {"quality"} and given[0]["quality"].max() > 0.5
+    assert set(given[0]) == {"quality", "every_row"} and given[0]["quality"].max() > 0.5
     assert heads.predictor.bbox_pred.weight.grad is None, "the quality is a constant"
 
 

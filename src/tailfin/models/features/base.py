@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
 from tailfin.collectives import this_rank
 from tailfin.data.dataset import Source, TrainingDataset
 from tailfin.losses.base import PICTURES
+from tailfin.models.roi_align import Places
 from tailfin.samplers.plan import BatchPlan
 from tailfin.schema.recipe import Recipe
 from tailfin.stats import ClassStats
@@ -30,12 +30,8 @@ class Rows(NamedTuple):
     matched: Tensor  # [N, 4] the ground-truth box of each row; of no meaning on background rows
     gt_index: Tensor  # int64 [N] the object of each row, counted over the batch; -1 on background rows
     added: Tensor  # bool [N] rows that are an object's own box, joined to the proposals
+    places: Places  # for pooling: the picture of each row, and how many rows each level has
     known: Tensor | None = None  # bool [N, C] classes that were looked for in the row's picture; none: all
-
-    def pictures(self) -> Tensor:
-        """The picture of each row, int64 [N]."""
-        counts = torch.tensor([len(own) for own in self.boxes])
-        return torch.arange(len(counts)).repeat_interleave(counts).to(self.labels.device)
 
 
 class ExtraRows(NamedTuple):
@@ -58,7 +54,7 @@ class Seen(NamedTuple):
     shared: Tensor  # [N, D] features of the sampled rows
     targets: Targets
     image_sizes: list[tuple[int, int]]  # (height, width) without padding
-    pool: Callable[[list[Tensor]], Tensor]  # boxes per image [M, 4] to pooled features [N, channels, size, size]
+    pool: Callable[..., Tensor]  # boxes per image [M, 4] (and places) to pooled features [N, channels, size, size]
     head: nn.Module  # pooled to shared features
     classifier: nn.Module  # shared features to logits
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from tailfin.collectives import gather_over_ranks
 from tailfin.data.dataset import TrainingDataset, training_loader
 from tailfin.errors import UserError
-from tailfin.losses.base import ClassificationLoss
+from tailfin.losses.base import ClassificationLoss, counts_of
 from tailfin.losses.ebl import EBL
 from tailfin.models.features.base import ExtraRows, FeatureModule, Seen, StageFacts, Targets
 from tailfin.models.features.box_generator import COPIES, shifted_boxes
@@ -99,15 +99,15 @@ class FeatureMemory(nn.Module):
         features, labels, boxes, gt_boxes = gather_over_ranks(
             features.to(self.features.dtype), labels, boxes.to(self.boxes.dtype), gt_boxes.to(self.boxes.dtype)
         )
-        inside = torch.where((labels >= 0) & (labels < len(self.written)))[0]
-        labels = labels[inside]
-        kept, slot = ring_slots(labels, self.written, self.size)
-        row, label = inside[kept], labels[kept]
+        classes = len(self.written)
+        labels = torch.where((labels >= 0) & (labels < classes), labels, classes)  # the last ring is not there
+        row, slot = ring_slots(labels, self.written, self.size)
+        label = labels[row]
         self.boxes[label, slot] = boxes[row].to(self.boxes)
         self.gt_boxes[label, slot] = gt_boxes[row].to(self.gt_boxes)
         at = (label.to(self.features.device), slot.to(self.features.device))
         self.features[at] = features[row].to(self.features)
-        self.written += torch.bincount(labels, minlength=len(self.written))
+        self.written += counts_of(labels, classes + 1, torch.int64)[:-1]
 
     @torch.no_grad()
     def sample(
@@ -133,9 +133,9 @@ class FeatureMemory(nn.Module):
         held = self.written[chosen].clamp(max=self.size)
         # a float32 uniform times a count can round up to the count
         slot = torch.minimum((draws[1].to(device) * held[:, None]).long(), (held - 1).clamp(min=0)[:, None])
-        filled = held > 0
+        filled = torch.where(held > 0)[0]
         slot = slot[filled].flatten()
-        labels = chosen[filled].repeat_interleave(draws[1].shape[1])
+        labels = chosen[filled, None].expand(-1, draws[1].shape[1]).flatten()
         at = (labels.to(self.features.device), slot.to(self.features.device))
         return StoredRows(self.features[at].to(device), labels, self.boxes[labels, slot], self.gt_boxes[labels, slot])
 
@@ -254,12 +254,12 @@ def build(
 def ring_slots(index: Tensor, written: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """Where rows go in rings of `size` places, in their order: (rows to store [k], place of each [k]).
 
-    `index` int64 [n] names each row's ring, `written` [rings] counts the rows that each has ever got. Of rows that
-    would overwrite each other only the newest are stored.
+    `index` int64 [n] names each row's ring, `written` [rings] counts the rows that each has ever got; rows of ring
+    number [rings] are not stored. Of rows that would overwrite each other only the newest are stored. One read back.
     """
-    count = torch.bincount(index, minlength=len(written))
+    count = counts_of(index, len(written) + 1, torch.int64)
     order = torch.argsort(index, stable=True)
     nth = torch.empty_like(index)  # of its ring, among the new rows
     nth[order] = torch.arange(len(index), device=index.device) - (count.cumsum(0) - count)[index[order]]
-    kept = torch.where(nth >= count[index] - size)[0]
+    kept = torch.where((nth >= count[index] - size) & (index < len(written)))[0]
     return kept, (written[index[kept]] + nth[kept]) % size

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tailfin.collectives import several_ranks, sum_over_ranks
+from tailfin.collectives import sum_over_ranks
 from tailfin.errors import UserError
 from tailfin.losses.base import ClassificationLoss
 from tailfin.losses.fcbl import FCBL
@@ -143,32 +143,25 @@ class FeatureStatistics(nn.Module):
                 f"features must be [n, {self.mean.shape[1]}] with labels [n], these are {list(features.shape)} and "
                 f"{list(labels.shape)}"
             )
-        inside = (labels >= 0) & (labels < classes)
-        features, labels = features[inside].to(self.mean.dtype), labels[inside]
-        # other processes and steps may have other classes
-        again = again and self._batch is not None
-        if (self.across_ranks and several_ranks()) or again:
-            present, group = torch.arange(classes, device=labels.device), labels
-        else:
-            present, group = torch.unique(labels, return_inverse=True)
-
-        count, total = self._summed(torch.ones_like(features[:, :1]), features, group=group, length=len(present))
+        # every class has a place, and rows of no class the one behind them: nothing is looked up on the device
+        group = torch.where((labels >= 0) & (labels < classes), labels, classes)
+        features = features.to(self.mean.dtype)
+        count, total = self._summed(torch.ones_like(features[:, :1]), features, group=group, length=classes + 1)
         mean = total / count.clamp(min=1)
-        (squares,) = self._summed((features - mean[group]).square(), group=group, length=len(present))
-        if again:
-            assert self._batch is not None
+        (squares,) = self._summed((features - mean[group]).square(), group=group, length=classes + 1)
+        count, mean, squares = count[:-1], mean[:-1], squares[:-1]
+        if again and self._batch is not None:
             count, mean, squares = self._batch.joined(count, mean, squares)
             self._batch.restore(self)
-        seen = count[:, 0] > 0
-        present, count, mean, squares = present[seen], count[seen], mean[seen], squares[seen]
+        old = self.mean.clone(), self.variance.clone(), self.used.clone()
+        self._batch = Gathered(count, mean, squares, *old)
+
+        seen = count > 0
         variance = squares / (count - 1).clamp(min=1)
-        self._batch = Gathered(
-            present, count, mean, squares, self.mean[present], self.variance[present], self.used[present]
-        )
-        keep = self.momentum * self.used[present].to(mean.dtype)[:, None]
-        self.mean[present] = keep * self.mean[present] + (1 - keep) * mean
-        self.variance[present] = keep * self.variance[present] + (1 - keep) * variance
-        self.used[present] = True
+        keep = torch.where(seen, self.momentum * self.used.to(mean.dtype)[:, None], 1.0)
+        self.mean.copy_(torch.where(seen, keep * self.mean + (1 - keep) * mean, self.mean))
+        self.variance.copy_(torch.where(seen, keep * self.variance + (1 - keep) * variance, self.variance))
+        self.used |= seen[:, 0]
 
     def noise(self, rows: int, generator: torch.Generator | None = None) -> Tensor:
         """[rows, D] standard normals in the statistics' dtype and on their device."""
@@ -191,30 +184,26 @@ class FeatureStatistics(nn.Module):
 
 
 class Gathered(NamedTuple):
-    """What an optimiser batch has brought so far, of the classes `present` [P]."""
+    """What an optimiser batch has brought so far, of every class."""
 
-    present: Tensor
-    number: Tensor  # [P, 1] rows, their mean [P, D] and the sum of squared distances from it
+    number: Tensor  # [C, 1] rows, their mean [C, D] and the sum of squared distances from it
     mean: Tensor
     squares: Tensor
-    old_mean: Tensor  # [P, D] the statistics before the batch
+    old_mean: Tensor  # [C, D] the statistics before the batch
     old_variance: Tensor
     old_used: Tensor
 
     def joined(self, count: Tensor, mean: Tensor, squares: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Count, mean and squares of these rows and more, the latter for every class: [C, 1], [C, D] and [C, D]."""
-        own_count = torch.zeros_like(count).index_copy_(0, self.present, self.number)
-        own_mean = torch.zeros_like(mean).index_copy_(0, self.present, self.mean)
-        total, shift = own_count + count, mean - own_mean
+        """Count, mean and squares of these rows and more, [C, 1], [C, D] and [C, D]."""
+        total, shift = self.number + count, mean - self.mean
         share = count / total.clamp(min=1)
-        squares = squares + shift.square() * own_count * share
-        return total, own_mean + shift * share, squares.index_add(0, self.present, self.squares)
+        return total, self.mean + shift * share, self.squares + squares + shift.square() * self.number * share
 
     def restore(self, statistics: FeatureStatistics) -> None:
         """The statistics as they were before the batch."""
-        statistics.mean[self.present] = self.old_mean
-        statistics.variance[self.present] = self.old_variance
-        statistics.used[self.present] = self.old_used
+        statistics.mean.copy_(self.old_mean)
+        statistics.variance.copy_(self.old_variance)
+        statistics.used.copy_(self.old_used)
 
 
 def inverse_cdf(weights: Tensor, uniform: Tensor) -> Tensor:

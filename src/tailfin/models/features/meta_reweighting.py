@@ -96,6 +96,7 @@ class MetaReweighter(BalancedSigmoid):
         *,
         inner_lr: float,
         last: bool = True,
+        every_row: bool = False,
     ) -> Tensor:
         """One step of the class weights; returns the plain sigmoid loss after the inner step, detached.
 
@@ -104,10 +105,12 @@ class MetaReweighter(BalancedSigmoid):
 
         `classifier` maps features [N, D] to logits [N, C]; it gets no gradient and no change. Labels are as for a loss.
         With several processes the outer gradient is the mean over them: call it on all of them. Both sets of rows may
-        be empty.
+        be empty. `every_row`: no label is -1, so that nothing need be looked for.
         """
-        features, labels = known_rows(features, labels)
-        balanced_features, balanced_labels = known_rows(balanced_features, balanced_labels)
+        if not every_row:
+            features, labels = known_rows(features, labels)
+            balanced_features, balanced_labels = known_rows(balanced_features, balanced_labels)
+        features, balanced_features = (at_least_float32(rows.detach()) for rows in (features, balanced_features))
         theta = {
             name: value.detach().requires_grad_()
             for name, value in classifier.named_parameters()
@@ -153,9 +156,9 @@ def bce_rows(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def known_rows(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows whose label is not ignored (-1), detached and in float32 at least."""
-    keep = labels >= 0
-    return at_least_float32(features.detach()[keep]), labels[keep]
+    """Rows whose label is not ignored (-1)."""
+    keep = torch.where(labels >= 0)[0]
+    return features[keep], labels[keep]
 
 
 # ---- in a box head ---------------------------------------------------------------------------------------------------
@@ -187,9 +190,10 @@ class LearntWeights(FeatureModule):
         if "balanced_features" in (target := seen.targets[0]):
             rate = self.inner_lr if self.inner_lr is not None else self.rate(self.epoch)
             balanced = target["balanced_features"], target["balanced_labels"]
+            rows = seen.shared, seen.rows.labels, *balanced
             self.calls += 1
             last = self.calls % self.accumulation == 0
-            self._loss[0].learn(seen.classifier, seen.shared, seen.rows.labels, *balanced, inner_lr=rate, last=last)
+            self._loss[0].learn(seen.classifier, *rows, inner_lr=rate, last=last, every_row=True)
 
     def around(self, model: Any, stage: StageFacts) -> dict[str, Any]:
         """Partners for the pictures, and a step that hands their rows on."""

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from tailfin.collectives import gather_over_ranks
-from tailfin.losses.base import ClassificationLoss
+from tailfin.losses.base import ClassificationLoss, counts_of
 from tailfin.models.features.base import ExtraRows, FeatureModule, Seen
 from tailfin.models.features.feature_memory import StoredRows, ring_slots
 from tailfin.schema.detectors import FasterRCNNConfig
@@ -75,22 +75,20 @@ class FeatureBank(nn.Module):
         return torch.cat([features, stored.features.to(features.dtype)]), torch.cat([labels, stored.labels])
 
     @torch.no_grad()
-    def recall(self, labels: Tensor, pictures: Tensor | None = None) -> StoredRows:
+    def recall(self, labels: Tensor, pictures: Tensor | None = None, batch: int = 1) -> StoredRows:
         """The newest rows, at most `cache`, of each target class in `labels` [N]: class by class, newest first.
 
-        With `pictures` int64 [N], the picture of each row: of each target class in each picture, picture by picture.
+        With `pictures` int64 [N], the picture of each row among `batch` ones: of each target class in each picture,
+        picture by picture.
         """
-        row, present = self._targets(labels)
-        if pictures is None:
-            present = torch.unique(present)
-        else:
-            classes = max(len(self.target_classes), 1)
-            present = torch.unique(pictures[row] * classes + present) % classes
+        width = len(self.written) + 1
+        ring = self._ring(labels) if pictures is None else self._ring(labels) + pictures * width
+        present = counts_of(ring, batch * width, torch.int64).view(batch, width)[:, :-1, None] > 0
         age = torch.arange(self.cache, device=labels.device)
-        place = (present[:, None], (self.written[present, None] - 1 - age) % self.size)
-        held = age < self.written[present, None].clamp(max=self.size)
-        own = self.target_classes[present, None].expand_as(held)
-        return StoredRows(self.features[place][held], own[held], self.boxes[place][held], self.gt_boxes[place][held])
+        held = present & (age < self.written[:, None].clamp(max=self.size))
+        _, ring, back = torch.where(held)
+        place = (ring, (self.written[ring] - 1 - back) % self.size)
+        return StoredRows(self.features[place], self.target_classes[ring], self.boxes[place], self.gt_boxes[place])
 
     @torch.no_grad()
     def push(self, features: Tensor, labels: Tensor, boxes: Tensor, gt_boxes: Tensor) -> None:
@@ -100,7 +98,9 @@ class FeatureBank(nn.Module):
         """
         if not self.training:
             return
-        row, target = self._targets(labels)
+        ring = self._ring(labels)
+        row = torch.where(ring < len(self.written))[0]
+        target = ring[row]
         features, target, boxes, gt_boxes = gather_over_ranks(
             features[row].to(self.features.dtype), target, boxes[row].to(self.boxes), gt_boxes[row].to(self.boxes)
         )
@@ -108,15 +108,15 @@ class FeatureBank(nn.Module):
         self.features[target[kept], slot] = features[kept]
         self.boxes[target[kept], slot] = boxes[kept]
         self.gt_boxes[target[kept], slot] = gt_boxes[kept]
-        self.written += torch.bincount(target, minlength=len(self.written))
+        self.written += counts_of(target, len(self.written), torch.int64)
 
-    def _targets(self, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows of target classes and the place of each one's class in `target_classes`."""
-        if not len(self.target_classes):
-            return labels.new_zeros(0), labels.new_zeros(0)
-        place = torch.searchsorted(self.target_classes, labels).clamp(max=len(self.target_classes) - 1)
-        row = torch.where(self.target_classes[place] == labels)[0]
-        return row, place[row]
+    def _ring(self, labels: Tensor) -> Tensor:
+        """The place of each row's class in `target_classes` [T]; T where it is none of them."""
+        rings = len(self.target_classes)
+        if not rings:
+            return torch.zeros_like(labels)
+        place = torch.searchsorted(self.target_classes, labels).clamp(max=rings - 1)
+        return torch.where(self.target_classes[place] == labels, place, rings)
 
 
 class RecalledRows(FeatureModule):
@@ -133,7 +133,8 @@ class RecalledRows(FeatureModule):
 
     def rows(self, seen: Seen) -> ExtraRows:
         rows = seen.rows
-        stored = self.bank.recall(rows.labels, rows.pictures() if self.per == "batch" else None)
+        each = (rows.places.picture, len(seen.targets)) if self.per == "batch" else ()
+        stored = self.bank.recall(rows.labels, *each)
         self.bank.push(seen.shared.detach(), rows.labels, torch.cat(rows.boxes), rows.matched)
         return ExtraRows(stored.features.to(seen.shared.dtype), stored.labels, stored.boxes, stored.gt_boxes)
 

@@ -31,6 +31,8 @@ from tailfin.losses.softmax import Softmax
 from tailfin.models.features.base import Rows, Targets
 from tailfin.models.heads.roi_heads import BoxPredictor, RoIHeads
 from tailfin.models.precision import in_float32
+from tailfin.models.roi_align import Places
+from tailfin.models.row_sampling import chosen_rows
 from tailfin.samplers.episodes import EpisodeDataset, EpisodePlan
 from tailfin.schema.recipe import Recipe
 from tailfin.stats import ClassStats
@@ -127,16 +129,18 @@ class TwinRoIHeads(RoIHeads):
         shared: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """The calibrated head's loss on the rows of the episode."""
-        counts = [len(own) for own in rows.boxes]
         sampled = None
         if "sampled_class" in targets[0]:
             sampled = torch.stack([target["sampled_class"] for target in targets]).to(rows.labels.device)
-        labels = episode_labels(rows.labels, rows.pictures(), sampled, self.loss.num_classes)
-        chosen = labels >= 0
-        boxes = [own[keep] for own, keep in zip(rows.boxes, chosen.split(counts), strict=True)]
-        logits, _ = self.predict(features, boxes, image_sizes)
-        known = None if rows.known is None else rows.known[chosen]
-        return {"loss_classifier": self.loss(logits, labels[chosen], known=known)}
+        labels = episode_labels(rows.labels, rows.places.picture, sampled, self.loss.num_classes)
+        boxes = torch.cat(rows.boxes)
+        levels, count = self.pool.levels(boxes), len(self.pool.featmap_names)
+        chosen = chosen_rows(labels >= 0, rows.places.picture, len(targets), levels, count)
+        places = Places(rows.places.picture[chosen.rows], chosen.per_level)
+        own = list(boxes[chosen.rows].split(chosen.per_picture))
+        logits, _ = self.predictor(self.head(self.pool(features, own, image_sizes, places)))
+        known = None if rows.known is None else rows.known[chosen.rows]
+        return {"loss_classifier": self.loss(logits.float(), labels[chosen.rows], every_row=True, known=known)}
 
 
 def with_twin(
@@ -158,9 +162,9 @@ def with_twin(
         nn.Identity(),
         DualPredictor(roi_heads.head, predictor, fresh=fresh),
         SimCal(stats, instance_threshold=instance_threshold),
-        fg_iou=roi_heads.matcher.high_threshold,
-        batch=roi_heads.sampler.batch_size_per_image,
-        fg_fraction=roi_heads.sampler.positive_fraction,
+        fg_iou=roi_heads.fg_iou,
+        batch=roi_heads.batch,
+        fg_fraction=roi_heads.fg_fraction,
         limits=roi_heads.limits,
     )
 
@@ -200,8 +204,9 @@ def episode_labels(
         chosen = (labels >= 0) & (labels < num_classes)
     else:
         chosen = labels == sampled_class[image_of]
-    background = torch.where(labels == num_classes)[0]
-    device = "cpu" if generator is None else generator.device
-    order = torch.randperm(len(background), generator=generator, device=device).to(labels.device)
-    chosen = chosen.index_fill(0, background[order[: int(chosen.sum())]], True)
+    background = labels == num_classes
+    device = labels.device if generator is None else generator.device
+    keys = torch.rand(labels.shape, generator=generator, device=device).to(labels.device)
+    place = torch.where(background, keys, -1.0).argsort(descending=True).argsort()  # of a row in the draw
+    chosen = chosen | (background & (place < chosen.sum()))
     return torch.where(chosen, labels, -1)
