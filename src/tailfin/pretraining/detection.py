@@ -7,7 +7,7 @@ class-agnostic   RPN losses and the box regression of one class, with the propos
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -38,7 +38,7 @@ class ClassAwareDetection(Term):
         detector: Any = seen.detector  # its outputs are its own
         number = seen.detected
         outputs = detector.from_features(seen.features(number).pyramid, seen.view(number).batch, seen.targets)
-        more = ()
+        more: Sequence[Tensor] = ()
         if number == 0 and any(len(target.get("ignored", ())) for target in seen.targets):
             outputs, *more = spared(detector, outputs, seen.targets)
         losses = detector.losses(outputs, seen.targets, *more)
