@@ -84,6 +84,17 @@ def test_the_stage_comes_first_and_its_parts_are_taken_over(straight):
     assert "accuracy_hcl" not in read_runs([out])[0].stages[0].parts
 
 
+def test_a_norm_over_few_pictures_is_said_once(straight, recipe):
+    """The recipe has 4 pictures at a time, with 2 proposals or more each."""
+    assert straight[1].count("warning: pretraining.image.norm batch") == 1
+    assert "fewer than 16 rows" in straight[1] and "pretraining.image.norm=layer" in straight[1]
+    section = load_recipe(recipe).pretraining
+    assert section.normed_by_few(4) and not section.normed_by_few(16)
+    assert "box.norm" in section.normed_by_few(1)
+    layer = load_recipe(recipe, ["pretraining.image.norm=layer", "pretraining.box.norm=layer"]).pretraining
+    assert not layer.normed_by_few(1)
+
+
 def test_the_model_file_of_the_stage_is_a_detector(straight):
     out, _ = straight
     detector = api.load(out / "stages/1-pretrain/model.safetensors")

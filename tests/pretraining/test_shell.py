@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from small_shell import DETECTION, dense_detector, detector, samples, section, shell, total
@@ -347,6 +348,47 @@ def test_bf16_autocast():
 
 
 # ---- several processes -----------------------------------------------------------------------------------------------
+
+
+JOINED = {
+    "byol": {},
+    "simclr": {},
+    "moco_v2": {},
+    "soco": {},
+    "densecl": {},
+    "drcl": {"weights": {"det": 0, "ar": 0, "sr": 0, "hcl": 1.0, "lcl": 1.0}},
+}
+
+
+@pytest.mark.parametrize("preset", JOINED)
+def test_two_processes_are_one_on_the_joined_batch(preset, run_on_ranks):
+    """Losses, gradients, queues and running statistics of the contrast; what the backbone's norm sees is each
+    picture alone here, since batch norm of a backbone is each process's own."""
+
+    def seen(rank: int | None) -> tuple[dict[str, float], dict[str, Any], dict[str, Any]]:
+        own = shell(norm="gn", preset=preset, **JOINED[preset])
+        images, targets = samples(4)
+        part = {0: slice(0, 2), 1: slice(2, 4), None: slice(None)}[rank]
+        losses = own(images[part], targets[part])
+        total(losses).backward()
+        state = own.state_dict()
+        kept = {key: state[key].numpy() for key in state if key.startswith("heads.")}
+        gradients = {key: p.grad.numpy() for key, p in own.named_parameters() if p.grad is not None}
+        return {key: value.item() for key, value in losses.items()}, gradients, kept
+
+    losses, gradients, kept = seen(None)
+    first, second = run_on_ranks(seen)
+    for key, value in losses.items():
+        assert (first[0][key] + second[0][key]) / 2 == pytest.approx(value, rel=1e-4), key
+    largest = max(np.abs(value).max() for value in gradients.values())
+    for key, value in gradients.items():
+        mean = (first[1][key] + second[1][key]) / 2  # as they are averaged over processes
+        np.testing.assert_allclose(mean, value, rtol=1e-3, atol=1e-5 * largest, err_msg=key)
+    for key, value in kept.items():
+        if "queues" not in key or key.endswith("place"):
+            np.testing.assert_allclose(first[2][key], value, rtol=1e-4, atol=1e-6, err_msg=key)
+        else:  # a symmetric or boxed term's keys come in another order
+            np.testing.assert_allclose(np.sort(first[2][key], 0), np.sort(value, 0), rtol=1e-3, atol=1e-5)
 
 
 def _train_on_rank(rank: int) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from tailfin.models import build_detector
 from tailfin.schema.stages import keeps_predictor, second_recipe
 
 NAMES = [name for name in recipes.names() if name.split(":")[0].endswith("/packaged")]
+OTHERS = [name for name in recipes.names() if name.split(":")[0].endswith("_lite0")]  # the other detectors
 PRETRAINED = ("drcl", "drcl_bacl")
 LOSSES = {
     "": ("softmax",),
@@ -64,14 +65,34 @@ def test_localizer(name):
     assert "--out DATA/proposals.npz" in recipe.about.notes
 
 
-@pytest.mark.parametrize("name", DETECTORS)
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_detector(name):
+    """One start, size of pictures and number of epochs per set, whatever the detector and the method."""
+    recipe, base = load_recipe(name), load_recipe(name.split("/")[0] + "/packaged")
+    assert (recipe.weights, recipe.backbone) == (base.weights, base.backbone)
+    for key in ("norm", "frozen_layers", "fpn_channels", "fpn_layers"):
+        assert getattr(recipe.detector, key) == getattr(base.detector, key)
+    assert recipe.data.model_copy(update={"copy_paste": False}) == base.data
+    stages = [recipe, *([second_recipe(recipe)] if recipe.second else []), *filter(None, [recipe.pretraining])]
+    assert sum(stage.schedule.epochs for stage in stages) == base.schedule.epochs
+    assert ("segm" in recipe.evaluation.iou) == (name.startswith("road12"))
+    assert recipe.about.title and f"tailfin train {name}" in recipe.about.command
+    assert "tailfin[weights]" in recipe.about.notes
+
+
+@pytest.mark.parametrize("name", DETECTORS + [name for name in OTHERS if ":" not in name])
 def test_it_takes_a_step(name):
     """Each stage learns from a picture; the stem and the first layer do not."""
     pytest.importorskip("timm", reason="timm is not installed")
     recipe = load_recipe(name)
     stats = ClassStats(image_count=[400, 60, 5], instance_count=[600, 60, 5], num_images=450)
     picture = torch.rand(3, 96, 96, generator=torch.Generator().manual_seed(0))
+    masks = "segm" in recipe.evaluation.iou
     target = {"boxes": torch.tensor([[8.0, 8.0, 60.0, 60.0], [30.0, 20.0, 90.0, 90.0]]), "labels": torch.tensor([0, 2])}
+    if masks:
+        target["masks"] = torch.zeros(2, 96, 96, dtype=torch.uint8)
+        target["masks"][0, 8:60, 8:60] = 1
+        target["masks"][1, 20:90, 30:90] = 1
     for stage in [recipe, second_recipe(recipe)] if recipe.second else [recipe]:
         torch.manual_seed(0)
         model, _ = build_detector(stage, stats, start=False)

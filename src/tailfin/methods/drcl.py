@@ -57,6 +57,8 @@ def start(run: Run) -> Detector:
     plan = rebalanced(run, recipe, config, proposals, dataset)  # 3.2
     shell = terms(run, recipe, config, plan)  # 3.1, 3.3, eq. 8
     run.say(f"pre-training {config.preset}: {config.described()}")
+    if few := config.normed_by_few(recipe.schedule.batch // recipe.schedule.accumulation):
+        run.say(f"warning: {few}")
     product = run.stage("pretrain", shell, recipe=recipe, dataset=dataset, plan=plan, product="detector")
     parts = transferred(product, config, keeps_predictor(run.recipe))
     on_main(run.accelerator, lambda: write(run, recipe, shell, dataset, product, parts))

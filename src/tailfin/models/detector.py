@@ -184,6 +184,10 @@ class Detector(nn.Module, ABC):
         """
         raise UserError(f"{type(self).__name__} cannot say how sure it is of an annotation")
 
+    def boxes_only(self, outputs: Any, limits: Limits) -> Detections:
+        """`detections` without their masks, for a caller that does not want them."""
+        return self.detections(outputs, limits)
+
     def proposals(self, images: Sequence[Tensor], top: int, nms_iou: float) -> Detections:
         """Boxes [n, 4] of any class and scores [n] per picture, best first, n at most `top`, after NMS at `nms_iou`.
 

@@ -14,12 +14,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed
-import torch.distributed.nn.functional
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from tailfin.collectives import (
+    gather_over_ranks,
+    gather_with_gradients,
+    several_ranks,
+    sum_over_ranks,
+    sum_with_gradients,
+    this_rank,
+)
+from tailfin.losses.base import at_least_float32
 from tailfin.schema.pretraining import Contrast
 
 
@@ -79,10 +86,7 @@ def nt_xent(first: Tensor, second: Tensor, temperature: float) -> Tensor:
     """
     count = len(first)
     own = torch.cat([first, second]).float()
-    every, before = own, 0
-    if _processes() > 1:
-        every = torch.cat(torch.distributed.nn.functional.all_gather(own))
-        before = torch.distributed.get_rank() * len(own)
+    every, before = gather_with_gradients(own), this_rank()[0] * len(own)
     similarity = own @ every.T / temperature
     places = torch.arange(len(own), device=own.device)
     similarity = similarity.masked_fill(places[:, None] + before == torch.arange(len(every), device=own.device), -1e9)
@@ -92,20 +96,25 @@ def nt_xent(first: Tensor, second: Tensor, temperature: float) -> Tensor:
 def box_nt_xent(queries: Tensor, query_ids: Tensor, keys: Tensor, key_ids: Tensor, temperature: float) -> Tensor:
     """Contrast of RoIs that belong to boxes: rows of the same box in the other view against rows of other boxes.
 
-    Queries [N, D] and keys [M, D] with the box of each, int64. A pair of one box is weighed against all rows of other
-    boxes in both views; the mean over a query's pairs, then over the queries that have one.
+    Queries [N, D] and keys [M, D] with the box of each, int64, counted on this process. A pair of one box is weighed
+    against all rows of other boxes in both views and of all processes; the mean over a query's pairs, then over the
+    queries of all processes that have one. The mean of the processes' values is what one gives on the joined batch.
     """
+    rank, ranks = this_rank()
     with torch.autocast(queries.device.type, enabled=False):
         queries = queries.float()
-        every = torch.cat([keys.float(), queries])
-        ids = torch.cat([key_ids, query_ids])
+        query_ids, key_ids = query_ids * ranks + rank, key_ids * ranks + rank  # unlike those of other processes
+        keys, key_ids = gather_over_ranks(keys.float(), key_ids)
+        every = torch.cat([keys, gather_with_gradients(queries)])
+        ids = torch.cat([key_ids, *gather_over_ranks(query_ids)])
         similarity = queries @ every.T / temperature
         same = query_ids[:, None] == ids
         others = similarity.masked_fill(same, -1e9).logsumexp(1, keepdim=True)
         pairs = same[:, : len(keys)]
         each = F.softplus(others - similarity[:, : len(keys)]) * pairs
         found = pairs.sum(1)
-        return (each.sum(1) / found.clamp(min=1)).sum() / (found > 0).sum().clamp(min=1)
+        (matched,) = sum_over_ranks((found > 0).sum().to(queries.dtype))
+        return (each.sum(1) / found.clamp(min=1)).sum() * ranks / matched.clamp(min=1)
 
 
 def same_class(labels: Tensor, others: Tensor) -> Tensor:
@@ -148,27 +157,59 @@ class RingQueue(nn.Module):
         self.place.add_(len(keys)).remainder_(size)
 
 
-class ProjectionMLP(nn.Module):
-    """Linear, batch norm where asked, ReLU, linear: [N, in] to [N, out].
+class JoinedBatchNorm(nn.BatchNorm1d):
+    """Batch norm of rows [N, D] over the rows of all processes: what one process does with the joined batch.
 
-    With fewer than two rows, where batch statistics mean nothing, the running ones serve.
+    A process has few pictures, often two, and rows normalised by each other's values alone give each other away. Unlike
+    `SyncBatchNorm` it runs on any device, and processes may have different numbers of rows, also none. With fewer than
+    two rows in all, where batch statistics mean nothing, the running ones serve. In training every process has to call
+    it.
     """
 
-    def __init__(self, channels: int, hidden: int, dim: int, *, norm: bool = True) -> None:
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+
+    def forward(self, rows: Tensor) -> Tensor:
+        if not self.training or (not several_ranks() and len(rows) < 2):
+            return F.batch_norm(rows, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+        if not several_ranks():
+            return super().forward(rows)
+        with torch.autocast(rows.device.type, enabled=False):
+            exact = at_least_float32(rows)
+            summed = sum_with_gradients(torch.cat([exact.sum(0), exact.new_full((1,), len(rows))]))
+            count = summed[-1].detach()
+            mean = summed[:-1] / count.clamp(min=1)
+            variance = sum_with_gradients((exact - mean).square().sum(0)) / count.clamp(min=1)
+            enough = count > 1
+            self._move(mean.detach(), variance.detach(), count, enough)
+            mean = torch.where(enough, mean, self.running_mean)
+            variance = torch.where(enough, variance, self.running_var)
+            normed = (exact - mean) * (variance + self.eps).rsqrt() * self.weight + self.bias
+        return normed.to(rows.dtype)
+
+    def _move(self, mean: Tensor, variance: Tensor, count: Tensor, enough: Tensor) -> None:
+        """The running statistics, where there are rows to take them from."""
+        assert self.momentum is not None
+        share = self.momentum * enough.to(mean.dtype)
+        self.running_mean.lerp_(mean.to(self.running_mean), share.to(self.running_mean))
+        unbiased = variance * count / (count - 1).clamp(min=1)
+        self.running_var.lerp_(unbiased.to(self.running_var), share.to(self.running_var))
+        self.num_batches_tracked += enough
+
+
+class ProjectionMLP(nn.Module):
+    """Linear, norm, ReLU, linear: [N, in] to [N, out]; `norm` is "batch" (`JoinedBatchNorm`), "layer" or "none"."""
+
+    def __init__(self, channels: int, hidden: int, dim: int, *, norm: str = "batch") -> None:
         super().__init__()
         self.hidden = nn.Linear(channels, hidden)
-        self.norm = nn.BatchNorm1d(hidden) if norm else None
+        self.norm = {"batch": JoinedBatchNorm, "layer": nn.LayerNorm}[norm](hidden) if norm != "none" else None
         self.out = nn.Linear(hidden, dim)
 
     def forward(self, features: Tensor) -> Tensor:
         hidden = self.hidden(features)
-        if self.norm is not None:
-            if len(hidden) < 2:
-                norm = self.norm
-                hidden = F.batch_norm(hidden, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
-            else:
-                hidden = self.norm(hidden)
-        return self.out(F.relu(hidden))
+        return self.out(F.relu(hidden if self.norm is None else self.norm(hidden)))
 
 
 @dataclass(frozen=True)
@@ -215,9 +256,9 @@ class ContrastHead:
             return
         joined = torch.cat(list(keys))
         if labels is None:
-            self.queue.enqueue(gather_rows(joined))
+            self.queue.enqueue(gather_over_ranks(joined.detach())[0])
         else:  # a class is a small whole number: exact in float32
-            both = gather_rows(torch.cat([joined, torch.cat(list(labels))[:, None].to(joined)], dim=1))
+            (both,) = gather_over_ranks(torch.cat([joined, torch.cat(list(labels))[:, None].to(joined)], dim=1))
             self.queue.enqueue(both[:, :-1], both[:, -1].round().long())
 
     @torch.no_grad()
@@ -263,25 +304,3 @@ class ContrastHeads(nn.Module):
 
 def _mlp(own: Contrast, channels: int) -> ProjectionMLP:
     return ProjectionMLP(channels, own.hidden, own.dim, norm=own.norm)
-
-
-@torch.no_grad()
-def gather_rows(rows: Tensor) -> Tensor:
-    """Rows [n, D] of all processes, in the order of ranks, the same everywhere; n may differ between them."""
-    processes = _processes()
-    if processes == 1:
-        return rows.detach()
-    counts = [torch.zeros(1, dtype=torch.int64, device=rows.device) for _ in range(processes)]
-    torch.distributed.all_gather(counts, torch.tensor([len(rows)], device=rows.device))
-    numbers = [int(count) for count in counts]
-    padded = rows.new_zeros((max(numbers), rows.shape[1]))
-    padded[: len(rows)] = rows
-    gathered = [torch.empty_like(padded) for _ in range(processes)]
-    torch.distributed.all_gather(gathered, padded)
-    return torch.cat([part[:number] for part, number in zip(gathered, numbers, strict=True)])
-
-
-def _processes() -> int:
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return 1
-    return torch.distributed.get_world_size()

@@ -7,7 +7,7 @@ class-agnostic   RPN losses and the box regression of one class, with the propos
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -38,7 +38,7 @@ class ClassAwareDetection(Term):
         detector: Any = seen.detector  # its outputs are its own
         number = seen.detected
         outputs = detector.from_features(seen.features(number).pyramid, seen.view(number).batch, seen.targets)
-        more: Sequence[Tensor] = ()
+        more: list[Any] = []
         if number == 0 and any(len(target.get("ignored", ())) for target in seen.targets):
             outputs, *more = spared(detector, outputs, seen.targets)
         losses = detector.losses(outputs, seen.targets, *more)
@@ -66,10 +66,10 @@ class ClassAgnosticDetection(Term):
         detector = cast(FasterRCNN, seen.detector)  # the schema lets no other through
         view, levels = seen.view(0), seen.features(0).pyramid
         objects, heads = as_objects(view), detector.roi_heads
-        raw, proposals, _ = detector.rpn(view.batch, levels, objects)
+        raw, proposals = detector.rpn(view.batch, levels, objects)
         losses = detector.rpn_losses(raw, objects)
         rows = heads.sample(proposals, objects)
-        shared = heads.head(heads.pool(levels, rows.boxes, view.batch.image_sizes))
+        shared = heads.head(heads.pool(levels, rows.boxes, view.batch.image_sizes, rows.places))
         box = heads.box_regression_loss(self.box_layer(shared).float(), rows.boxes, rows.labels, rows.matched)
         foreground = torch.where(rows.gt_index >= 0)[0]
         seen.assigned = shared[foreground], rows.gt_index[foreground]

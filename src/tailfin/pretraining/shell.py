@@ -134,7 +134,7 @@ class PreTrainer(nn.Module):
         self.step += 1
 
 
-def gradient_ratios(losses: Mapping[str, Tensor], detector: FasterRCNN | DenseDetector) -> dict[str, Tensor]:
+def gradient_ratios(losses: Mapping[str, Tensor], detector: Any) -> dict[str, Tensor]:
     """`gradient_hcl`, ...: the length of a term's gradient over that of the detection losses (without them: over that
     of all terms together), on the last weights of the backbone that train, which all terms share.
 

@@ -17,6 +17,8 @@ from tailfin.schema.base import Count, Fraction, NotNegative, Positive, Section,
 from tailfin.schema.presets import OWNERS, PRESETS, TERMS, merged, terms
 from tailfin.schema.training import Loss, Sampler, Schedule
 
+Norm = Literal["batch", "layer", "none"]
+FEW = 16  # rows, the published batch
 Preset = Literal["drcl", "moco_v2", "simclr", "byol", "soco", "aligndet", "densecl"]
 
 
@@ -105,8 +107,17 @@ class Contrast(Section):
     queue: Count = 65536  # keys remembered, for info_nce; should not exceed the keys of one epoch
     hidden: Count = 256  # width of the projector's hidden layer
     dim: Count = 256
-    norm: bool = True  # batch norm in projector and predictor
+    # of projector and predictor. batch: over the rows of all processes; layer: every row by itself, for small batches
+    norm: Norm = "batch"
     predictor: bool = True  # one more such network, on the trained side only
+
+    @model_validator(mode="before")
+    @classmethod
+    def _former(cls, values: Any) -> Any:
+        """`norm` was `true` or `false` before."""
+        if isinstance(values, dict) and isinstance(values.get("norm"), bool):
+            return {**values, "norm": "batch" if values["norm"] else "none"}
+        return values
 
 
 class BoxContrast(Contrast):
@@ -121,7 +132,7 @@ class DenseContrast(Contrast):
 
     hidden: Count = 2048
     dim: Count = 128
-    norm: bool = False
+    norm: Norm = "none"
     predictor: bool = False
 
 
@@ -258,6 +269,27 @@ class Pretraining(Section):
                 f'{what}: proposals.source "selective_search" has no boxes before training; write them with `tailfin '
                 'data proposals selective_search` and take proposals.source "file"'
             )
+
+    def normed_by_few(self, pictures: int) -> str:
+        """What to know about batch norm over `pictures`, those of all processes at a time; empty where they suffice.
+
+        In a batch of n rows the others' mean cosine with a row is -1/(n - 1) behind the norm, whatever the pictures
+        are, and gradients grow: with 2 rows they are twenty times those of 16.
+        """
+        rows = {
+            "image": (self.weights.hcl, self.image.norm, pictures),
+            "box": (self.weights.lcl, self.box.norm, pictures * self.proposals.per_image),
+        }
+        few = [
+            f"pretraining.{name}.norm" for name, (own, norm, n) in rows.items() if own and norm == "batch" and n < FEW
+        ]
+        return (
+            f"{' and '.join(few)} batch: projector and predictor normalise over the {pictures} pictures that all "
+            f"processes have at a time; fewer than {FEW} rows tell each other apart by the norm alone. Take a larger "
+            f"batch, or {few[0]}=layer"
+            if few
+            else ""
+        )
 
     def described(self) -> str:
         """The terms with their weights, on one line."""

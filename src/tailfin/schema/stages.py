@@ -21,6 +21,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 from pydantic import ValidationError
 
+from tailfin import plugins
 from tailfin.errors import nearest
 from tailfin.schema.data import Data
 from tailfin.schema.problems import explain
@@ -52,6 +53,7 @@ class Stage(Generic[R]):
     hands_on: tuple[str, ...] = ("detector",)  # to later stages
     # files of the run folder that follow from the stage -> the further keys that they depend on
     files: Mapping[str, Inputs] = field(default_factory=dict)
+    reads: Mapping[str, Path] = field(default_factory=dict)  # keys -> files from outside that the stage follows from
 
     @property
     def folder(self) -> str:
@@ -91,8 +93,14 @@ def check_stages(recipe: Any) -> None:
 
 def known_method(name: str) -> str:
     """`name` if it is a method, else a `ValueError`."""
+    if name not in METHODS and (own := plugins.load(plugins.METHODS, name)) is not None:
+        if not isinstance(getattr(own, "METHOD", None), Method) or not callable(getattr(own, "train", None)):
+            raise ValueError(
+                f'the method "{name}" of an installed package lacks METHOD (a stages.Method) or train(run)'
+            )
+        METHODS[name] = own.METHOD
     if name not in METHODS:
-        raise ValueError(f'"{name}" is not a choice{nearest(name, METHODS)}')
+        raise ValueError(f'"{name}" is not a choice{nearest(name, [*METHODS, *plugins.names(plugins.METHODS)])}')
     return name
 
 
@@ -229,6 +237,9 @@ def _steps(recipe: Any) -> list[Stage[Any]]:
     seen = _dumped(recipe.data, "test_size", "test_max_size")  # the pictures that step 0 scores annotations in
     exemplars = settings.exemplars.model_dump(mode="json", exclude={"shard"})
     given = settings.base == "given"
+    planned = steps(settings)
+    selected = not settings.exemplars.file and any(not step.annotations for _, _, step in planned)
+    shown = {**flat(seen, "data."), **parted, **flat(exemplars, "stepwise.exemplars.")}
     found = [
         Stage(
             "base",
@@ -236,22 +247,36 @@ def _steps(recipe: Any) -> list[Stage[Any]]:
             inputs,
             number=0 if given else 1,
             hands_on=("detector", "exemplars"),
-            files={"exemplars.json": {**flat(seen, "data."), **parted, **flat(exemplars, "stepwise.exemplars.")}},
+            files={"exemplars.json": shown} if selected else {},
         )
     ]
-    for name, part, step in steps(settings):
+    for name, part, step in planned:
         section = "head" if part == 0 else "both" if part < 0 else "tail"
+        reads = {key: Path(recipe.data.root) / file for key, file in outside(settings, section, part).items()}
         found.append(
             Stage(
                 name,
                 step_recipe(recipe, step),
-                {**parted, **flat(step.model_dump(mode="json"), f"stepwise.{section}.")},
+                {**parted, **flat(step.model_dump(mode="json"), f"stepwise.{section}."), **_names(reads)},
                 number=found[-1].number + 1,
                 starts_from=found[-1].name,
                 trains=() if EVERYTHING in step.trains else tuple(step.trains) or (CLASS_SPECIFIC,),
+                reads=reads,
             )
         )
     return found
+
+
+def outside(settings: Stepwise, section: str, part: int) -> dict[str, str]:
+    """Key and name of the file that says which annotations a step keeps; none where the run's own selection does."""
+    step = getattr(settings, section)
+    if step.annotations:
+        return {f"stepwise.{section}.annotations": step.annotations[max(part - 1, 0)]}
+    return {"stepwise.exemplars.file": settings.exemplars.file} if settings.exemplars.file else {}
+
+
+def _names(reads: Mapping[str, Path]) -> dict[str, str]:
+    return {key: str(path) for key, path in reads.items()}
 
 
 def base_recipe(recipe: R) -> R:
