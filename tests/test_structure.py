@@ -34,7 +34,7 @@ ORDER = (
     ("report", "pictures"),
     ("processes", "provenance", "reuse", "run_files", "run"),
     ("memory", "methods", "dry_run"),
-    ("api",),
+    ("api", "as_model"),
     ("calibrate", "cost", "export", "hub", "neighbours", "predicting", "propose"),
     ("cli", "__main__"),
 )
