@@ -8,6 +8,7 @@ detections = detector.predict(["photo.jpg"])      # [{"boxes", "scores", "labels
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,34 +20,49 @@ from PIL import Image
 from torch import Tensor
 
 from tailfin import evaluation
-from tailfin.checkpoint import load_model_file
+from tailfin.checkpoint import file_hash, load_model_file, save_model
+from tailfin.class_rows import join_class_rows
 from tailfin.config import load_recipe, recipe_from_file
 from tailfin.data.dataset import Source, to_test_size
 from tailfin.data.images import read_image, to_rgb
 from tailfin.data.index import image_folder, open_index
-from tailfin.errors import UserError
+from tailfin.errors import UserError, nearest
+from tailfin.evaluation.operating import OperatingPoints
 from tailfin.evaluation.results import merge_shards, result_files
 from tailfin.files import existing_file
 from tailfin.inference import counts_by_id
+from tailfin.joins import join_classes
 from tailfin.mask_encoding import decode_masks, encode_masks
 from tailfin.schema.backbones import NAMED_WEIGHTS
 from tailfin.schema.recipe import Recipe
+from tailfin.schema.stages import final_stage
 from tailfin.stats import ClassStats
-from tailfin.weights import load_whole
+from tailfin.weights import load_fitting, load_whole
 
 if TYPE_CHECKING:
     from tailfin import models
     from tailfin.models.detector import Limits
 
 Picture = str | Path | Image.Image | np.ndarray | Tensor
+THRESHOLDS = "thresholds"  # metadata of a model file: operating points, as JSON
 
 
 class Detector:
-    """A trained detector with its classes. `names` are in label order, `category_ids` the training file's ids."""
+    """A trained detector with its classes. `names` are in label order, `category_ids` the training file's ids.
 
-    def __init__(self, model: models.Detector, recipe: Recipe, stats: ClassStats, device: torch.device) -> None:
+    `points` are its operating points, where `tailfin calibrate --thresholds` has stored some.
+    """
+
+    def __init__(
+        self,
+        model: models.Detector,
+        recipe: Recipe,
+        stats: ClassStats,
+        device: torch.device,
+        points: OperatingPoints | None = None,
+    ) -> None:
         self.model: models.Detector = model.to(device).eval()
-        self.recipe, self.stats, self.device = recipe, stats, device
+        self.recipe, self.stats, self.device, self.points = recipe, stats, device, points
 
     @property
     def names(self) -> list[str]:
@@ -65,7 +81,8 @@ class Detector:
 
         Args:
             images: paths, PIL pictures, uint8 arrays [H, W, 3] or tensors [3, H, W] (uint8, or float in 0..1).
-            score_threshold, max_dets: instead of the recipe's; `max_dets` -1 = no limit.
+            score_threshold, max_dets: instead of the recipe's; `max_dets` -1 = no limit. Without a `score_threshold`
+                the operating points of the model count, where it has some.
 
         Returns:
             Per picture: boxes float32 [D, 4] (xyxy, pixels of the picture), scores float32 [D], labels int64 [D]; of a
@@ -93,20 +110,50 @@ class Detector:
         if isinstance(images, str | Path | Image.Image | np.ndarray) or isinstance(images, Tensor) and images.ndim == 3:
             images = [images]
         results: list[dict[str, Any]] = []
-        limits = self.limits(score_threshold, max_dets)
         for start in range(0, len(images), batch):
-            pictures = [_to_tensor(image, self.recipe.data.max_pixels) for image in images[start : start + batch]]
-            resized = [to_test_size(picture, self.recipe.data) for picture in pictures]
-            outputs = self.model([picture.to(self.device) for picture in resized], limits=limits)
-            for picture, small, output in zip(pictures, resized, outputs, strict=True):
-                across, down = picture.shape[-1] / small.shape[-1], picture.shape[-2] / small.shape[-2]
-                boxes = output["boxes"].float().cpu() * torch.tensor([across, down, across, down])
-                rest = {key: value.cpu() for key, value in output.items() if key not in ("boxes", "masks")}
-                results.append({"boxes": boxes, **rest})
-                if "masks" in output:
-                    size = (picture.shape[-2], picture.shape[-1])
-                    results[-1].update(rles=encode_masks(output["masks"], boxes, size), size=size)
+            group = images[start : start + batch]
+            for found in self.raw(list(group), score_threshold, max_dets):
+                size = found.pop("size")
+                results.append({key: value.cpu() for key, value in found.items() if key != "masks"})
+                if "masks" in found:
+                    results[-1].update(rles=encode_masks(found["masks"], found["boxes"], size), size=size)
         return results
+
+    @torch.inference_mode()
+    def raw(
+        self, images: Sequence[Picture], score_threshold: float | None = None, max_dets: int | None = None
+    ) -> list[dict[str, Any]]:
+        """One batch, as `results`, with the detector's own `masks` [D, m, m] within the boxes, and the `size` (H, W) of
+        each picture."""
+        results: list[dict[str, Any]] = []
+        limits = self.limits(score_threshold, max_dets)
+        thresholds = self.thresholds if score_threshold is None else None
+        if thresholds is not None:
+            limits = limits._replace(score_threshold=max(float(thresholds.min()) - 1e-6, 0.0))
+        pictures = [_to_tensor(image, self.recipe.data.max_pixels) for image in images]
+        resized = [to_test_size(picture, self.recipe.data) for picture in pictures]
+        outputs = self.model([picture.to(self.device) for picture in resized], limits=limits)
+        for picture, small, output in zip(pictures, resized, outputs, strict=True):
+            if thresholds is not None:
+                keep = output["scores"].float() >= thresholds.to(output["scores"].device)[output["labels"]]
+                output = {key: value[keep] for key, value in output.items()}
+            size = (picture.shape[-2], picture.shape[-1])
+            across, down = size[1] / small.shape[-1], size[0] / small.shape[-2]
+            boxes = output["boxes"].float().cpu() * torch.tensor([across, down, across, down])
+            rest = {key: value if key == "masks" else value.cpu() for key, value in output.items() if key != "boxes"}
+            results.append({"boxes": boxes, **rest, "size": size})
+        return results
+
+    @property
+    def thresholds(self) -> Tensor | None:
+        """Operating points float32 [C] in label order: detections count from these scores on."""
+        if self.points is None:
+            return None
+        own = self.points.thresholds
+        missing = next((name for name in self.names if name not in own), None)
+        if missing is not None:
+            raise UserError(f'the operating points of the model have no class "{missing}"{nearest(missing, own)}')
+        return torch.tensor([own[name] for name in self.names])
 
     def limits(self, score_threshold: float | None = None, max_dets: int | None = None) -> Limits:
         """The recipe's limits of what is reported, with those given in their place."""
@@ -128,7 +175,9 @@ def load(path: str | Path, device: str | torch.device | None = None) -> Detector
     file = load_model_file(path)
     model, _ = build_detector(file.recipe, file.stats, start=False)
     load_whole(model, file.weights, f"model {path}")
-    return Detector(model, file.recipe, file.stats, _device(device or _default_device()))
+    stored = file.metadata.get(THRESHOLDS)
+    points = None if stored is None else OperatingPoints.from_dict(json.loads(stored))
+    return Detector(model, file.recipe, file.stats, _device(device or _default_device()), points)
 
 
 def train(
@@ -151,9 +200,10 @@ def train(
     `recipe` is a name from `tailfin recipes list`, a YAML path, a published row's id, or a `Recipe`. `resume` goes on
     with the run in `out`. `reuse` is a run (or model file) whose finished stages are taken in the place of training
     them, in order, up to the first that this recipe would train differently; `stage1` is one whose first stage must be
-    the one that the recipe would train, and is taken alone.
+    the one that the recipe would train, and is taken alone; a later stage of a run (RUN/stages/K-NAME) is taken with
+    those before it.
     """
-    from tailfin.methods import METHODS
+    from tailfin.methods import method
     from tailfin.processes import on_main, process_state
     from tailfin.run import Run, resumed_recipe, run_folder
 
@@ -172,7 +222,7 @@ def train(
     first, others = (Path(given) if given is not None else None for given in (stage1, reuse))
     run = Run(resolved, folder, stage1=first, reuse=others)
     try:
-        METHODS[resolved.method](run)
+        method(resolved.method)(run)
     finally:
         run.close()
     return folder
@@ -223,6 +273,52 @@ def evaluate(
 ) -> dict[str, Any]:
     """Numbers of COCO results on an annotation file, as in `metrics.json`; see `tailfin.evaluation.evaluate`."""
     return evaluation.evaluate(annotations, results, protocol, iou_type, **options)
+
+
+def converted(
+    recipe: str | Path,
+    weights: str | Path,
+    annotations: str | Path,
+    out: str | Path,
+    *,
+    train: str | Path | None = None,
+    overrides: Sequence[str] = (),
+) -> list[str]:
+    """Write a checkpoint of another project, which `weights` of the recipe would read, as a model file as it is.
+
+    Args:
+        recipe: name or path; its detector (that of the last stage) is the checkpoint's.
+        annotations: file whose classes the model has; with their counts, unless `train` names the training file.
+        out: the model file.
+
+    Returns:
+        Lines that say what was loaded, dropped, and how classes were told.
+
+    Raises:
+        UserError: weights that the model needs are not in the checkpoint: they would be random.
+    """
+    given = final_stage(load_recipe(recipe, [f"weights={weights}", *overrides])).recipe
+    stats = ClassStats.from_index(open_index(annotations if train is None else train))
+    from tailfin.models import build_detector, released_weights
+
+    released = released_weights(given, stats)
+    if released is None:
+        raise UserError(f"{weights}: it has no known names of a {given.detector.name} of another project")
+    names = stats.names if released.names is None else released.names
+    join = join_classes(stats.names, names)
+    if join.missing:
+        raise UserError(f"{weights}: it has no class {join.first_missing()}, which the annotations have")
+    model, _ = build_detector(given, stats, start=False)
+    joined, said = join_class_rows(model.state_dict(), released.state, names, stats.names)
+    loaded = load_fitting(model, joined)
+    if lost := [key for key in loaded.missing if ".loss." not in key]:  # a loss's counts are no matter of detections
+        more = ", ..." if len(lost) > 1 else ""
+        raise UserError(f"{weights}: {len(lost)} weights of this detector are not in it ({lost[0]}{more})")
+    notes = [*released.notes, f"{weights}: {len(loaded.names)} weights loaded", *said]
+    if loaded.dropped:
+        notes.append(f"  not in this detector: {len(loaded.dropped)} ({loaded.dropped[0]}, ...)")
+    save_model(Path(out), model, given, stats, parents=[file_hash(Path(str(weights).partition("#")[0]))])
+    return notes
 
 
 def predict_to_results(

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from tailfin.data.dataset import TrainingDataset, open_source
+from tailfin.data.dataset import TrainingDataset, open_source, unchecked_note
 from tailfin.data.smooth_tail import ALL, PlannedStep, divide, planned_steps
 from tailfin.inference import check_kinds, check_validation
 from tailfin.memory import TrainingMemory, training_memory, watched_step
@@ -54,6 +54,8 @@ def show_plan(recipe: Recipe, out: Path | None) -> None:
     table.add_row("training images", f"{len(dataset.rows())} of {len(train.index)} in {train.index.path}")
     if note := dataset.missing_masks():
         table.add_row("masks", note.removeprefix("masks: "))
+    if note := unchecked_note(train, recipe.data):
+        table.add_row("unchecked classes", note)
     table.add_row("classes", f"{stats.num_classes} (rare {groups['r']}, common {groups['c']}, frequent {groups['f']})")
     planned = planned_stages(recipe, dataset, stats, model.class_specific())
     table.add_row("method", f"{recipe.method}: {len(planned)} stage{'s' * (len(planned) > 1)}")

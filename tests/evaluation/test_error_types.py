@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 
 from tailfin.errors import UserError
-from tailfin.evaluation import error_types
+from tailfin.evaluation import error_types, overlaps
 from tailfin.evaluation.error_types import TYPES
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -178,8 +177,7 @@ def test_perfect_shifted_and_far_detections(inputs):
 
 def test_in_parts(inputs, monkeypatch):
     whole = error_types(*inputs("eval_crowd"), duplicates="location", top=50)
-    module = sys.modules["tailfin.evaluation.error_types"]  # the package's name is the function's
-    monkeypatch.setattr(module, "PAIRS", 7)
+    monkeypatch.setattr(overlaps, "PAIRS", 7)
     parts = error_types(*inputs("eval_crowd"), duplicates="location", top=50)
     np.testing.assert_array_equal(parts["type_per_detection"], whole["type_per_detection"])
 

@@ -8,11 +8,20 @@ import torch
 from tailfin import ClassStats, recipes
 from tailfin.config import load_recipe
 from tailfin.models import build_detector
-from tailfin.schema.stages import second_recipe
+from tailfin.schema.stages import keeps_predictor, second_recipe
 
 NAMES = [name for name in recipes.names() if name.split(":")[0].endswith("/packaged")]
 OTHERS = [name for name in recipes.names() if name.split(":")[0].endswith("_lite0")]  # the other detectors
-LOSSES = {"": ("softmax",), "rfs": ("softmax",), "bacl": ("objectness", "fcbl")}
+PRETRAINED = ("drcl", "drcl_bacl")
+LOSSES = {
+    "": ("softmax",),
+    "rfs": ("softmax",),
+    "bacl": ("objectness", "fcbl"),
+    "localizer": (),
+    "drcl": ("softmax",),
+    "drcl_bacl": ("objectness", "fcbl"),
+}
+DETECTORS = [name for name in NAMES if not name.endswith(":localizer")]
 
 
 def test_names():
@@ -20,7 +29,7 @@ def test_names():
     assert {name.partition(":")[2] for name in NAMES} == set(LOSSES)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", DETECTORS)
 def test_recipe(name):
     recipe, base = load_recipe(name), load_recipe(name.split(":")[0])
     variant = name.partition(":")[2]
@@ -28,15 +37,32 @@ def test_recipe(name):
     assert (recipe.detector.norm, recipe.detector.frozen_layers, recipe.data.sizes) == ("frozen_bn", 2, (128,))
     stages = [recipe, second_recipe(recipe)] if recipe.second else [recipe]
     assert tuple(stage.loss.name for stage in stages) == LOSSES[variant]
-    assert recipe.sampler.name == ("rfs" if variant == "rfs" else "plain")
+    assert recipe.sampler.name == ("rfs" if variant in ("rfs", "drcl") else "plain")
+    assert (recipe.pretraining is not None) == (variant in PRETRAINED)
     assert recipe.detector == base.detector and recipe.evaluation == base.evaluation
-    assert sum(stage.schedule.epochs for stage in stages) == base.schedule.epochs
+    schedules = [stage.schedule for stage in stages]
+    if recipe.pretraining:
+        schedules.append(recipe.pretraining.schedule)
+        assert keeps_predictor(recipe) and recipe.pretraining.proposals.file == "proposals.npz"
+        assert recipe.pretraining.sampler.threshold == load_recipe(f"{name.split(':')[0]}:rfs").sampler.threshold
+        assert recipe.pretraining.views.flip == recipe.data.flip
+    assert sum(schedule.epochs for schedule in schedules) == base.schedule.epochs
     for stage in stages:
         assert stage.data.model_copy(update={"copy_paste": False}) == base.data
-        method = {"epochs", "milestones", "weight_decay"} if len(stages) > 1 else set()
+        method = {"epochs", "milestones", "weight_decay"} if len(schedules) > 1 else set()
         assert stage.schedule.model_dump(exclude=method) == base.schedule.model_dump(exclude=method)
     assert recipe.about.title and f"tailfin train {name}" in recipe.about.command
     assert "tailfin[weights]" in recipe.about.notes
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name.endswith(":localizer")])
+def test_localizer(name):
+    """It starts where the detector starts and sees its pictures; its boxes go where `drcl` looks for them."""
+    recipe, base = load_recipe(name), load_recipe(name.split(":")[0])
+    assert (recipe.detector.name, recipe.weights, recipe.backbone) == ("localizer", base.weights, base.backbone)
+    assert recipe.detector.anchor_sizes == base.detector.anchor_sizes and recipe.data.train == base.data.train
+    assert recipe.data.sizes == base.data.sizes and not recipe.data.val.annotations
+    assert "--out DATA/proposals.npz" in recipe.about.notes
 
 
 @pytest.mark.parametrize("name", OTHERS)
@@ -54,7 +80,7 @@ def test_other_detector(name):
     assert "tailfin[weights]" in recipe.about.notes
 
 
-@pytest.mark.parametrize("name", NAMES + [name for name in OTHERS if ":" not in name])
+@pytest.mark.parametrize("name", DETECTORS + [name for name in OTHERS if ":" not in name])
 def test_it_takes_a_step(name):
     """Each stage learns from a picture; the stem and the first layer do not."""
     pytest.importorskip("timm", reason="timm is not installed")

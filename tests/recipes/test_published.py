@@ -220,7 +220,7 @@ def test_the_baselines_of_all_tables_are_runnable():
                 assert f"bacl/XIII/{loss}/{dataset}/{backbone}" in RUNNABLE
     assert RUNS["bacl/XIII/softmax/lvis_v1/r50"] == Runnable("lvis_v1/faster_rcnn_r50", ())
     assert RUNS["bacl/XIII/rfs/lvis_v0.5/r101"] == Runnable(
-        "lvis_v0.5/faster_rcnn_r50", ("backbone=resnet101", "sampler=rfs")
+        "lvis_v0.5/faster_rcnn_r50", ("backbone=resnet101", "sampler=rfs", "sampler.rounding=ceil")
     )
     assert RUNS["bacl/I/stage1/lvis_v0.5/r50/small_weight_decay"].overrides == (
         "schedule.epochs=12",

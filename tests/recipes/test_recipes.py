@@ -48,6 +48,7 @@ LOSSES = {
     "bacl_end_to_end": ("fcbl",),
     "drcl": ("softmax",),
     "efl_baseline": ("focal",),
+    **{form: ("focal",) for form in ("refine", "two_stage")},
 }
 COSINE = ("seesaw", "ecm", "ldam")  # methods that are made for a cosine classifier
 
@@ -106,6 +107,7 @@ def test_recipe(name):
     assert (recipe.method == "bacl") == (method == "bacl")
     repeats = method in ("rfs", "rio", "balms_decoupled") or (method == "ecm" and name.startswith(("lvis", "coco_lt")))
     repeats = repeats or (name.startswith("lvis") and detector in ("retinanet", "atss"))
+    repeats = repeats or (method == "fedloss" and name.startswith("lvis"))
     repeats = repeats or (method == "drcl" and not name.startswith("coco"))
     assert (recipe.pretraining is not None) == ("drcl" in name)
     assert (recipe.sampler.name == "rfs") == repeats

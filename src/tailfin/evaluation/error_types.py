@@ -14,31 +14,29 @@ Hoiem et al. (ECCV'12), from whom such diagrams come, and LVIS's federated rule:
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Integral
 from typing import Any, Literal, get_args
 
 import numpy as np
-from hotcoco import mask as mask_utils
 from numpy.typing import NDArray
 
 from tailfin.errors import UserError, nearest
 from tailfin.evaluation.detections import Detections, load_detections, with_geometry
 from tailfin.evaluation.groups import TrainCounts, as_train_counts, frequencies
-from tailfin.evaluation.truth import GroundTruth, encode_mask, load_truth
+from tailfin.evaluation.overlaps import Overlap, box_overlap, mask_overlap, pairs
+from tailfin.evaluation.truth import GroundTruth, load_truth
 from tailfin.stats import GROUPS
 
 TYPES = ("correct", "location", "background", "classification", "other")
 CORRECT, LOCATION, BACKGROUND, CLASSIFICATION, OTHER = range(5)
 NOT_BEST, UNJUDGED = -1, -2
 HIT, TOUCH = 0.5, 0.1  # a larger IoU is a hit; one above the second is about an object
-PAIRS = 2**21  # pairs of prediction and object that are compared at a time
 
 Precedence = Literal["same_class", "best_iou"]
 Duplicates = Literal["literal", "location"]
 Unjudged = Literal["drop", "all"]
 IoUType = Literal["bbox", "segm"]
-Overlap = Callable[[NDArray[np.int64], NDArray[np.int64]], NDArray[np.float64]]
 
 
 def error_types(
@@ -100,7 +98,7 @@ def error_types(
     if unjudged == "drop":
         types[~_judged(truth, detections)] = UNJUDGED
     best = _best(detections, np.flatnonzero(types != UNJUDGED), num_gt if top == "per_class" else int(top), classes)
-    overlap = _mask_overlap(truth, evidence, detections) if iou_type == "segm" else _box_overlap(truth, detections)
+    overlap = mask_overlap(truth, evidence, detections) if iou_type == "segm" else box_overlap(truth, detections)
     own, other, target = _overlaps(truth, evidence, detections, best, overlap)
     types[best] = _types(own, other, precedence)
     if duplicates == "location":
@@ -152,77 +150,18 @@ def _overlaps(
     rows: NDArray[np.int64],
     overlap_of: Overlap,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.int64]]:
-    """Of each of `rows`: largest IoU with its own class and with another one, and its object (own class, -1: none).
-
-    `overlap_of` takes rows of detections and of objects, K pairs, to float64 [K]; a detection's pairs stand together
-    and are all objects of its image, in one order.
-    """
-    objects = np.flatnonzero(evidence)
-    objects = objects[np.lexsort((truth.annotation_ids[objects], truth.image_rows[objects]))]
-    starts = np.searchsorted(truth.image_rows[objects], np.arange(len(truth.image_ids) + 1))
-    first = starts[detections.image_rows[rows]]
-    sizes = starts[detections.image_rows[rows] + 1] - first
+    """Of each of `rows`: largest IoU with its own class and with another one, and its object (own class, -1: none)."""
     own, other = np.zeros(len(rows)), np.zeros(len(rows))
     target = np.full(len(rows), -1, dtype=np.int64)
-    ends = np.cumsum(sizes)
-    start = 0
-    while start < len(rows):  # a few parts, so that memory stays bounded
-        done = ends[start - 1] if start else 0
-        stop = max(start + 1, int(np.searchsorted(ends, done + PAIRS, side="right")))
-        part = np.arange(start, stop)[sizes[start:stop] > 0]
-        start = stop
-        if not len(part):
-            continue
-        count = sizes[part]
-        groups = np.cumsum(count) - count  # where the pairs of each prediction start
-        place = np.arange(count.sum()) + np.repeat(first[part] - groups, count)
-        mine, their = np.repeat(rows[part], count), objects[place]
-        overlap = overlap_of(mine, their)
-        same = detections.category_rows[mine] == truth.category_rows[their]
-        with_own = np.where(same, overlap, 0.0)
-        own[part] = np.maximum.reduceat(with_own, groups)
-        other[part] = np.maximum.reduceat(np.where(same, 0.0, overlap), groups)
-        reached = np.flatnonzero(same & (overlap > 0) & (overlap == np.repeat(own[part], count)))
-        owner, lowest = np.unique(np.repeat(part, count)[reached], return_index=True)
-        target[owner] = their[reached[lowest]]
+    for part in pairs(truth, evidence, detections, rows, overlap_of):
+        same = detections.category_rows[part.detections] == truth.category_rows[part.objects]
+        own[part.places] = np.maximum.reduceat(np.where(same, part.iou, 0.0), part.starts)
+        other[part.places] = np.maximum.reduceat(np.where(same, 0.0, part.iou), part.starts)
+        best = np.repeat(own[part.places], part.counts)
+        reached = np.flatnonzero(same & (part.iou > 0) & (part.iou == best))
+        owner, lowest = np.unique(np.repeat(part.places, part.counts)[reached], return_index=True)
+        target[owner] = part.objects[reached[lowest]]
     return own, other, target
-
-
-def _box_overlap(truth: GroundTruth, detections: Detections) -> Overlap:
-    boxes = detections.boxes
-    assert boxes is not None
-    return lambda mine, their: _iou(boxes[mine], truth.boxes[their])
-
-
-def _mask_overlap(truth: GroundTruth, evidence: NDArray[np.bool_], detections: Detections) -> Overlap:
-    """IoU of masks, image by image: a matrix of its detections and objects each."""
-    masks, found = truth.masks(), detections.masks or []
-    sizes = truth.image_sizes[truth.image_rows].tolist()
-    objects = {int(row): encode_mask(masks[row], *map(int, sizes[row])) for row in np.flatnonzero(evidence)}
-
-    def overlap(mine: NDArray[np.int64], their: NDArray[np.int64]) -> NDArray[np.float64]:
-        result = np.zeros(len(mine))
-        images = detections.image_rows[mine]
-        order = np.argsort(images, kind="stable")  # pairs of a detection stay together
-        for pairs in np.split(order, np.flatnonzero(np.diff(images[order])) + 1):
-            own = mine[pairs[np.flatnonzero(np.diff(mine[pairs], prepend=-1))]]
-            others = their[pairs[: len(pairs) // len(own)]]
-            matrix = mask_utils.iou(
-                [found[row] for row in own], [objects[row] for row in others], [False] * len(others)
-            )
-            result[pairs] = np.asarray(matrix, dtype=np.float64).reshape(len(own), len(others)).ravel()
-        return result
-
-    return overlap
-
-
-def _iou(boxes: NDArray[np.float64], others: NDArray[np.float64]) -> NDArray[np.float64]:
-    """[K, 4] and [K, 4] xywh to [K]; boxes without area overlap by 0."""
-    low = np.maximum(boxes[:, :2], others[:, :2])
-    high = np.minimum(boxes[:, :2] + boxes[:, 2:], others[:, :2] + others[:, 2:])
-    shared = (high - low).clip(min=0).prod(axis=1)
-    union = boxes[:, 2:].prod(axis=1) + others[:, 2:].prod(axis=1) - shared
-    return np.divide(shared, union, out=np.zeros_like(shared), where=union > 0)
 
 
 def _types(own: NDArray[np.float64], other: NDArray[np.float64], precedence: Precedence) -> NDArray[np.int64]:

@@ -110,7 +110,13 @@ ONE_STAGE = ("atss", "retinanet")
 DATASETS = {"lvis_v1": "LVIS v1", "lvis_v0.5": "LVIS v0.5", "coco": "COCO", "coco_lt": "COCO-LT"}
 BACKBONES = {"r50": ("backbone=resnet50",), "r101": ("backbone=resnet101",)}
 # not stated: the one of the method's recipe, plain in all but ECM's and RIO's; see also OWN_RUNS
-SAMPLERS = {None: (), "random": ("sampler=plain",), "rfs": ("sampler=rfs",), "irfs": ("sampler=irfs",)}
+# and the factors are rounded up once, as mmdetection does, which the papers' code bases are built on.
+SAMPLERS = {
+    None: (),
+    "random": ("sampler=plain",),
+    "rfs": ("sampler=rfs", "sampler.rounding=ceil"),
+    "irfs": ("sampler=irfs", "sampler.rounding=ceil"),
+}
 # Rows of 2DRCL on LVIS whose numbers no other paper prints are runs of its own code base, whose default sampler is RFS;
 # a method of two stages keeps that of its recipe.
 OWN_RUNS = {"2drcl": "rfs"}
@@ -141,13 +147,13 @@ SCHEDULES: dict[int, dict[str | None, tuple[str, ...]]] = {  # stages of the met
     # states none, and each further part has the 2 epochs of step 2
     3: {"50+1+2": (), "50+1": (), "50+2": (), None: ()},
 }
-# pre-training -> overrides. Those that contrast boxes take them from DATA/proposals.json (`tailfin data proposals`)
+# pre-training -> overrides. Those that contrast boxes take them from DATA/proposals.npz (`tailfin data proposals`)
 PRETRAINING: dict[str | None, tuple[str, ...]] = {
     None: ("weights=imagenet",),
     "imagenet": ("weights=imagenet",),
-    "2drcl": ("weights=imagenet", "pretraining={preset: drcl, proposals: {file: proposals.json}}"),
+    "2drcl": ("weights=imagenet", "pretraining={preset: drcl, proposals: {file: proposals.npz}}"),
     **{
-        preset: ("weights=imagenet", f"pretraining={{preset: {preset}, proposals: {{file: proposals.json}}}}")
+        preset: ("weights=imagenet", f"pretraining={{preset: {preset}, proposals: {{file: proposals.npz}}}}")
         for preset in ("aligndet", "soco")
     },
     **{
@@ -178,7 +184,7 @@ SWITCHES: dict[str, dict[Any, tuple[str, ...]]] = {
         False: (),
         True: (  # BACL IV-B: 1280 x 1280 instead of multi-scale; tested at 1333 x 800 like all others
             *("data.copy_paste=true", "data.resize=jitter", "data.sizes=[1280]", "data.jitter_scale=[0.8, 1.25]"),
-            *("data.test_size=800", "data.test_max_size=1333"),
+            *("data.canvas=true", "data.test_size=800", "data.test_max_size=1333"),
         ),
     },
     "mg": {False: ("second.loss.alpha=0",), True: ()},  # BACL III: margin, weight term, feature hallucination
