@@ -33,7 +33,7 @@ ORDER = (
     ("mask_encoding", "inference", "exemplar_scores"),
     ("report", "pictures"),
     ("processes", "provenance", "reuse", "run_files", "run"),
-    ("methods", "dry_run"),
+    ("memory", "methods", "dry_run"),
     ("api",),
     ("calibrate", "cost", "export", "hub", "neighbours", "predicting", "propose"),
     ("cli", "__main__"),

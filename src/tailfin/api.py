@@ -20,7 +20,8 @@ from PIL import Image
 from torch import Tensor
 
 from tailfin import evaluation
-from tailfin.checkpoint import load_model_file
+from tailfin.checkpoint import file_hash, load_model_file, save_model
+from tailfin.class_rows import join_class_rows
 from tailfin.config import load_recipe, recipe_from_file
 from tailfin.data.dataset import Source, to_test_size
 from tailfin.data.images import read_image, to_rgb
@@ -30,11 +31,13 @@ from tailfin.evaluation.operating import OperatingPoints
 from tailfin.evaluation.results import merge_shards, result_files
 from tailfin.files import existing_file
 from tailfin.inference import counts_by_id
+from tailfin.joins import join_classes
 from tailfin.mask_encoding import decode_masks, encode_masks
 from tailfin.schema.backbones import NAMED_WEIGHTS
 from tailfin.schema.recipe import Recipe
+from tailfin.schema.stages import final_stage
 from tailfin.stats import ClassStats
-from tailfin.weights import load_whole
+from tailfin.weights import load_fitting, load_whole
 
 if TYPE_CHECKING:
     from tailfin import models
@@ -197,7 +200,8 @@ def train(
     `recipe` is a name from `tailfin recipes list`, a YAML path, a published row's id, or a `Recipe`. `resume` goes on
     with the run in `out`. `reuse` is a run (or model file) whose finished stages are taken in the place of training
     them, in order, up to the first that this recipe would train differently; `stage1` is one whose first stage must be
-    the one that the recipe would train, and is taken alone.
+    the one that the recipe would train, and is taken alone; a later stage of a run (RUN/stages/K-NAME) is taken with
+    those before it.
     """
     from tailfin.methods import method
     from tailfin.processes import on_main, process_state
@@ -269,6 +273,52 @@ def evaluate(
 ) -> dict[str, Any]:
     """Numbers of COCO results on an annotation file, as in `metrics.json`; see `tailfin.evaluation.evaluate`."""
     return evaluation.evaluate(annotations, results, protocol, iou_type, **options)
+
+
+def converted(
+    recipe: str | Path,
+    weights: str | Path,
+    annotations: str | Path,
+    out: str | Path,
+    *,
+    train: str | Path | None = None,
+    overrides: Sequence[str] = (),
+) -> list[str]:
+    """Write a checkpoint of another project, which `weights` of the recipe would read, as a model file as it is.
+
+    Args:
+        recipe: name or path; its detector (that of the last stage) is the checkpoint's.
+        annotations: file whose classes the model has; with their counts, unless `train` names the training file.
+        out: the model file.
+
+    Returns:
+        Lines that say what was loaded, dropped, and how classes were told.
+
+    Raises:
+        UserError: weights that the model needs are not in the checkpoint: they would be random.
+    """
+    given = final_stage(load_recipe(recipe, [f"weights={weights}", *overrides])).recipe
+    stats = ClassStats.from_index(open_index(annotations if train is None else train))
+    from tailfin.models import build_detector, released_weights
+
+    released = released_weights(given, stats)
+    if released is None:
+        raise UserError(f"{weights}: it has no known names of a {given.detector.name} of another project")
+    names = stats.names if released.names is None else released.names
+    join = join_classes(stats.names, names)
+    if join.missing:
+        raise UserError(f"{weights}: it has no class {join.first_missing()}, which the annotations have")
+    model, _ = build_detector(given, stats, start=False)
+    joined, said = join_class_rows(model.state_dict(), released.state, names, stats.names)
+    loaded = load_fitting(model, joined)
+    if lost := [key for key in loaded.missing if ".loss." not in key]:  # a loss's counts are no matter of detections
+        more = ", ..." if len(lost) > 1 else ""
+        raise UserError(f"{weights}: {len(lost)} weights of this detector are not in it ({lost[0]}{more})")
+    notes = [*released.notes, f"{weights}: {len(loaded.names)} weights loaded", *said]
+    if loaded.dropped:
+        notes.append(f"  not in this detector: {len(loaded.dropped)} ({loaded.dropped[0]}, ...)")
+    save_model(Path(out), model, given, stats, parents=[file_hash(Path(str(weights).partition("#")[0]))])
+    return notes
 
 
 def predict_to_results(

@@ -32,8 +32,9 @@ from tailfin.provenance import environment, now
 from tailfin.reuse import Data, Reused, finished_stages, first_stage
 from tailfin.run_files import empty_run, lock, remove_leftovers, unlock
 from tailfin.samplers.plan import BatchPlan
+from tailfin.schedule import Curve
 from tailfin.schema.recipe import Recipe
-from tailfin.schema.stages import Stage, stages
+from tailfin.schema.stages import PRETRAIN, Stage, stages
 from tailfin.stats import ClassStats
 from tailfin.weights import load_whole
 
@@ -147,7 +148,18 @@ class Run:
             best_kept = keep_best if recipe.evaluation.select == "best" else None
             model = fit(
                 self.accelerator,
-                Optimisation(name, folder, recipe, model, dataset, plan, step, evaluate=evaluated, save_best=best_kept),
+                Optimisation(
+                    name,
+                    folder,
+                    recipe,
+                    model,
+                    dataset,
+                    plan,
+                    step,
+                    evaluate=evaluated,
+                    save_best=best_kept,
+                    curve=curve_of(self.recipe, planned),
+                ),
             )
             model = model.get_submodule(product)
             if on_main(self.accelerator, best.exists):
@@ -274,6 +286,15 @@ class Run:
             write_report([self.out])
         except UserError as error:  # the numbers are safe; `tailfin report` can be run again
             self.say(f"no report: {error}")
+
+
+def curve_of(recipe: Recipe, stage: Stage[Recipe]) -> Curve | None:
+    """The rate over a pre-training and the stage after it, where they share one."""
+    own = recipe.pretraining
+    if own is None or not own.one_curve or PRETRAIN not in (stage.name, stage.starts_from):
+        return None
+    before = 0.0 if stage.name == PRETRAIN else own.schedule.epochs
+    return Curve(recipe.schedule, before, own.schedule.epochs + recipe.schedule.epochs)
 
 
 def _of_training(before: dict[str, Any], path: Path) -> str:

@@ -83,6 +83,29 @@ def test_which_images_train(source):
     assert target["boxes"].shape == (0, 4) and target["labels"].shape == (0,)
 
 
+def test_hidden_objects_are_no_background(source):
+    """With `keep_empty` an image whose annotations a step hides stays out; one without any annotation is shown."""
+    config = Data(resize="square", sizes=(64,), keep_empty=True, workers=0)
+    kept = source.index.labels == 2
+    rows = TrainingDataset(source, config, 0, kept=kept).rows()
+    assert rows.tolist() == sorted({*source.index.image_of[kept].tolist(), 25})
+
+
+def test_the_next_picture_in_the_place_of_an_empty_crop(source, monkeypatch):
+    config = Data(resize="square", sizes=(64,), empty_crop="next", workers=0, group_by_aspect=False, keep_empty=True)
+    dataset, plain = TrainingDataset(source, config, 0), TrainingDataset(source, CONFIG, 0)
+    augmented = TrainingDataset._augmented
+
+    def crop_away(own, row, rng):
+        image, target = augmented(own, row, rng)
+        return image, {key: value[:0] for key, value in target.items()} if row in (3, 4) else target
+
+    monkeypatch.setattr(TrainingDataset, "_augmented", crop_away)
+    assert same(dataset[(1, 3, 2)], plain[(1, 5, 2)]) and same(dataset[(1, 6, 2)], plain[(1, 6, 2)])
+    assert int(dataset[(1, 25, 0)][1]["image_id"]) == 25  # it has no object to lose
+    assert not len(plain[(1, 3, 2)][1]["labels"])
+
+
 @pytest.fixture
 def awkward(tmp_path) -> Path:
     """One image with a crowd, a box without area, one over the border and one outside."""

@@ -207,3 +207,49 @@ def test_nothing_at_all_and_groups():
 def test_mistakes(options, message):
     with pytest.raises(UserError, match=message):
         error_types(document([]), [], **options)
+
+
+def corners(box):
+    left, top, wide, tall = box
+    return [[left, top, left + wide, top, left + wide, top + tall, left, top + tall]]
+
+
+def test_rectangular_masks_are_boxes():
+    """Filled boxes in whole pixels give by masks what they give by boxes, over several images, options alike."""
+    rng = np.random.default_rng(0)
+    truth, found = document([]), []
+    truth["images"] = [{"id": number, "width": 100, "height": 100} for number in (1, 2, 5)]
+    for number in range(60):
+        box = np.concatenate([rng.integers(0, 30, 2), rng.integers(1, 20, 2)]).tolist()
+        image, category = int(rng.choice([1, 2, 5])), int(rng.choice([3, 7]))
+        if number < 20:
+            own = {
+                "id": number + 1,
+                "image_id": image,
+                "category_id": category,
+                "bbox": box,
+                "iscrowd": number % 5 == 4,
+            }
+            truth["annotations"].append({**own, "area": box[2] * box[3], "segmentation": corners(box)})
+        else:
+            near = truth["annotations"][int(rng.integers(20))]
+            image, box = near["image_id"], (np.array(near["bbox"]) + rng.integers(0, 4, 4)).tolist()
+            own = {"image_id": image, "category_id": category, "bbox": box, "score": float(rng.random())}
+            found.append({**own, "segmentation": corners(box)})
+    for options in OPTIONS.values():
+        boxes, masks = (error_types(truth, found, iou_type=kind, **options) for kind in ("bbox", "segm"))
+        assert len(np.unique(boxes["type_per_detection"])) > 3
+        np.testing.assert_array_equal(boxes["type_per_detection"], masks["type_per_detection"])
+        np.testing.assert_array_equal(boxes["counts"], masks["counts"])
+
+
+def test_masks_decide_where_boxes_agree():
+    """Two halves of one square have its box, and no pixel in common."""
+    square = [10, 10, 20, 20]
+    truth = document([(3, square)])
+    truth["annotations"][0]["segmentation"] = [[10, 10, 30, 10, 10, 30]]
+    other = {**prediction(3, square), "segmentation": [[30, 10, 30, 30, 10, 30]]}
+    assert error_types(truth, [other])["type_per_detection"].tolist() == [0]
+    assert error_types(truth, [other], iou_type="segm")["type_per_detection"].tolist() == [2]
+    with pytest.raises(UserError, match="segmentation"):
+        error_types(truth, [prediction(3, square)], iou_type="segm")

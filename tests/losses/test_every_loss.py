@@ -124,7 +124,7 @@ def test_a_loss_lists_the_facts_that_it_takes(name, stats_of):
     """A detector fills what is listed in `row_facts` and nothing else."""
     code = type(losses.build(name, stats_of(np.array([20, 10])))).loss.__code__
     keywords = code.co_varnames[3 : code.co_argcount]  # after self, logits, labels
-    known = {"gt_index", "memory", "quality", "iter_id", "normalizer"}
+    known = {"gt_index", "memory", "quality", "iter_id", "normalizer", "picture"}
     assert set(losses.LOSSES[name].row_facts) == known & set(keywords)
 
 

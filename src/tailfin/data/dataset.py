@@ -140,10 +140,14 @@ class TrainingDataset(Dataset):
         )
 
     def rows(self) -> np.ndarray:
-        """Image rows that train: all, or those with a usable annotation."""
+        """Image rows that train: those with a usable annotation, and with `keep_empty` those that have none.
+
+        An image whose annotations are all hidden (`kept`) is none of either: its objects would be background.
+        """
+        objects = np.diff(self.clean.offsets)
         if self.config.keep_empty:
-            return np.arange(len(self.source.index))
-        return np.flatnonzero(np.diff(self.clean.offsets))
+            return np.flatnonzero((objects > 0) | (np.diff(self.source.index.clean().offsets) == 0))
+        return np.flatnonzero(objects)
 
     def __getitem__(self, key: Key) -> tuple[Tensor, dict[str, Tensor]] | Skipped | UserError:
         try:
@@ -175,7 +179,18 @@ class TrainingDataset(Dataset):
         """Augmented picture uint8 [3, H, W] and target (boxes, labels, image_id; masks, mask_valid; known) of a key.
 
         `known`, bool [C], are the checked classes of the picture itself; a pasted object has its label, no more.
+        Where a crop has left no object and `empty_crop` is "next", those of the next training picture that keeps one.
         """
+        image, target = self._drawn(epoch, row, copy)
+        if len(target["labels"]) or self.config.empty_crop == "keep" or not np.diff(self.clean.offsets)[row]:
+            return image, target
+        for other in self._after(row)[:PATIENCE].tolist():
+            image, target = self._drawn(epoch, other, copy)
+            if len(target["labels"]):
+                break
+        return image, target
+
+    def _drawn(self, epoch: int, row: int, copy: int) -> tuple[Tensor, dict[str, Tensor]]:
         rng = np.random.default_rng([self.seed, 3, epoch, row, copy])
         image, target = self._augmented(row, rng)
         if self.config.copy_paste:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from tailfin.evaluation.detections import load_detections, with_geometry
-from tailfin.evaluation.overlaps import pairs
+from tailfin.evaluation.overlaps import box_overlap, pairs
 from tailfin.evaluation.truth import load_truth
 
 HIT = 0.5  # a larger IoU is on the object
@@ -47,7 +47,7 @@ def confusion(
     rows = np.flatnonzero(detections.scores >= min_score)
     rows = rows[np.argsort(-detections.scores[rows], kind="stable")]  # the best first, then in input order
     taken = np.full(len(truth.category_rows), -1, dtype=np.int64)  # category row that each object is taken for
-    for part in pairs(truth, evidence, detections, rows):
+    for part in pairs(truth, evidence, detections, rows, box_overlap(truth, detections)):
         hit = part.iou > HIT
         objects, labels = part.objects[hit], detections.category_rows[part.detections[hit]]
         own, first = np.unique(objects, return_index=True)

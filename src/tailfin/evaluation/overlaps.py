@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
+from hotcoco import mask as mask_utils
 from numpy.typing import NDArray
 
 from tailfin.evaluation.detections import Detections
-from tailfin.evaluation.truth import GroundTruth
+from tailfin.evaluation.truth import GroundTruth, encode_mask
 
 PAIRS = 2**21  # compared at a time
 
@@ -25,11 +26,19 @@ class Pairs(NamedTuple):
     iou: NDArray[np.float64]  # [P]
 
 
+# rows of detections and of objects, K pairs, to float64 [K]; the pairs of a detection stand together and are with all
+# objects of its image, in one order
+Overlap = Callable[[NDArray[np.int64], NDArray[np.int64]], NDArray[np.float64]]
+
+
 def pairs(
-    truth: GroundTruth, evidence: NDArray[np.bool_], detections: Detections, rows: NDArray[np.int64]
+    truth: GroundTruth,
+    evidence: NDArray[np.bool_],
+    detections: Detections,
+    rows: NDArray[np.int64],
+    overlap_of: Overlap,
 ) -> Iterator[Pairs]:
-    """Pairs of the detections `rows` with the objects marked by `evidence` (bool [G]); by boxes."""
-    assert detections.boxes is not None
+    """Pairs of the detections `rows` with the objects marked by `evidence` (bool [G])."""
     objects = np.flatnonzero(evidence)
     objects = objects[np.lexsort((truth.annotation_ids[objects], truth.image_rows[objects]))]
     starts = np.searchsorted(truth.image_rows[objects], np.arange(len(truth.image_ids) + 1))
@@ -48,7 +57,36 @@ def pairs(
         begin = np.cumsum(count) - count
         mine = np.repeat(rows[part], count)
         their = objects[np.arange(count.sum()) + np.repeat(first[part] - begin, count)]
-        yield Pairs(part, begin, count, mine, their, box_iou(detections.boxes[mine], truth.boxes[their]))
+        yield Pairs(part, begin, count, mine, their, overlap_of(mine, their))
+
+
+def box_overlap(truth: GroundTruth, detections: Detections) -> Overlap:
+    """IoU of boxes."""
+    boxes = detections.boxes
+    assert boxes is not None
+    return lambda mine, their: box_iou(boxes[mine], truth.boxes[their])
+
+
+def mask_overlap(truth: GroundTruth, evidence: NDArray[np.bool_], detections: Detections) -> Overlap:
+    """IoU of masks, image by image: a matrix of its detections and objects each."""
+    masks, found = truth.masks(), detections.masks or []
+    sizes = truth.image_sizes[truth.image_rows].tolist()
+    objects = {int(row): encode_mask(masks[row], *map(int, sizes[row])) for row in np.flatnonzero(evidence)}
+
+    def overlap(mine: NDArray[np.int64], their: NDArray[np.int64]) -> NDArray[np.float64]:
+        result = np.zeros(len(mine))
+        images = detections.image_rows[mine]
+        order = np.argsort(images, kind="stable")  # pairs of a detection stay together
+        for near in np.split(order, np.flatnonzero(np.diff(images[order])) + 1):
+            own = mine[near[np.flatnonzero(np.diff(mine[near], prepend=-1))]]
+            others = their[near[: len(near) // len(own)]]
+            matrix = mask_utils.iou(
+                [found[row] for row in own], [objects[row] for row in others], [False] * len(others)
+            )
+            result[near] = np.asarray(matrix, dtype=np.float64).reshape(len(own), len(others)).ravel()
+        return result
+
+    return overlap
 
 
 def box_iou(boxes: NDArray[np.float64], others: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -16,6 +16,8 @@ from transformers.models.deformable_detr.modeling_deformable_detr import (
     DeformableDetrMultiscaleDeformableAttention,
 )
 
+from tailfin.models.constants import constant
+
 Shapes = list[tuple[int, int]]  # (height, width) of every level
 DENSE_TOKENS = 512  # up to so many cells over all levels a CPU samples by a matrix product; where both take as long
 
@@ -106,7 +108,7 @@ def sample(value: Tensor, shapes: Shapes, places: Tensor, weights: Tensor) -> Te
 def _sides(shapes: Shapes, like: Tensor) -> Tensor:
     """[L, 2] width and height of the levels; in an exported graph they are computed, whatever the picture's size."""
     if not _exporting():
-        return like.new_tensor([shape[::-1] for shape in shapes])
+        return constant([shape[::-1] for shape in shapes], like.device, like.dtype)
     last = [torch.arange(side, device=like.device)[-1:] for shape in shapes for side in shape[::-1]]
     return (torch.cat(last) + 1).to(like).view(-1, 2)
 
@@ -166,7 +168,7 @@ Two = tuple[Tensor, Tensor]
 def _neighbours(place: Tensor, side: Tensor) -> tuple[Two, Two, Two]:
     """The two cells around a place in 0..1 along one axis of `side` cells: index, share, and whether they exist."""
     place = place * side - 0.5
-    low = place.floor()
+    low = place.floor().nan_to_num_()  # a network that has diverged: no place, and a share that is no number
     part = place - low
     in_low, in_high = (low >= 0) & (low < side), (low >= -1) & (low < side - 1)
     cells = low.clamp(min=0).minimum(side - 1), (low + 1).clamp_(min=0).minimum(side - 1)

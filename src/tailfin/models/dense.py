@@ -31,11 +31,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.detection.faster_rcnn import TwoMLPHead
 from torchvision.models.detection.image_list import ImageList
-from torchvision.ops import generalized_box_iou_loss
 
 from tailfin.collectives import sum_over_ranks
 from tailfin.losses.base import ClassificationLoss
-from tailfin.models.assigners import iou, pad_targets, paired_iou
+from tailfin.models.assigners import giou_loss, iou, pad_targets, paired_iou
 from tailfin.models.backbones import Backbone
 from tailfin.models.box_deltas import decode_deltas, encode_deltas
 from tailfin.models.dense_anchors import LevelAnchors
@@ -191,9 +190,12 @@ class DenseDetector(Detector):
             quality = paired_iou(self.decoded(matched).detach(), matched.boxes)
             wanted["quality"] = quality.new_zeros(matched.labels.shape).index_put_(at, quality)
         if "gt_index" in self.class_loss.row_facts:
-            counts = torch.tensor([len(target["boxes"]) for target in targets], device=matched.labels.device)
+            counts = torch.tensor([len(target["boxes"]) for target in targets]).to(matched.labels.device)
             objects = matched.objects + (counts.cumsum(0) - counts)[matched.picture]
             wanted["gt_index"] = torch.full_like(matched.labels, -1).index_put_(at, objects)
+        if "picture" in self.class_loss.row_facts:
+            pictures = torch.arange(len(matched.labels), device=matched.labels.device)
+            wanted["picture"] = pictures[:, None].expand_as(matched.labels)
         if "memory" in self.class_loss.row_facts:
             wanted["memory"] = torch.zeros_like(matched.labels, dtype=torch.bool)
         return wanted
@@ -205,7 +207,7 @@ class DenseDetector(Detector):
     def box_losses(self, matched: Matched, kind: str, beta: float = 0.0) -> Tensor:
         """[P] of each positive anchor: "giou" of the box, "l1" or "smooth_l1" summed over the deltas."""
         if kind == "giou":
-            return generalized_box_iou_loss(self.decoded(matched), matched.boxes)
+            return giou_loss(self.decoded(matched), matched.boxes)
         wanted = encode_deltas(matched.anchors, matched.boxes, self.stds)
         if kind == "l1":
             return F.l1_loss(matched.deltas, wanted, reduction="none").sum(dim=1)

@@ -19,6 +19,7 @@ from tailfin.report.sections.groups import groups
 from tailfin.report.sections.overview import overview
 from tailfin.report.sections.provenance import provenance
 from tailfin.report.sections.scatter import scatter
+from tailfin.report.sections.steps import steps
 from tailfin.report.sections.summary import summary
 from tailfin.report.sections.views import pretraining
 
@@ -34,5 +35,6 @@ SECTIONS: tuple[Callable[[Sequence[Run]], Section | None], ...] = (
     curves,
     examples,
     pretraining,
+    steps,
     provenance,
 )

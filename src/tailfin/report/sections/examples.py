@@ -6,9 +6,7 @@ one per class where possible, pictures whose rare object the runs disagree about
 
 from __future__ import annotations
 
-import base64
 import functools
-import io
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -22,7 +20,7 @@ from pycocotools import mask as coco_mask
 from tailfin.data.images import read_image
 from tailfin.data.index import AnnotationIndex, image_folder, image_path, open_index
 from tailfin.errors import UserError
-from tailfin.report.draw import Color, draw_detections
+from tailfin.report.draw import Color, data_uri, draw_detections
 from tailfin.report.evaluated import annotations_file
 from tailfin.report.matching import IOU, Detections, Verdict, intersection, judge, read_detections
 from tailfin.report.page import Section, color, count, defined, group_name, render
@@ -255,7 +253,7 @@ def _picture(truth: _Truth, shown: Sequence[tuple[int, Run]], candidate: _Candid
     if any(panel.detections.masks is not None for panel in candidate.panels):
         masks = _shrunk(index.readable_segmentations.image_masks(row), canvas)
     drawn = draw_detections(canvas, boxes * factor, labels, index.names, masks=masks, dashed=crowd)
-    panels = [{"title": "ground truth", "color": "", "image": _data_uri(drawn), "note": _objects(len(labels))}]
+    panels = [{"title": "ground truth", "color": "", "image": data_uri(drawn), "note": _objects(len(labels))}]
     own_boxes, own_labels = boxes[~crowd], labels[~crowd]
     for (number, run), panel in zip(shown, candidate.panels, strict=True):
         scaled = replace(panel, detections=replace(panel.detections, boxes=panel.detections.boxes * factor))
@@ -263,7 +261,7 @@ def _picture(truth: _Truth, shown: Sequence[tuple[int, Run]], candidate: _Candid
             {
                 "title": run.name,
                 "color": color(number),
-                "image": _data_uri(_draw(canvas, scaled, own_boxes * factor, own_labels, index.names, candidate.label)),
+                "image": data_uri(_draw(canvas, scaled, own_boxes * factor, own_labels, index.names, candidate.label)),
                 "note": _verdict(panel, own_labels, index.names),
             }
         )
@@ -335,9 +333,3 @@ def _verdict(panel: _Panel, labels: np.ndarray, names: Sequence[str]) -> str:
     if wrong:
         parts.append(f"{wrong} wrong")
     return ", ".join(parts)
-
-
-def _data_uri(picture: Image.Image) -> str:
-    buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=84, optimize=True)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
