@@ -31,6 +31,7 @@ from tailfin.evaluation.results import merge_shards, result_files
 from tailfin.files import existing_file
 from tailfin.inference import counts_by_id
 from tailfin.mask_encoding import decode_masks, encode_masks
+from tailfin.progress import Progress
 from tailfin.schema.backbones import NAMED_WEIGHTS
 from tailfin.schema.recipe import Recipe
 from tailfin.stats import ClassStats
@@ -191,6 +192,7 @@ def train(
     resume: bool = False,
     stage1: str | Path | None = None,
     reuse: str | Path | None = None,
+    auto_batch: bool = False,
 ) -> Path:
     """Train every stage of a recipe and measure the result; returns the run folder.
 
@@ -198,7 +200,7 @@ def train(
     with the run in `out`. `reuse` is a run (or model file) whose finished stages are taken in the place of training
     them, in order, up to the first that this recipe would train differently; `stage1` is one whose first stage must be
     the one that the recipe would train, and is taken alone; a later stage of a run (RUN/stages/K-NAME) is taken with
-    those before it.
+    those before it. `auto_batch` takes the largest batch that the memory holds (`tailfin.auto_batch`).
     """
     from tailfin.methods import method
     from tailfin.processes import on_main, process_state
@@ -210,6 +212,8 @@ def train(
         resolved, folder = resumed_recipe(out), Path(out)
     else:
         resolved = resolve_recipe(recipe, train, val, train_images, val_images, weights, overrides)
+        if auto_batch:
+            resolved = with_largest_batch(resolved)
         if stage1 is not None and reuse is not None:
             raise UserError("--stage1 demands the first stage of a run, --reuse takes all that fit: give one of them")
         for option, given in (("--stage1", stage1), ("--reuse", reuse)):
@@ -254,6 +258,8 @@ def resolve_recipe(
         values["weights"] = str(weights)
     if values["weights"] not in NAMED_WEIGHTS:
         values["weights"] = str(Path(values["weights"]).absolute())
+    if values["classes"]["map"]:
+        values["classes"]["map"] = str(Path(values["classes"]["map"]).absolute())
     if resolved.data.synthesize == "demo" and not values["data"]["train"]["annotations"]:
         from tailfin.data.synth import demo_set
         from tailfin.processes import on_main, process_state
@@ -263,6 +269,18 @@ def resolve_recipe(
         values["data"]["train"] = {"annotations": str(train_json.absolute()), "images": ""}
         values["data"]["val"] = {"annotations": str(val_json.absolute()), "images": ""}
     return check_recipe(values, resolved.name or "recipe")
+
+
+def with_largest_batch(recipe: Recipe) -> Recipe:
+    """The recipe with the largest batch that the memory holds; says how it was found."""
+    from tailfin.auto_batch import largest_batch
+    from tailfin.processes import process_state
+
+    found, lines = largest_batch(recipe)
+    if process_state().is_main_process:
+        for line in lines:
+            Progress("", 1).note(line)
+    return found
 
 
 def evaluate(

@@ -130,7 +130,7 @@ class Run:
                 f"stage {name}: {len(dataset.rows())} images, {plan.iterations} iterations of {recipe.schedule.batch}, "
                 f"{self.stats.num_classes} classes, loss {recipe.loss.name}, sampler {recipe.sampler.name}"
             )
-            for note in (about_masks, unchecked_note(self.train, recipe.data)):
+            for note in (recipe.schedule.rate_told(), about_masks, unchecked_note(self.train, recipe.data)):
                 if note:
                     self.say(note)
             seeing: list[Any] = [module for module in model.modules() if hasattr(module, "see_annotations")]

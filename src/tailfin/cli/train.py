@@ -39,6 +39,9 @@ def train(
     ] = None,
     resume: Annotated[Path | None, typer.Option(metavar="RUN", help="Go on with an interrupted run.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing run folder.")] = False,
+    auto_batch: Annotated[
+        bool, typer.Option("--auto-batch", help="Take the largest batch that the memory holds, found by one step.")
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show plan, memory estimate and one augmented batch; train nothing.")
     ] = False,
@@ -52,7 +55,7 @@ def train(
     if (recipe is None) == (resume is None):
         raise UserError("give a recipe, or --resume RUN" + ("" if recipe is None else " (not both)"))
     given = (overrides, train_json, val_json, train_images, val_images, out, weights, stage1, reuse)
-    if resume is not None and any(given):
+    if resume is not None and (any(given) or auto_batch):
         raise UserError("--resume goes on with the run as it was begun: no overrides and no other options")
     if recipe is not None and train_json is None and not Path(recipe).is_file():
         _check_data_is_named(recipe, overrides or [])
@@ -66,7 +69,7 @@ def train(
             if recipe is not None
             else api.recipe_from_file(Path(str(resume)) / "recipe.yaml")
         )
-        show_plan(resolved, out)
+        show_plan(api.with_largest_batch(resolved) if auto_batch else resolved, out)
         return
     if resume is not None:
         folder = api.train("", out=resume, resume=True)
@@ -83,6 +86,7 @@ def train(
             overwrite=overwrite,
             stage1=stage1,
             reuse=reuse,
+            auto_batch=auto_batch,
         )
     show_result(folder)
 
