@@ -24,7 +24,7 @@ ORDER = (
     ("recipe_values", "recipes", "config"),
     ("data", "samplers"),
     ("class_rows", "weights", "checkpoint"),
-    ("schedule",),
+    ("schedule", "plan_notes"),
     ("models",),
     ("pretraining",),
     ("training_log", "engine"),

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from tailfin import evaluation
+from tailfin import evaluation, recipes
 from tailfin.checkpoint import load_model_file
 from tailfin.config import load_recipe, recipe_from_file
 from tailfin.data.dataset import Source, to_test_size
@@ -52,6 +52,11 @@ class Detector:
     def names(self) -> list[str]:
         """Class names, index = label."""
         return list(self.stats.names)
+
+    @property
+    def category_ids(self) -> list[int]:
+        """The ids of the classes in the training file, index = label."""
+        return [int(number) for number in self.stats.category_ids]
 
     def predict(
         self,
@@ -196,6 +201,8 @@ def resolve_recipe(
         resolved = recipe
     else:
         resolved = load_recipe(recipe, overrides)
+        if train is None:
+            _check_data_is_named(str(recipe), resolved, overrides)
     values = resolved.model_dump(mode="json")
     values["data"]["root"] = str(Path(resolved.data.root).absolute())  # so that RUN/recipe.yaml means the same anywhere
     for split, file, images in (("train", train, train_images), ("val", val, val_images)):
@@ -216,6 +223,22 @@ def resolve_recipe(
         values["data"]["train"] = {"annotations": str(train_json.absolute()), "images": ""}
         values["data"]["val"] = {"annotations": str(val_json.absolute()), "images": ""}
     return check_recipe(values, resolved.name or "recipe")
+
+
+def _check_data_is_named(name: str, recipe: Recipe, overrides: Mapping[str, Any] | Sequence[str]) -> None:
+    """Refuse what a recipe of the package finds by chance: the file of the working directory that has the name of its
+    own data's file."""
+    data = recipe.data
+    file = Path(data.train.annotations)
+    if data.root or not data.train.annotations or file.is_absolute() or not recipes.find(name).packaged:
+        return
+    if any(key.startswith(("data.root", "data.train")) for key in overrides):
+        return
+    found = f", and {file} of the working directory would be taken" if file.is_file() else ""
+    this = " (data.root=. for this one)" if found else ""
+    raise UserError(
+        f"{name}: no training data is named{found}: give --train FILE and --val FILE, or data.root=FOLDER{this}"
+    )
 
 
 def evaluate(

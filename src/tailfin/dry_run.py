@@ -15,13 +15,16 @@ from rich.table import Table
 from torch import nn
 
 from tailfin.data.dataset import TrainingDataset, open_source
+from tailfin.data.index import AnnotationIndex
 from tailfin.data.smooth_tail import ALL, PlannedStep, divide, planned_steps
 from tailfin.inference import check_kinds, check_validation
 from tailfin.models import build_detector
+from tailfin.plan_notes import plan_notes
 from tailfin.report.draw import draw_detections
 from tailfin.run import batch_plan
 from tailfin.schedule import learning_rate
 from tailfin.schema.backbones import NAMED_WEIGHTS
+from tailfin.schema.data import Data
 from tailfin.schema.recipe import Recipe
 from tailfin.schema.stages import CLASS_SPECIFIC, PRETRAIN, stages
 from tailfin.stats import ClassStats
@@ -62,8 +65,11 @@ def show_plan(recipe: Recipe, out: Path | None) -> None:
         table.add_section()
         table.add_row("below", "the recipe's own schedule and detector: its stage on all annotations")
     table.add_row("iterations", f"{plan.iterations} of {schedule.batch} images, {lengths[0]} in the first epoch")
-    rates = [learning_rate(i, plan.iterations, milestones, schedule) for i in (0, schedule.warmup, plan.iterations - 1)]
-    table.add_row("learning rate", f"{rates[0]:.2g} at first, {rates[1]:.2g} after the warm-up, {rates[2]:.2g} at last")
+    last = plan.iterations - 1
+    rates = [learning_rate(i, plan.iterations, milestones, schedule) for i in (0, min(schedule.warmup, last), last)]
+    warmed = f"{rates[1]:.2g} after the warm-up" if schedule.warmup < last else "in its warm-up to the end"
+    table.add_row("learning rate", f"{rates[0]:.2g} at first, {warmed}, {rates[2]:.2g} at last")
+    table.add_row("picture size", picture_size(recipe.data, train.index, first))
     parameters = sum(p.numel() for p in model.parameters())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     table.add_row("parameters", f"{parameters / 1e6:.1f} M, {trainable / 1e6:.1f} M of them train")
@@ -77,7 +83,36 @@ def show_plan(recipe: Recipe, out: Path | None) -> None:
     picture.parent.mkdir(parents=True, exist_ok=True)
     _batch_picture(first, list(stats.names)).save(picture, quality=90)
     table.add_row("first batch", str(picture))
+    for note in stage_notes(recipe, dataset, stats):
+        table.add_row("warning", note)
     Console().print(table)
+
+
+def picture_size(data: Data, index: AnnotationIndex, first: list[tuple[torch.Tensor, dict[str, torch.Tensor]]]) -> str:
+    """At which sizes the recipe works, and which the pictures have."""
+    sizes = " or ".join(map(str, data.sizes)) if len(data.sizes) < 3 else f"{min(data.sizes)} to {max(data.sizes)}"
+    trained = {
+        "multiscale": f"short side {sizes}, long side at most {data.max_size}",
+        "square": f"fitted into {data.sizes[0]} x {data.sizes[0]}",
+        "jitter": f"scaled by {data.jitter_scale[0]:g} to {data.jitter_scale[1]:g}, cropped to {data.sizes[0]}",
+        "detr": f"short side {sizes}, long side at most {data.max_size}, half of them cropped before",
+    }[data.resize]
+    short, bound = data.inference_size
+    height, width = (max(image.shape[axis] for image, _ in first) for axis in (1, 2))
+    usual = f"{np.median(index.widths):.0f} x {np.median(index.heights):.0f}"
+    return (
+        f"training: {trained} (first batch: up to {width} x {height}); test: short side {short}, long side at most "
+        f"{bound}; the file's pictures: {usual} on the median"
+    )
+
+
+def stage_notes(recipe: Recipe, whole: TrainingDataset, stats: ClassStats) -> list[str]:
+    """What to say of the stages' plans (`tailfin.plan_notes`), each thing once."""
+    notes = []
+    for stage in stages(recipe):
+        if stage.number:
+            notes += plan_notes(stage, batch_plan(stage.recipe, whole, stats))
+    return list(dict.fromkeys(notes))
 
 
 def planned_stages(

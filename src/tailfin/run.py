@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,6 +27,7 @@ from tailfin.files import read_object, write_atomic, write_json, writing
 from tailfin.inference import check_kinds, check_validation, counts_by_id, infer
 from tailfin.models import build_detector
 from tailfin.models.detector import Detector
+from tailfin.plan_notes import plan_notes
 from tailfin.processes import make_accelerator, on_main
 from tailfin.progress import Progress
 from tailfin.provenance import environment, now
@@ -129,8 +131,8 @@ class Run:
                 f"stage {name}: {len(dataset.rows())} images, {plan.iterations} iterations of {recipe.schedule.batch}, "
                 f"{self.stats.num_classes} classes, loss {recipe.loss.name}, sampler {recipe.sampler.name}"
             )
-            if about_masks:
-                self.say(about_masks)
+            for note in (*([about_masks] if about_masks else []), *plan_notes(replace(planned, recipe=recipe), plan)):
+                self.say(note)
             seeing: list[Any] = [module for module in model.modules() if hasattr(module, "see_annotations")]
             for module in seeing:  # what it takes from them is in its state, a resume point or model file brings it
                 module.see_annotations(self.train.index)

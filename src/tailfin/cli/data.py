@@ -51,7 +51,7 @@ def stats(
         stats_report.check_plot_path(plot)
     bounds = _bounds(group_bounds)
     index = open_index(file)
-    summary = stats_report.summarize(index, ClassStats.from_index(index, bounds))
+    summary = stats_report.summarize(index, ClassStats.from_index(index, bounds), images)
     if images is not None:
         summary["pictures_found"] = _found(index, image_folder(file, images))
     console = Console()
