@@ -175,7 +175,7 @@ def train(
                 raise UserError(f"{option} {given} is inside --out {out}, which would be replaced: give another --out")
         folder = on_main(process_state(), lambda: run_folder(out, resolved, overwrite=overwrite))
     first, others = (Path(given) if given is not None else None for given in (stage1, reuse))
-    run = Run(resolved, folder, stage1=first, reuse=others)
+    run = Run(resolved, folder, overwrite=overwrite, stage1=first, reuse=others)
     try:
         METHODS[resolved.method](run)
     finally:

@@ -12,18 +12,21 @@ import torchvision
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from torch import nn
 
 from tailfin.data.dataset import TrainingDataset, open_source
 from tailfin.data.index import AnnotationIndex
+from tailfin.data.proposals import open_proposals
 from tailfin.data.smooth_tail import ALL, PlannedStep, divide, planned_steps
+from tailfin.errors import printable
 from tailfin.inference import check_kinds, check_validation
 from tailfin.models import build_detector
 from tailfin.plan_notes import plan_notes
+from tailfin.processes import check_trackers
 from tailfin.report.draw import draw_detections
-from tailfin.run import batch_plan
+from tailfin.run import batch_plan, run_folder
 from tailfin.schedule import learning_rate
-from tailfin.schema.backbones import NAMED_WEIGHTS
 from tailfin.schema.data import Data
 from tailfin.schema.recipe import Recipe
 from tailfin.schema.stages import CLASS_SPECIFIC, PRETRAIN, stages
@@ -33,48 +36,59 @@ SHOWN = 16  # pictures of the batch
 SMALLEST_DRAWING = 320  # pixels of the long side, so that names can be read
 
 
-def show_plan(recipe: Recipe, out: Path | None) -> None:
-    """Print what `train` would do and write `dry-run.jpg` (beside `out` where it is given)."""
+def show_plan(recipe: Recipe, out: Path | None, *, overwrite: bool = False) -> None:
+    """Print what `train` would do and write `dry-run.jpg` (beside `out` where it is given); what training would refuse
+    before its first iteration is refused here too."""
+    run_folder(out, recipe, overwrite=overwrite)
+    check_trackers(recipe)
     train = open_source(recipe.data.train, recipe.data.root, "train")
     stats = ClassStats.from_index(train.index, group_bounds=recipe.evaluation.group_bounds)
-    if recipe.data.val.annotations:  # what training would refuse, the plan refuses too
+    if recipe.data.val.annotations:
         check_validation(stats, open_source(recipe.data.val, recipe.data.root, "val").index, recipe.evaluation.iou)
     dataset = TrainingDataset(train, recipe.data, recipe.seed)
     plan = batch_plan(recipe, dataset, stats)
-    model, _ = build_detector(recipe, stats, start=recipe.weights not in NAMED_WEIGHTS)
+    if recipe.pretraining is not None and recipe.pretraining.uses_proposals:
+        open_proposals(recipe.pretraining.proposals, train, recipe.data.root)
+    model, start = build_detector(recipe, stats, start=recipe.weights != "imagenet")  # downloads nothing
     kinds: Any = model.kinds
     check_kinds(model, recipe.evaluation.iou, "evaluation.iou")
     if "segm" in kinds:
         dataset = dataset.with_masks()
     first = [dataset.sample(*key) for key in next(plan.keys(0, slice(0, 1), 1))]
 
-    table = Table("", "", title=f"plan of {recipe.name}", title_justify="left", show_header=False)
+    table = Table("", "", title=Text(f"plan of {recipe.name}"), title_justify="left", show_header=False)
+
+    def row(name: str, text: str) -> None:
+        table.add_row(name, Text(printable(text, lines=False)))  # names of classes and paths are no markup
+
     groups = {group: stats.frequency.count(group) for group in ("r", "c", "f")}
     schedule = recipe.schedule
     milestones = [plan.iteration_at(epoch) for epoch in schedule.milestones]
     lengths = np.diff(plan.boundaries)
-    table.add_row("training images", f"{len(dataset.rows())} of {len(train.index)} in {train.index.path}")
+    row("training images", f"{len(dataset.rows())} of {len(train.index)} in {train.index.path}")
     if note := dataset.missing_masks():
-        table.add_row("masks", note.removeprefix("masks: "))
-    table.add_row("classes", f"{stats.num_classes} (rare {groups['r']}, common {groups['c']}, frequent {groups['f']})")
+        row("masks", note.removeprefix("masks: "))
+    row("classes", f"{stats.num_classes} (rare {groups['r']}, common {groups['c']}, frequent {groups['f']})")
     planned = planned_stages(recipe, dataset, stats, model.class_specific())
-    table.add_row("method", f"{recipe.method}: {len(planned)} stage{'s' * (len(planned) > 1)}")
+    for number, note in enumerate(start):
+        row("start" if not number else "", note.strip())
+    row("method", f"{recipe.method}: {len(planned)} stage{'s' * (len(planned) > 1)}")
     for number, (name, text) in enumerate(planned, start=1):
-        table.add_row(f"stage {number}, {name}", text)
+        row(f"stage {number}, {name}", text)
     if len(planned) > 1:
         table.add_section()
-        table.add_row("below", "the recipe's own schedule and detector: its stage on all annotations")
-    table.add_row("iterations", f"{plan.iterations} of {schedule.batch} images, {lengths[0]} in the first epoch")
+        row("below", "the recipe's own schedule and detector: its stage on all annotations")
+    row("iterations", f"{plan.iterations} of {schedule.batch} images, {lengths[0]} in the first epoch")
     last = plan.iterations - 1
     rates = [learning_rate(i, plan.iterations, milestones, schedule) for i in (0, min(schedule.warmup, last), last)]
     warmed = f"{rates[1]:.2g} after the warm-up" if schedule.warmup < last else "in its warm-up to the end"
-    table.add_row("learning rate", f"{rates[0]:.2g} at first, {warmed}, {rates[2]:.2g} at last")
-    table.add_row("picture size", picture_size(recipe.data, train.index, first))
+    row("learning rate", f"{rates[0]:.2g} at first, {warmed}, {rates[2]:.2g} at last")
+    row("picture size", picture_size(recipe.data, train.index, first))
     parameters = sum(p.numel() for p in model.parameters())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    table.add_row("parameters", f"{parameters / 1e6:.1f} M, {trainable / 1e6:.1f} M of them train")
+    row("parameters", f"{parameters / 1e6:.1f} M, {trainable / 1e6:.1f} M of them train")
     weights, activations = memory_estimate(model, recipe, first)
-    table.add_row(
+    row(
         "memory, one process",
         f"about {(weights + activations) / 2**30:.2f} GiB: {weights / 2**30:.2f} for weights, gradients and optimiser, "
         f"{activations / 2**30:.2f} for {schedule.batch // schedule.accumulation} images in float32",
@@ -82,9 +96,9 @@ def show_plan(recipe: Recipe, out: Path | None) -> None:
     picture = Path(f"{out}-dry-run.jpg") if out is not None else Path("dry-run.jpg")
     picture.parent.mkdir(parents=True, exist_ok=True)
     _batch_picture(first, list(stats.names)).save(picture, quality=90)
-    table.add_row("first batch", str(picture))
+    row("first batch", str(picture))
     for note in stage_notes(recipe, dataset, stats):
-        table.add_row("warning", note)
+        row("warning", note)
     Console().print(table)
 
 

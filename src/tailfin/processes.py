@@ -36,13 +36,18 @@ TRACKERS = {
 }
 
 
-def make_accelerator(recipe: Recipe, out: Path) -> Accelerator:
-    """Accelerate with this recipe's precision and trackers; loss statistics are never overwritten by DDP."""
+def check_trackers(recipe: Recipe) -> None:
+    """Refuse a tracker that there is not, or whose package is not installed."""
     for tracker in recipe.logging.trackers:
         if tracker not in TRACKERS:
             raise UserError(f'there is no tracker "{tracker}" (choices: {", ".join(TRACKERS)})')
         if importlib.util.find_spec(TRACKERS[tracker]) is None:
             raise UserError(f"the tracker {tracker} needs its package: pip install {TRACKERS[tracker]}")
+
+
+def make_accelerator(recipe: Recipe, out: Path) -> Accelerator:
+    """Accelerate with this recipe's precision and trackers; loss statistics are never overwritten by DDP."""
+    check_trackers(recipe)
     # DDP announces a successor of this option that does not exist yet
     warnings.filterwarnings("ignore", message="`broadcast_buffers`", category=FutureWarning)
     return new_accelerator(

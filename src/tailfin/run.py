@@ -32,7 +32,7 @@ from tailfin.processes import make_accelerator, on_main
 from tailfin.progress import Progress
 from tailfin.provenance import environment, now
 from tailfin.reuse import Data, Reused, finished_stages, first_stage
-from tailfin.run_files import empty_run, lock, remove_leftovers, unlock
+from tailfin.run_files import check_replaceable, empty_run, lock, remove_leftovers, unlock
 from tailfin.samplers.plan import BatchPlan
 from tailfin.schema.recipe import Recipe
 from tailfin.schema.stages import Stage, stages
@@ -45,8 +45,18 @@ SHOWN = 8  # files in a message
 class Run:
     """Everything the stages of a method share: data, classes, accelerator, folder."""
 
-    def __init__(self, recipe: Recipe, out: Path, *, stage1: Path | None = None, reuse: Path | None = None) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        out: Path,
+        *,
+        overwrite: bool = False,
+        stage1: Path | None = None,
+        reuse: Path | None = None,
+    ) -> None:
         self.recipe, self.out = recipe, out
+        # a run is in the folder, which this one replaces: not before all is known to be right
+        self.overwrite = overwrite and (out / "recipe.yaml").exists()
         self.plan = {stage.name: stage for stage in stages(recipe)}
         self.accelerator = make_accelerator(recipe, out)
         self.train = open_source(recipe.data.train, recipe.data.root, "train")
@@ -73,8 +83,9 @@ class Run:
         own, where it differs from the run's.
         """
         torch.manual_seed(self.recipe.seed)
+        stages = () if self.overwrite and not self.begun else self.out.glob("stages/1-*")
         begun = bool(self.reused.stages) or any(
-            resume_point(stage) or (stage / "model.safetensors").exists() for stage in self.out.glob("stages/1-*")
+            resume_point(stage) or (stage / "model.safetensors").exists() for stage in stages
         )
         model, notes = build_detector(recipe or self.recipe, self.stats, start=not begun)
         for note in notes if not begun else ():
@@ -241,6 +252,9 @@ class Run:
         save_model(path, model, recipe, self.stats, parents=self.parents, stage=stage)
 
     def _record(self) -> None:
+        if self.overwrite and (foreign := empty_run(self.out)):
+            more = ", ..." if len(foreign) > SHOWN else ""
+            self.say(f"--overwrite: not of a run, they stay: {', '.join(foreign[:SHOWN])}{more}")
         self.lock = lock(self.out)
         with writing(self.out):
             remove_leftovers(self.out)
@@ -301,7 +315,8 @@ def batch_plan(recipe: Recipe, dataset: TrainingDataset, stats: ClassStats) -> B
 
 
 def run_folder(out: str | Path | None, recipe: Recipe, *, overwrite: bool = False) -> Path:
-    """The folder of a new run: `out`, new or emptied with `overwrite`; without it a free name under `runs/`."""
+    """The folder of a new run: `out`, which is new, empty, or a run's where it may be overwritten; without it a free
+    name under `runs/`. Nothing is made or deleted yet."""
     if out is None:
         stem = re.sub(r"[/:]", "_", recipe.name) or "run"
         taken = (Path("runs") / f"{stem}-{number}" for number in range(1, 10_000))
@@ -315,9 +330,7 @@ def run_folder(out: str | Path | None, recipe: Recipe, *, overwrite: bool = Fals
                 f"--out {path} exists already; add --overwrite to replace it, or go on with it: "
                 f"tailfin train --resume {path}"
             )
-        if foreign := empty_run(path):
-            more = ", ..." if len(foreign) > SHOWN else ""
-            Progress("", 1).note(f"--overwrite: not of a run, they stay: {', '.join(foreign[:SHOWN])}{more}")
+        check_replaceable(path)
     return path
 
 

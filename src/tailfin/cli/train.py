@@ -77,7 +77,7 @@ def train(
             if recipe is not None
             else api.recipe_from_file(Path(str(resume)) / "recipe.yaml")
         )
-        show_plan(resolved, out)
+        show_plan(resolved, out, overwrite=overwrite)
         return
     if resume is not None:
         folder = api.train("", out=resume, resume=True)

@@ -207,9 +207,10 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
         with torch.serialization.safe_globals([argparse.Namespace]):  # the options in a released checkpoint
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise UserError(
-            f"weights {path} cannot be read as plain tensors: {' '.join(str(error).split())[:160]}"
-        ) from None
+        reason = " ".join(str(error).split())
+        if reason.startswith("Weights only load failed"):  # torch's advice to load it with its code
+            reason = "it is damaged, or holds objects that would run code"
+        raise UserError(f"weights {path} cannot be read as plain tensors: {reason[:160]}") from None
     state = state.get("model", state.get("state_dict", state)) if isinstance(state, dict) else state
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"weights {path} hold no dictionary of tensors")
