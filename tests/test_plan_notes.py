@@ -18,9 +18,9 @@ from tailfin.stats import ClassStats
 
 
 def notes(recipe: Recipe, file: Path) -> list[str]:
-    files = recipe.data.model_copy(update={"root": "", "train": recipe.data.train.model_copy(
-        update={"annotations": str(file), "images": ""}
-    )})
+    files = recipe.data.model_copy(
+        update={"root": "", "train": recipe.data.train.model_copy(update={"annotations": str(file), "images": ""})}
+    )
     source = open_source(files.train, "", "train")
     stats = ClassStats.from_index(source.index)
     found = []
@@ -73,7 +73,9 @@ def test_a_long_warmup_is_told(tiny_recipe, tiny_set):
     recipe = load_recipe(tiny_recipe, ["schedule.warmup=500"])
     (note,) = notes(recipe, tiny_set[0])
     warmup = int(note.rpartition("schedule.warmup=")[2].split()[0])
-    assert "the warm-up of 500 iterations is as long as, or longer than, the run's" in note and "of 0.01 at most" in note
+    assert (
+        "the warm-up of 500 iterations is as long as, or longer than, the run's" in note and "of 0.01 at most" in note
+    )
     assert 1 <= warmup <= 4 and notes(load_recipe(tiny_recipe, [f"schedule.warmup={warmup}"]), tiny_set[0]) == []
     (note,) = notes(load_recipe(tiny_recipe, ["schedule.warmup=10"]), tiny_set[0])
     assert "of the run's" in note and "at most" not in note
@@ -85,13 +87,14 @@ def test_a_flip_of_classes_with_sides_is_told(tiny_recipe, tiny_set, tmp_path):
     path = tmp_path / "sides.json"
     path.write_text(json.dumps(document))
     (note,) = notes(even(tiny_recipe), path)
-    assert note.startswith('data.flip=0.5 mirrors pictures') and '"turn left", "turn right"' in note
+    assert note.startswith("data.flip=0.5 mirrors pictures") and '"turn left", "turn right"' in note
     assert notes(even(tiny_recipe, "data.flip=0"), path) == []
 
 
 def test_the_second_stage_has_keys_of_its_own(tiny_recipe, tiny_set):
-    recipe = load_recipe(tiny_recipe, ["method=decoupled", "schedule.warmup=0", "second.schedule.warmup=500",
-                                       "second.schedule.batch=4"])
+    recipe = load_recipe(
+        tiny_recipe, ["method=decoupled", "schedule.warmup=0", "second.schedule.warmup=500", "second.schedule.batch=4"]
+    )
     (note,) = notes(recipe, tiny_set[0])
     assert "second.schedule.warmup=" in note
 

@@ -30,6 +30,7 @@ from tailfin.files import existing_file
 from tailfin.inference import counts_by_id
 from tailfin.mask_encoding import decode_masks, encode_masks
 from tailfin.schema.backbones import NAMED_WEIGHTS
+from tailfin.schema.data import Data
 from tailfin.schema.recipe import Recipe
 from tailfin.stats import ClassStats
 from tailfin.weights import load_whole
@@ -100,7 +101,7 @@ class Detector:
         results: list[dict[str, Any]] = []
         limits = self.limits(score_threshold, max_dets)
         for start in range(0, len(images), batch):
-            pictures = [_to_tensor(image, self.recipe.data.max_pixels) for image in images[start : start + batch]]
+            pictures = [_to_tensor(image, self.recipe.data) for image in images[start : start + batch]]
             resized = [to_test_size(picture, self.recipe.data) for picture in pictures]
             outputs = self.model([picture.to(self.device) for picture in resized], limits=limits)
             for picture, small, output in zip(pictures, resized, outputs, strict=True):
@@ -325,12 +326,13 @@ def _device(name: str | torch.device) -> torch.device:
         raise UserError(f'device "{name}" cannot be used here: {reason[:200]}') from None
 
 
-def _to_tensor(image: Picture, max_pixels: int) -> Tensor:
+def _to_tensor(image: Picture, config: Data) -> Tensor:
     """Any picture to [3, H, W], uint8 or float."""
     if isinstance(image, str | Path):
-        image = read_image(existing_file(image, "image"), max_pixels=max_pixels)
+        path = existing_file(image, "image")
+        image = read_image(path, max_pixels=config.max_pixels, value_range=config.value_range)
     elif isinstance(image, Image.Image):
-        image = to_rgb(image)
+        image = to_rgb(image, config.value_range)
     if isinstance(image, np.ndarray):
         if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
             raise UserError(f"an array picture must be uint8 [H, W, 3], this is {image.dtype} {list(image.shape)}")

@@ -336,7 +336,7 @@ def _test_picture(path: str | Path, recipe: Recipe) -> Tensor:
     from tailfin.api import _to_tensor
     from tailfin.data.dataset import to_test_size
 
-    return to_test_size(_to_tensor(path, recipe.data.max_pixels), recipe.data)
+    return to_test_size(_to_tensor(path, recipe.data), recipe.data)
 
 
 def _stats(recipe: Recipe, given: str, classes: int | None) -> ClassStats:

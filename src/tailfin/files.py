@@ -36,8 +36,8 @@ def existing_file(path: str | os.PathLike[str], what: str = "file") -> Path:
 
 
 def _inside(folder: Path) -> str:
-    """What a folder has for one who looks for an annotation file in it: JSON files, in its folders too, or beside it, or
-    labels in another form."""
+    """What a folder has for one who looks for an annotation file in it: JSON files, in its folders too, or beside it,
+    or labels in another form."""
     files = [path for pattern in ("*.json", "*/*.json") for path in sorted(folder.glob(pattern))]
     names = [path.relative_to(folder).as_posix() for path in files if not path.name.startswith(".")]
     if names:

@@ -13,6 +13,7 @@ import numpy as np
 
 from tailfin.data.images import is_hidden, picture_suffixes, read_header, read_image
 from tailfin.errors import UserError, nearest
+from tailfin.schema.data import Data
 
 VIDEOS = {".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg"}
 
@@ -60,7 +61,7 @@ def _is_input(path: Path, root: Path | None) -> bool:
 
 
 def read_pictures(
-    files: Sequence[Path], max_pixels: int, bad: list[str] | None = None
+    files: Sequence[Path], config: Data, bad: list[str] | None = None
 ) -> Iterator[tuple[str, np.ndarray]]:
     """(name, uint8 [H, W, 3]) of every picture and of every video frame (`clip.mp4#12`).
 
@@ -72,7 +73,7 @@ def read_pictures(
                 for number, frame in enumerate(_frames(path)):
                     yield f"{path}#{number}", frame
             else:
-                yield str(path), read_image(path, max_pixels=max_pixels)
+                yield str(path), read_image(path, max_pixels=config.max_pixels, value_range=config.value_range)
         except UserError as error:
             if bad is None:
                 raise

@@ -66,7 +66,9 @@ def _warmup_note(recipe: Recipe, plan: BatchPlan, prefix: str) -> str | None:
         return None
     milestones = [plan.iteration_at(epoch) for epoch in schedule.milestones]
     rates = [learning_rate(iteration, total, milestones, schedule) for iteration in range(total)]
-    reached = f"the rate comes to {max(rates):.2g} of {schedule.lr:g} at most, " if max(rates) < 0.9 * schedule.lr else ""
+    reached = (
+        f"the rate comes to {max(rates):.2g} of {schedule.lr:g} at most, " if max(rates) < 0.9 * schedule.lr else ""
+    )
     part = f"{schedule.warmup / total:.0%} of" if schedule.warmup < total else "as long as, or longer than,"
     return (
         f"the warm-up of {schedule.warmup} iterations is {part} the run's {total}: "

@@ -46,7 +46,11 @@ def test_advice_is_a_command_that_loads(counts: list[int], empty: int) -> None:
 
 
 def test_advice_follows_the_tail() -> None:
-    even, mild, long = advise(made([50, 40, 30])), advise(made([50, 40, 10])), advise(made([600, 42, 3], num_images=900))
+    even, mild, long = (
+        advise(made([50, 40, 30])),
+        advise(made([50, 40, 10])),
+        advise(made([600, 42, 3], num_images=900)),
+    )
     assert "nearly balanced" in even.text and "rfs" not in even.command
     assert "mild tail" in mild.text and "rfs" not in mild.command and "sampler=rfs" in mild.more[0]
     assert "long tail" in long.text and "sampler.threshold" in long.command

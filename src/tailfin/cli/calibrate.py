@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from tailfin.cli.output import echo
+
 
 def calibrate(
     model: Annotated[Path, typer.Argument(help="RUN/model.safetensors, or the run folder.")],
@@ -45,4 +47,4 @@ def calibrate(
         for value, precision in tried.items():
             table.add_row(f"{value:g}", f"{100 * precision:.2f}", style="bold" if value == chosen else None)
         Console().print(table)
-    typer.echo(f"gamma {chosen:g}: {out}")
+    echo(f"gamma {chosen:g}: {out}")

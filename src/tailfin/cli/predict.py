@@ -9,6 +9,7 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
+from tailfin.cli.output import echo
 from tailfin.errors import UserError, nearest
 
 T = TypeVar("T")
@@ -56,7 +57,7 @@ def predict(
     drawn: set[str] = set()
     bad: list[str] = []
     done = 0
-    pictures = read_pictures(files, detector.recipe.data.max_pixels, bad if skip_bad else None)
+    pictures = read_pictures(files, detector.recipe.data, bad if skip_bad else None)
     out.parent.mkdir(parents=True, exist_ok=True)
     with Progress("predict", len(files)) as progress, JsonList(out) as results:
         for group in _groups(enumerate(pictures, start=1), batch):
@@ -98,11 +99,11 @@ def predict(
         if bad and not done:
             raise UserError(f"none of the {len(bad)} files can be read; the first: {bad[0]}")
         results.wanted = True
-    typer.echo(f"{results.count} detections in {done} pictures: {out}" + (f"; drawings in {draw}" if draw else ""))
+    echo(f"{results.count} detections in {done} pictures: {out}" + (f"; drawings in {draw}" if draw else ""))
     if bad:
-        typer.echo(f"{len(bad)} files skipped:", err=True)
+        echo(f"{len(bad)} files skipped:", err=True)
         for message in bad:
-            typer.echo(f"  {message}", err=True)
+            echo(f"  {message}", err=True)
 
 
 def _groups(items: Iterator[T], size: int) -> Iterator[list[T]]:

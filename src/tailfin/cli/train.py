@@ -104,8 +104,8 @@ def _check_resumed_as_begun(run: Path, overrides: list[str], options: list[str])
         return
     given = " ".join([*overrides, *options])
     raise UserError(
-        f"--resume {run} goes on with the run as it was begun: with {given} what is left would be trained otherwise than "
-        f"what is done. Begin a new run: tailfin train {run / 'recipe.yaml'} {' '.join(overrides)}"
+        f"--resume {run} goes on with the run as it was begun: with {given} what is left would be trained otherwise "
+        f"than what is done. Begin a new run: tailfin train {run / 'recipe.yaml'} {' '.join(overrides)}"
         f"{' ' * bool(overrides)}--out NEW (with --reuse {run} it takes the finished stages that stay the same)"
     )
 

@@ -23,7 +23,7 @@ from rich.text import Text
 from tailfin.data.advice import advise
 from tailfin.data.check import crowd_note, negative_lists_note
 from tailfin.data.index import AnnotationIndex
-from tailfin.errors import UserError
+from tailfin.errors import UserError, printable
 from tailfin.files import write_atomic
 from tailfin.stats import ClassStats, gini, imbalance_factor
 
@@ -92,7 +92,7 @@ def print_summary(summary: dict[str, Any], console: Console, *, most: int | None
         ("tail", f"{sparkline(images)} images per class, {max(images)} to {min(images)}, log scale"),
     ]
     for name, text in lines:
-        console.print(Text(f"{name:13}{text}"), soft_wrap=True)
+        console.print(_plain(f"{name:13}{text}"), soft_wrap=True)
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("id", "images", "instances"):
         table.add_column(column, justify="right")
@@ -101,19 +101,24 @@ def print_summary(summary: dict[str, Any], console: Console, *, most: int | None
     rows = list(zip(classes, images, instances, strict=True))
     head = len(rows) if most is None or len(rows) <= most else most // 2
     for entry, image, instance in rows[:head]:
-        table.add_row(str(entry["id"]), str(image), str(instance), entry["frequency"], Text(entry["name"]))
+        table.add_row(str(entry["id"]), str(image), str(instance), entry["frequency"], _plain(entry["name"]))
     if head < len(rows) and most is not None:
         table.add_row("...", "...", "...", "", Text(f"... {len(rows) - 2 * head} more (--all-classes lists them)"))
         for entry, image, instance in rows[-head:]:
-            table.add_row(str(entry["id"]), str(image), str(instance), entry["frequency"], Text(entry["name"]))
+            table.add_row(str(entry["id"]), str(image), str(instance), entry["frequency"], _plain(entry["name"]))
     console.print(table)
     for note in summary["notes"]:
-        console.print(Text(f"note: {note}"), soft_wrap=True)
+        console.print(_plain(f"note: {note}"), soft_wrap=True)
     advice = summary["advice"]
-    console.print(Text(f"advice: {advice['text']}"), soft_wrap=True)
+    console.print(_plain(f"advice: {advice['text']}"), soft_wrap=True)
     for name, text in (("run", advice["command"]), ("measured", advice["source"]), *(("", t) for t in advice["more"])):
         if text:
-            console.print(Text(f"  {name:11}{text}"), soft_wrap=True)
+            console.print(_plain(f"  {name:11}{text}"), soft_wrap=True)
+
+
+def _plain(text: str) -> Text:
+    """A line that is no markup, and that a terminal shows as it is."""
+    return Text(printable(text, lines=False))
 
 
 def sparkline(counts: Sequence[float], width: int = 48) -> str:
@@ -173,7 +178,9 @@ def figure(summary: dict[str, Any], areas: NDArray[np.float64]) -> go.Figure:
     )
     picture.update_yaxes(title="images", type="log", dtick=1, row=1, col=1)
     picture.update_xaxes(title="square root of the area, pixels", row=2, col=1)
-    lines = "<br>".join(_label(line) for line in textwrap.wrap(f"{summary['advice']['text']}: {summary['advice']['command']}", 110))
+    lines = "<br>".join(
+        _label(line) for line in textwrap.wrap(f"{summary['advice']['text']}: {summary['advice']['command']}", 110)
+    )
     title = f"{_label(Path(summary['file']).name)}<br><sub>{lines}</sub>"
     picture.update_layout(title=title, template="plotly_white", bargap=0.1, height=760, margin={"t": 110})
     return picture
@@ -193,7 +200,7 @@ def write_picture(path: Path, picture: go.Figure) -> None:
 
 def _label(text: str) -> str:
     """A name for use in a chart: shown letter by letter, never read as Plotly's markup."""
-    return html.escape(text, quote=False)
+    return html.escape(printable(text), quote=False)
 
 
 def _finite(value: float) -> float | None:
