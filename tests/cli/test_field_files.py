@@ -523,6 +523,19 @@ def test_voc_lists_with_spaces_absent_splits_and_pictures_without_xml(tailfin, t
     assert "train.txt, line 2" in tailfin("data", "convert", folder, tmp_path / "o").error
 
 
+def test_voc_files_in_no_list_are_told_of(tailfin, tmp_path):
+    folder = voc(tmp_path / "set", {"a": CAR, "b": CAR, "c": CAR}, ["a.jpg", "b.jpg", "c.jpg"])
+    lists = folder / "ImageSets/Main"
+    lists.mkdir(parents=True)
+    (lists / "train.txt").write_text("a\n")
+    document, said = converted(tailfin, folder)
+    assert (
+        len(document["images"]) == 1 and "2 XML files are in no list of ImageSets/Main (first: b.xml): left out" in said
+    )
+    (lists / "val.txt").write_text("b\nc\n")
+    assert "in no list" not in tailfin("data", "convert", folder, tmp_path / "both").err
+
+
 def test_voc_pictures_are_found_in_subfolders_and_never_guessed(tailfin, tmp_path):
     pictures = ["000001.jpg", "vid1/000001.jpg", "vid2/000001.jpg"]
     folder = voc(tmp_path / "set", {"vid1/000001": CAR, "vid2/000001": CAR}, pictures)
