@@ -91,6 +91,7 @@ def fit(accelerator: Accelerator, stage: Stage) -> nn.Module:
     skips = recipe.data.on_bad_image == "skip"
 
     def save(iteration: int) -> None:
+        _refuse_diverged(stage, plain, iteration)
         _average_norms(accelerator, plain, average)
         left_out = all_skipped(stage.dataset.skipped, skipped_before) if skips else {}
         if accelerator.is_main_process:
@@ -162,6 +163,7 @@ def fit(accelerator: Accelerator, stage: Stage) -> nn.Module:
             if received := _agree(accelerator, signals.received):
                 save(done)
                 raise Interrupted(received, stage.folder.parent.parent)
+    _refuse_diverged(stage, plain, total)
     _average_norms(accelerator, plain, average)
     log.close(all_skipped(stage.dataset.skipped, skipped_before) if skips else {})
     accelerator.wait_for_everyone()
@@ -265,6 +267,18 @@ def _average_norms(accelerator: Accelerator, plain: nn.Module, average: Averaged
         flat = accelerator.reduce(torch.cat([buffer.flatten() for buffer in buffers]), reduction="mean")
         for buffer, values in zip(buffers, flat.split([buffer.numel() for buffer in buffers]), strict=True):
             buffer.copy_(values.view_as(buffer))
+
+
+def _refuse_diverged(stage: Stage, model: nn.Module, iteration: int) -> None:
+    """End training before weights that mean nothing are written: the last step may diverge, and no loss follows it."""
+    values = [parameter.detach() for parameter in model.parameters() if parameter.requires_grad]
+    if not values or bool((torch.stack(torch._foreach_norm(values, math.inf)) < DIVERGED).all()):
+        return
+    raise UserError(
+        f"the weights have diverged after {iteration} iterations of stage {stage.name}: lower schedule.lr, lengthen "
+        f"schedule.warmup or set schedule.clip=10"
+        + (f". The resume point {stage.folder / 'last'} is intact" if (stage.folder / "last").exists() else "")
+    )
 
 
 def _diagnose(
