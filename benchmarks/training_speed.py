@@ -28,7 +28,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -371,22 +371,29 @@ def synchronise(options: argparse.Namespace) -> None:
         torch.cuda.synchronize()
 
 
-def memory_row(table: Table, options: argparse.Namespace) -> None:
-    """Peak memory of training, median of three fresh processes each."""
+def memory_row(
+    table: Table,
+    options: argparse.Namespace,
+    script: str = __file__,
+    more: Sequence[str] = (),
+    prefix: str = "",
+    target: str = "at most 1.05",
+) -> None:
+    """Peak memory of training, median of three fresh processes each, which run `script` with `more` options."""
     # glibc gives large freed blocks back at once, so that the resident set holds what is in use and no chance gaps
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**17)}
     peaks = []
     for name in NAMES:
-        command = [sys.executable, str(Path(__file__).resolve()), *sys.argv[1:], "--memory", name]
+        command = [sys.executable, str(Path(script).resolve()), *sys.argv[1:], *more, "--memory", name]
         runs = [subprocess.run(command, check=True, capture_output=True, env=environment) for _ in range(3)]
         found = [json.loads(run.stdout) for run in runs]
         peaks.append(statistics.median(found))
     table.add_row(
-        "training, peak memory, MiB",
+        f"{prefix}training, peak memory, MiB",
         *(f"{peak:.0f}" for peak in peaks),
         f"{peaks[0] / peaks[1]:.3f}",
         "",
-        "at most 1.05",
+        target,
     )
 
 

@@ -81,7 +81,8 @@ def pretraining_set(source: Source, data: Data, preset: str) -> PretrainingDatas
     sizes = {} if config.views.sizes else {"sizes": data.sizes}
     views = Views.model_validate({**config.views.model_dump(), **sizes})
     proposals = open_proposals(Proposals(source="gt_jitter"), source)
-    return PretrainingDataset(source, data, 0, views, proposals, third=config.third_view)
+    options = {"third": config.third_view, "weak": config.weak_view}
+    return PretrainingDataset(source, data, 0, views, proposals, **options)
 
 
 def rate(dataset: TrainingDataset, options: argparse.Namespace) -> float:
@@ -110,7 +111,7 @@ def parts(dataset: PretrainingDataset, number: int = 40) -> Table:
         seconds["decode"] += time.perf_counter() - began
         truth = np.array(dataset.clean.boxes[dataset.clean.offsets[row] : dataset.clean.offsets[row + 1]])
         began = time.perf_counter()
-        boxes = dataset.proposals.boxes(row, truth, image, rng)
+        boxes = dataset.proposals.candidates(row, truth, image, rng)
         size = (image.shape[-2], image.shape[-1])
         geometries, _ = paired_geometries(size, boxes, dataset.views, rng, dataset.sizes, dataset.bound)
         seconds["geometry"] += time.perf_counter() - began

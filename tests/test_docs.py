@@ -124,5 +124,5 @@ def test_commands_are_right(page):
             command = command.commands[rest.pop(0)]
         values = command.make_context("tailfin", list(rest)).params
         if values.get("recipe") and values["recipe"] != "RECIPE" and not values["recipe"].endswith(".yaml"):
-            load_recipe(values["recipe"], values["overrides"] or ())
+            load_recipe(values["recipe"], values.get("overrides") or ())
     assert page.name not in ("README.md", "data.md", "training.md", "recipes.md") or len(commands(page)) > 4

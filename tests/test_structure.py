@@ -15,6 +15,7 @@ LONGEST = 400  # lines of a file
 # Upstream first: a module imports from its own line and those above, nowhere else. The longest name that fits counts.
 ORDER = (
     ("version", "errors"),
+    ("plugins",),
     ("files", "joins", "collectives", "progress", "stop_signals"),
     ("data.annotation_json", "data.box_forms"),
     ("parsing",),
@@ -32,9 +33,9 @@ ORDER = (
     ("mask_encoding", "inference", "exemplar_scores"),
     ("report", "pictures"),
     ("processes", "provenance", "reuse", "run_files", "run"),
-    ("methods", "dry_run"),
+    ("memory", "methods", "dry_run"),
     ("api",),
-    ("calibration_search", "cost", "propose"),
+    ("calibrate", "cost", "export", "hub", "neighbours", "predicting", "propose"),
     ("cli", "__main__"),
 )
 PLACES = {f"tailfin.{name}": place for place, names in enumerate(ORDER) for name in names}

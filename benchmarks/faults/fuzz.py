@@ -40,7 +40,7 @@ from PIL import Image
 from tailfin.cli.main import main
 from tailfin.config import recipe_from_file
 from tailfin.data.index import open_index
-from tailfin.data.proposals import read_proposals
+from tailfin.data.proposal_files import read_proposals
 from tailfin.errors import UserError
 from tailfin.report import build_report
 

@@ -8,6 +8,7 @@ detections = detector.predict(["photo.jpg"])      # [{"boxes", "scores", "labels
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,36 +19,50 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from tailfin import evaluation, recipes
-from tailfin.checkpoint import load_model_file
-from tailfin.config import load_recipe, recipe_from_file
+from tailfin import evaluation
+from tailfin.checkpoint import file_hash, load_model_file, save_model
+from tailfin.class_rows import join_class_rows
+from tailfin.config import check_data_is_named, load_recipe, recipe_from_file
 from tailfin.data.dataset import Source, to_test_size
-from tailfin.data.images import read_image, to_rgb
 from tailfin.data.index import image_folder, open_index
-from tailfin.errors import UserError
+from tailfin.errors import UserError, nearest
+from tailfin.evaluation.operating import OperatingPoints
 from tailfin.evaluation.results import merge_shards, result_files
 from tailfin.files import existing_file
 from tailfin.inference import counts_by_id
+from tailfin.joins import join_classes
 from tailfin.mask_encoding import decode_masks, encode_masks
+from tailfin.pictures import Picture, to_tensor
+from tailfin.processes import default_device, usable_device
 from tailfin.schema.backbones import NAMED_WEIGHTS
-from tailfin.schema.data import Data
 from tailfin.schema.recipe import Recipe
+from tailfin.schema.stages import final_stage
 from tailfin.stats import ClassStats
-from tailfin.weights import load_whole
+from tailfin.weights import load_fitting, load_whole
 
 if TYPE_CHECKING:
     from tailfin import models
     from tailfin.models.detector import Limits
 
-Picture = str | Path | Image.Image | np.ndarray | Tensor
+THRESHOLDS = "thresholds"  # metadata of a model file: operating points, as JSON
 
 
 class Detector:
-    """A trained detector with its classes. `names` are in label order, `category_ids` the training file's ids."""
+    """A trained detector with its classes. `names` are in label order, `category_ids` the training file's ids.
 
-    def __init__(self, model: models.Detector, recipe: Recipe, stats: ClassStats, device: torch.device) -> None:
+    `points` are its operating points, where `tailfin calibrate --thresholds` has stored some.
+    """
+
+    def __init__(
+        self,
+        model: models.Detector,
+        recipe: Recipe,
+        stats: ClassStats,
+        device: torch.device,
+        points: OperatingPoints | None = None,
+    ) -> None:
         self.model: models.Detector = model.to(device).eval()
-        self.recipe, self.stats, self.device = recipe, stats, device
+        self.recipe, self.stats, self.device, self.points = recipe, stats, device, points
 
     @property
     def names(self) -> list[str]:
@@ -71,7 +86,8 @@ class Detector:
 
         Args:
             images: paths, PIL pictures, uint8 arrays [H, W, 3] or tensors [3, H, W] (uint8, or float in 0..1).
-            score_threshold, max_dets: instead of the recipe's; `max_dets` -1 = no limit.
+            score_threshold, max_dets: instead of the recipe's; `max_dets` -1 = no limit. Without a `score_threshold`
+                the operating points of the model count, where it has some.
 
         Returns:
             Per picture: boxes float32 [D, 4] (xyxy, pixels of the picture), scores float32 [D], labels int64 [D]; of a
@@ -99,20 +115,50 @@ class Detector:
         if isinstance(images, str | Path | Image.Image | np.ndarray) or isinstance(images, Tensor) and images.ndim == 3:
             images = [images]
         results: list[dict[str, Any]] = []
-        limits = self.limits(score_threshold, max_dets)
         for start in range(0, len(images), batch):
-            pictures = [_to_tensor(image, self.recipe.data) for image in images[start : start + batch]]
-            resized = [to_test_size(picture, self.recipe.data) for picture in pictures]
-            outputs = self.model([picture.to(self.device) for picture in resized], limits=limits)
-            for picture, small, output in zip(pictures, resized, outputs, strict=True):
-                across, down = picture.shape[-1] / small.shape[-1], picture.shape[-2] / small.shape[-2]
-                boxes = output["boxes"].float().cpu() * torch.tensor([across, down, across, down])
-                rest = {key: value.cpu() for key, value in output.items() if key not in ("boxes", "masks")}
-                results.append({"boxes": boxes, **rest})
-                if "masks" in output:
-                    size = (picture.shape[-2], picture.shape[-1])
-                    results[-1].update(rles=encode_masks(output["masks"], boxes, size), size=size)
+            group = images[start : start + batch]
+            for found in self.raw(list(group), score_threshold, max_dets):
+                size = found.pop("size")
+                results.append({key: value.cpu() for key, value in found.items() if key != "masks"})
+                if "masks" in found:
+                    results[-1].update(rles=encode_masks(found["masks"], found["boxes"], size), size=size)
         return results
+
+    @torch.inference_mode()
+    def raw(
+        self, images: Sequence[Picture], score_threshold: float | None = None, max_dets: int | None = None
+    ) -> list[dict[str, Any]]:
+        """One batch, as `results`, with the detector's own `masks` [D, m, m] within the boxes, and the `size` (H, W) of
+        each picture."""
+        results: list[dict[str, Any]] = []
+        limits = self.limits(score_threshold, max_dets)
+        thresholds = self.thresholds if score_threshold is None else None
+        if thresholds is not None:
+            limits = limits._replace(score_threshold=max(float(thresholds.min()) - 1e-6, 0.0))
+        pictures = [to_tensor(image, self.recipe.data) for image in images]
+        resized = [to_test_size(picture, self.recipe.data) for picture in pictures]
+        outputs = self.model([picture.to(self.device) for picture in resized], limits=limits)
+        for picture, small, output in zip(pictures, resized, outputs, strict=True):
+            if thresholds is not None:
+                keep = output["scores"].float() >= thresholds.to(output["scores"].device)[output["labels"]]
+                output = {key: value[keep] for key, value in output.items()}
+            size = (picture.shape[-2], picture.shape[-1])
+            across, down = size[1] / small.shape[-1], size[0] / small.shape[-2]
+            boxes = output["boxes"].float().cpu() * torch.tensor([across, down, across, down])
+            rest = {key: value if key == "masks" else value.cpu() for key, value in output.items() if key != "boxes"}
+            results.append({"boxes": boxes, **rest, "size": size})
+        return results
+
+    @property
+    def thresholds(self) -> Tensor | None:
+        """Operating points float32 [C] in label order: detections count from these scores on."""
+        if self.points is None:
+            return None
+        own = self.points.thresholds
+        missing = next((name for name in self.names if name not in own), None)
+        if missing is not None:
+            raise UserError(f'the operating points of the model have no class "{missing}"{nearest(missing, own)}')
+        return torch.tensor([own[name] for name in self.names])
 
     def limits(self, score_threshold: float | None = None, max_dets: int | None = None) -> Limits:
         """The recipe's limits of what is reported, with those given in their place."""
@@ -134,7 +180,9 @@ def load(path: str | Path, device: str | torch.device | None = None) -> Detector
     file = load_model_file(path)
     model, _ = build_detector(file.recipe, file.stats, start=False)
     load_whole(model, file.weights, f"model {path}")
-    return Detector(model, file.recipe, file.stats, _device(device or _default_device()))
+    stored = file.metadata.get(THRESHOLDS)
+    points = None if stored is None else OperatingPoints.from_dict(json.loads(stored))
+    return Detector(model, file.recipe, file.stats, usable_device(device or default_device()), points)
 
 
 def train(
@@ -157,9 +205,10 @@ def train(
     `recipe` is a name from `tailfin recipes list`, a YAML path, a published row's id, or a `Recipe`. `resume` goes on
     with the run in `out`. `reuse` is a run (or model file) whose finished stages are taken in the place of training
     them, in order, up to the first that this recipe would train differently; `stage1` is one whose first stage must be
-    the one that the recipe would train, and is taken alone.
+    the one that the recipe would train, and is taken alone; a later stage of a run (RUN/stages/K-NAME) is taken with
+    those before it.
     """
-    from tailfin.methods import METHODS
+    from tailfin.methods import method
     from tailfin.processes import on_main, process_state
     from tailfin.run import Run, resumed_recipe, run_folder
 
@@ -178,7 +227,7 @@ def train(
     first, others = (Path(given) if given is not None else None for given in (stage1, reuse))
     run = Run(resolved, folder, overwrite=overwrite, stage1=first, reuse=others)
     try:
-        METHODS[resolved.method](run)
+        method(resolved.method)(run)
     finally:
         run.close()
     return folder
@@ -203,7 +252,7 @@ def resolve_recipe(
     else:
         resolved = load_recipe(recipe, overrides)
         if train is None:
-            _check_data_is_named(str(recipe), resolved, overrides)
+            check_data_is_named(str(recipe), resolved, overrides)
     values = resolved.model_dump(mode="json")
     values["data"]["root"] = str(Path(resolved.data.root).absolute())  # so that RUN/recipe.yaml means the same anywhere
     for split, file, images in (("train", train, train_images), ("val", val, val_images)):
@@ -226,27 +275,57 @@ def resolve_recipe(
     return check_recipe(values, resolved.name or "recipe")
 
 
-def _check_data_is_named(name: str, recipe: Recipe, overrides: Mapping[str, Any] | Sequence[str]) -> None:
-    """Refuse what a recipe of the package finds by chance: the file of the working directory that has the name of its
-    own data's file."""
-    data = recipe.data
-    file = Path(data.train.annotations)
-    if data.root or not data.train.annotations or file.is_absolute() or not recipes.find(name).packaged:
-        return
-    if any(key.startswith(("data.root", "data.train")) for key in overrides):
-        return
-    found = f", and {file} of the working directory would be taken" if file.is_file() else ""
-    this = " (data.root=. for this one)" if found else ""
-    raise UserError(
-        f"{name}: no training data is named{found}: give --train FILE and --val FILE, or data.root=FOLDER{this}"
-    )
-
-
 def evaluate(
     annotations: str | Path, results: Any, protocol: str = "lvis", iou_type: str = "bbox", **options: Any
 ) -> dict[str, Any]:
     """Numbers of COCO results on an annotation file, as in `metrics.json`; see `tailfin.evaluation.evaluate`."""
     return evaluation.evaluate(annotations, results, protocol, iou_type, **options)
+
+
+def converted(
+    recipe: str | Path,
+    weights: str | Path,
+    annotations: str | Path,
+    out: str | Path,
+    *,
+    train: str | Path | None = None,
+    overrides: Sequence[str] = (),
+) -> list[str]:
+    """Write a checkpoint of another project, which `weights` of the recipe would read, as a model file as it is.
+
+    Args:
+        recipe: name or path; its detector (that of the last stage) is the checkpoint's.
+        annotations: file whose classes the model has; with their counts, unless `train` names the training file.
+        out: the model file.
+
+    Returns:
+        Lines that say what was loaded, dropped, and how classes were told.
+
+    Raises:
+        UserError: weights that the model needs are not in the checkpoint: they would be random.
+    """
+    given = final_stage(load_recipe(recipe, [f"weights={weights}", *overrides])).recipe
+    stats = ClassStats.from_index(open_index(annotations if train is None else train))
+    from tailfin.models import build_detector, released_weights
+
+    released = released_weights(given, stats)
+    if released is None:
+        raise UserError(f"{weights}: it has no known names of a {given.detector.name} of another project")
+    names = stats.names if released.names is None else released.names
+    join = join_classes(stats.names, names)
+    if join.missing:
+        raise UserError(f"{weights}: it has no class {join.first_missing()}, which the annotations have")
+    model, _ = build_detector(given, stats, start=False)
+    joined, said = join_class_rows(model.state_dict(), released.state, names, stats.names)
+    loaded = load_fitting(model, joined)
+    if lost := [key for key in loaded.missing if ".loss." not in key]:  # a loss's counts are no matter of detections
+        more = ", ..." if len(lost) > 1 else ""
+        raise UserError(f"{weights}: {len(lost)} weights of this detector are not in it ({lost[0]}{more})")
+    notes = [*released.notes, f"{weights}: {len(loaded.names)} weights loaded", *said]
+    if loaded.dropped:
+        notes.append(f"  not in this detector: {len(loaded.dropped)} ({loaded.dropped[0]}, ...)")
+    save_model(Path(out), model, given, stats, parents=[file_hash(Path(str(weights).partition("#")[0]))])
+    return notes
 
 
 def predict_to_results(
@@ -309,34 +388,3 @@ def train_counts(model_path: str | Path, annotations: str | Path) -> evaluation.
     path = Path(model_path)
     stats = load_model_file(path / "model.safetensors" if path.is_dir() else path).stats
     return counts_by_id(stats, open_index(annotations))
-
-
-def _default_device() -> str:
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
-
-
-def _device(name: str | torch.device) -> torch.device:
-    """A device that works here."""
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f'device "{name}" cannot be used here: {reason[:200]}') from None
-
-
-def _to_tensor(image: Picture, config: Data) -> Tensor:
-    """Any picture to [3, H, W], uint8 or float."""
-    if isinstance(image, str | Path):
-        path = existing_file(image, "image")
-        image = read_image(path, max_pixels=config.max_pixels, value_range=config.value_range)
-    elif isinstance(image, Image.Image):
-        image = to_rgb(image, config.value_range)
-    if isinstance(image, np.ndarray):
-        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
-            raise UserError(f"an array picture must be uint8 [H, W, 3], this is {image.dtype} {list(image.shape)}")
-        return torch.from_numpy(np.require(image, requirements=["C", "W"])).permute(2, 0, 1)
-    if image.ndim != 3 or image.shape[0] != 3:
-        raise UserError(f"a tensor picture must be [3, H, W], this is {list(image.shape)}")
-    return image

@@ -11,8 +11,9 @@ Each is a plain function on tensors; none changes weights::
     scores = norcal(logits.softmax(1), stats, gamma=0.6)
     scores = fracal(logits, stats, fractal_dimension("train.json"))
 
-n_c are the images that show class c, in training; a count of 0 acts as 1. `tailfin calibrate` looks for NorCal's gamma
-(`calibration_search.py`).
+n_c are the images that show class c, in training; a count of 0 acts as 1. Where there are no logits, in a results file
+or behind a detector's own rule, `rescored` does the same to scores. `tailfin calibrate` chooses among them
+(`calibrate/`).
 """
 
 from __future__ import annotations
@@ -117,18 +118,27 @@ def fracal(
     classes = stats.num_classes
     _check(logits, classes + (kind == "softmax"), "logits")
     logits = _float(logits)
+    shift = fracal_shift(stats, dimension, kind, lambda_)
+    if kind == "sigmoid":
+        return logits.sigmoid() * (logits + shift.to(logits)).sigmoid()
+    # softmax, division and renormalisation in one: exact where a quotient would underflow
+    total = torch.cat([shift, shift.new_zeros(1)])
+    return (logits + total.to(logits)).softmax(dim=1)[:, :-1]
+
+
+def fracal_shift(
+    stats: ClassStats, dimension: ArrayLike | Tensor, kind: Literal["softmax", "sigmoid"], lambda_: float
+) -> Tensor:
+    """What `fracal` adds to the logits, float64 [C]: softmax w - log D^lambda; sigmoid w + v, of the second factor."""
+    classes = stats.num_classes
     sizes = torch.as_tensor(dimension, dtype=torch.float64, device="cpu")
     if sizes.shape != (classes,) or not bool(((sizes > 0) & sizes.isfinite()).all()):
         raise ValueError(f"dimension must be {classes} positive numbers, one per class")
     sizes = sizes.pow(lambda_)
     shift = -(_counts(stats) / max(stats.num_images, 1)).log10() - math.log10(classes)
     if kind == "sigmoid":
-        second = shift - (sizes / sizes.sum()).log10() - math.log10(classes)
-        return logits.sigmoid() * (logits + second.to(logits)).sigmoid()
-    none = shift.new_zeros(1)
-    # softmax, division and renormalisation in one: exact where a quotient would underflow
-    total = torch.cat([shift - sizes.log(), none])
-    return (logits + total.to(logits)).softmax(dim=1)[:, :-1]
+        return shift - (sizes / sizes.sum()).log10() - math.log10(classes)
+    return shift - sizes.log()
 
 
 # ---- NorCal ----------------------------------------------------------------------------------------------------------
@@ -202,10 +212,47 @@ def logit_adjusted(logits: Tensor, stats: ClassStats, tau: float = 1.0) -> Tenso
     if logits.ndim != 2 or logits.shape[1] not in (classes, classes + 1):
         raise ValueError(f"logits must be [N, {classes}] or [N, {classes + 1}], these are {list(logits.shape)}")
     logits = _float(logits)
+    shift = adjustment_shift(stats, tau)
+    shift = torch.cat([shift, shift.new_zeros(logits.shape[1] - classes)])
+    return logits + shift.to(logits)
+
+
+def adjustment_shift(stats: ClassStats, tau: float) -> Tensor:
+    """What `logit_adjusted` adds to the logits of the classes, float64 [C]."""
     counts = _counts(stats)
-    term = ((counts / counts.sum()).pow(tau) + TINY_PRIOR).log()
-    term = torch.cat([term, term.new_zeros(logits.shape[1] - classes)])
-    return logits - term.to(logits)
+    return -((counts / counts.sum()).pow(tau) + TINY_PRIOR).log()
+
+
+# ---- scores without their logits -------------------------------------------------------------------------------------
+
+
+def rescored(scores: Tensor, shift: Tensor, kind: Literal["softmax", "sigmoid"], temperature: float = 1.0) -> Tensor:
+    """Scores as if their logits had been divided by `temperature` and moved by `shift`.
+
+    The odds of a class are multiplied by e^shift: against all others and the background, which has what the scores
+    leave of 1, for a softmax; each against its own complement for sigmoids.
+
+    Args:
+        scores: [..., C] foreground scores in 0..1, any float dtype.
+        shift: [C].
+        kind: what made the scores.
+        temperature: above 0.
+
+    Returns:
+        [..., C] scores in 0..1, float32 or float64.
+    """
+    if kind not in KINDS:
+        raise ValueError(f'there is no kind "{kind}"{nearest(kind, KINDS)}')
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature must be above 0 (given: {temperature})")
+    scores = _float(scores)
+    rest = 1 - (scores.sum(dim=-1, keepdim=True) if kind == "softmax" else scores)
+    rest = rest.clamp(min=0)
+    if temperature != 1:
+        scores, rest = scores.pow(1 / temperature), rest.pow(1 / temperature)
+    moved = scores * shift.exp().to(scores)
+    total = (moved.sum(dim=-1, keepdim=True) if kind == "softmax" else moved) + rest
+    return moved / total.clamp(min=torch.finfo(scores.dtype).tiny)
 
 
 def _check(values: Tensor, width: int, name: str) -> None:

@@ -47,12 +47,18 @@ def join_class_rows(
     kept = np.flatnonzero(join.rows >= 0)
     to, of = torch.from_numpy(kept), torch.from_numpy(join.rows[kept])
     joined: dict[str, Tensor] = {}
+    proposals = _proposal_head(own)
     anew = []
     classified = False
     for key, value in weights.items():
         parts, start = key.split("."), own.get(key)
         if start is None or not (set(parts[:-1]) & {*CLASS_LAYERS, *CLASS_STATE}):
             joined[key] = value
+            continue
+        if proposals and key.startswith(proposals) and 1 in (len(value), len(start)):
+            rows = start.detach().clone()  # the logit that ranks proposals is the last; one side has no others
+            rows[-1] = value[-1].to(rows)
+            joined[key] = rows
             continue
         if "bbox_pred" in parts and (value.shape[0] == 4 != 4 * len(old) or start.shape[0] == 4 != 4 * len(new)):
             joined[key] = value  # boxes of all classes in one: they fit, or have another shape
@@ -82,6 +88,12 @@ def join_class_rows(
         more = ", ..." if len(anew) > 3 else ""
         lines.append(f"  ordered by the file's classes, start anew: {len(anew)} ({', '.join(anew[:3])}{more})")
     return joined, lines
+
+
+def _proposal_head(own: Mapping[str, Tensor]) -> str:
+    """Beginning of the names of a two-stage query detector's head of proposals, its last; empty where there is none."""
+    heads = [int(key.split(".")[1]) for key in own if key.startswith("class_embed.")]
+    return f"class_embed.{max(heads)}." if heads and "enc_output.weight" in own else ""
 
 
 def _named(names: list[str]) -> str:

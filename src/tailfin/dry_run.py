@@ -15,12 +15,13 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
-from tailfin.data.dataset import TrainingDataset, open_source
+from tailfin.data.dataset import TrainingDataset, open_source, unchecked_note
 from tailfin.data.index import AnnotationIndex
 from tailfin.data.proposals import open_proposals
 from tailfin.data.smooth_tail import ALL, PlannedStep, divide, planned_steps
 from tailfin.errors import printable
 from tailfin.inference import check_kinds, check_validation
+from tailfin.memory import TrainingMemory, training_memory, watched_step
 from tailfin.models import build_detector
 from tailfin.plan_notes import plan_notes
 from tailfin.processes import check_trackers
@@ -68,6 +69,8 @@ def show_plan(recipe: Recipe, out: Path | None, *, overwrite: bool = False) -> N
     row("training images", f"{len(dataset.rows())} of {len(train.index)} in {train.index.path}")
     if note := dataset.missing_masks():
         row("masks", note.removeprefix("masks: "))
+    if note := unchecked_note(train, recipe.data):
+        row("unchecked classes", note)
     row("classes", f"{stats.num_classes} (rare {groups['r']}, common {groups['c']}, frequent {groups['f']})")
     planned = planned_stages(recipe, dataset, stats, model.class_specific())
     for number, note in enumerate(start):
@@ -87,11 +90,11 @@ def show_plan(recipe: Recipe, out: Path | None, *, overwrite: bool = False) -> N
     parameters = sum(p.numel() for p in model.parameters())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     row("parameters", f"{parameters / 1e6:.1f} M, {trainable / 1e6:.1f} M of them train")
-    weights, activations = memory_estimate(model, recipe, first)
+    memory = memory_estimate(model, recipe, first)
     row(
         "memory, one process",
-        f"about {(weights + activations) / 2**30:.2f} GiB: {weights / 2**30:.2f} for weights, gradients and optimiser, "
-        f"{activations / 2**30:.2f} for {schedule.batch // schedule.accumulation} images in float32",
+        f"about {memory.total / 2**30:.2f} GiB: {memory.held / 2**30:.2f} for weights, gradients and optimiser, "
+        f"{memory.activations / 2**30:.2f} for {schedule.batch // schedule.accumulation} images in float32",
     )
     picture = Path(f"{out}-dry-run.jpg") if out is not None else Path("dry-run.jpg")
     picture.parent.mkdir(parents=True, exist_ok=True)
@@ -175,30 +178,12 @@ def _step(step: PlannedStep, stats: ClassStats, trained: str) -> str:
 
 def memory_estimate(
     model: nn.Module, recipe: Recipe, samples: list[tuple[torch.Tensor, dict[str, torch.Tensor]]]
-) -> tuple[int, int]:
-    """(bytes of weights, gradients and optimiser; bytes that the backward pass keeps for a micro-batch, float32).
-
-    The second is measured on the largest picture of the first batch and multiplied; what a kernel needs for the moment,
-    and the allocator's waste, come on top.
-    """
-    weights = sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
-    trainable = sum(p.numel() * 4 for p in model.parameters() if p.requires_grad)
-    states = 2 if recipe.schedule.optimizer == "adamw" else 1
+) -> TrainingMemory:
+    """At the peak of a step on a micro-batch in float32, from the largest picture of the first batch."""
     image, target = max(samples, key=lambda sample: sample[0].shape[-1] * sample[0].shape[-2])
-    kept: dict[int, int] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    model.train()
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        losses = model([image], [target])  # as long as it lives, so does what backward needs
-    activations = sum(size for pointer, size in kept.items() if pointer not in own)
-    del losses
-    return weights + trainable * (1 + states), activations * (recipe.schedule.batch // recipe.schedule.accumulation)
+    states = 2 if recipe.schedule.optimizer == "adamw" else 1
+    pictures = recipe.schedule.batch // recipe.schedule.accumulation
+    return training_memory(model, watched_step(model, image, target), pictures, states)
 
 
 def _batch_picture(samples: list[tuple[torch.Tensor, dict[str, torch.Tensor]]], names: list[str]) -> Image.Image:

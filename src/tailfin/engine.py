@@ -30,7 +30,7 @@ from tailfin.data.dataset import TrainingDataset, training_loader
 from tailfin.errors import UserError
 from tailfin.progress import Progress
 from tailfin.samplers.plan import BatchPlan
-from tailfin.schedule import build_optimizer, learning_rate
+from tailfin.schedule import Curve, build_optimizer, learning_rate
 from tailfin.schema.recipe import Recipe
 from tailfin.schema.training import Schedule
 from tailfin.stop_signals import Interrupted, StopSignals
@@ -54,6 +54,7 @@ class Stage:
     step: Step
     evaluate: Evaluate | None = None
     save_best: Callable[[nn.Module], None] | None = None
+    curve: Curve | None = None  # of the rate, where it is not the stage's own
 
 
 def detector_step(model: nn.Module, images: list[Tensor], targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -120,7 +121,10 @@ def fit(accelerator: Accelerator, stage: Stage) -> nn.Module:
             if 0 < recipe.evaluation.patience <= best["waited"]:
                 progress.note(f"no better AP in {best['waited']} evaluations: stopped after {iteration} iterations")
                 break
-            rate = learning_rate(iteration, total, milestones, schedule)
+            if stage.curve is not None:
+                rate = stage.curve.rate(plan.epoch_at(iteration), iteration)
+            else:
+                rate = learning_rate(iteration, total, milestones, schedule)
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["lr_scale"]
             seed_iteration(recipe.seed, iteration, accelerator.process_index)
@@ -128,17 +132,22 @@ def fit(accelerator: Accelerator, stage: Stage) -> nn.Module:
                 module.at_epoch(plan.epoch_at(iteration))
 
             parts: dict[str, Tensor] = {}
+            seen: list[tuple[dict[str, Tensor], list[dict[str, Tensor]]]] = []
             for micro in range(schedule.accumulation):
                 images, targets = _to_device(next(batches), accelerator.device)
                 last = micro == schedule.accumulation - 1
                 with nullcontext() if last else accelerator.no_sync(model):
                     losses = stage.step(model, images, targets)
                     loss = torch.stack(list(losses.values())).sum()
-                    if not math.isfinite(loss.item()):
-                        raise UserError(_diagnose(stage, losses, targets, iteration, rate, plain))
                     accelerator.backward(loss / schedule.accumulation)
+                log.note(getattr(plain, "diagnostics", {}))
+                losses = {name: value.detach() for name, value in losses.items()}
+                seen.append((losses, targets))
                 for name, value in losses.items():
-                    parts[name] = parts.get(name, 0) + value.detach() / schedule.accumulation
+                    parts[name] = parts.get(name, 0) + value / schedule.accumulation
+            # the one look at the losses of a step, when all of its work is launched and nothing is changed yet
+            if not math.isfinite(torch.stack(list(parts.values())).sum().item()):
+                raise UserError(_diagnose(stage, seen, iteration, rate, plain))
             if schedule.clip is not None:
                 parts["grad_norm"] = torch.as_tensor(accelerator.clip_grad_norm_(model.parameters(), schedule.clip))
             optimizer.step()
@@ -283,14 +292,15 @@ def _refuse_diverged(stage: Stage, model: nn.Module, iteration: int) -> None:
 
 def _diagnose(
     stage: Stage,
-    losses: dict[str, Tensor],
-    targets: list[dict[str, Tensor]],
+    seen: list[tuple[dict[str, Tensor], list[dict[str, Tensor]]]],
     iteration: int,
     rate: float,
     model: nn.Module,
 ) -> str:
-    """Why the loss is not finite, as far as it can be seen."""
-    bad = [name for name, value in losses.items() if not bool(torch.isfinite(value).all())]
+    """Why the loss is not finite, as far as it can be seen: of the losses and targets of the step's micro-batches the
+    first that are to blame."""
+    named = [([name for name, value in own.items() if not bool(torch.isfinite(value).all())], at) for own, at in seen]
+    bad, targets = next(((names, at) for names, at in named if names), named[0])
     index = stage.dataset.source.index
     files = [index.file_name(int(target["image_id"])) for target in targets]
     broken = [name for name, value in model.named_parameters() if not bool((value.abs() < DIVERGED).all())]

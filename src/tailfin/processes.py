@@ -112,3 +112,19 @@ def on_main(accelerator: Accelerator | PartialState, action: Callable[[], T]) ->
     if outcome[1] is not None:
         raise UserError(outcome[1])
     return outcome[0]
+
+
+def default_device() -> str:
+    """A GPU where there is one."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def usable_device(name: str | torch.device) -> torch.device:
+    """A device that works here."""
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f'device "{name}" cannot be used here: {reason[:200]}') from None

@@ -2,6 +2,7 @@
 
     Detector.proposals -> boxes of any class, after NMS, best `top` -> shards by chunks of images -> one file
 
+The memory is that of one picture's boxes: 118,000 pictures with 300 boxes each are 700 MB on disk.
 Every detector serves: the localizer with its own scores, a two-stage detector with its RPN's, any other with its
 detections regardless of class. A chunk of images that is done is not done again when the command is repeated after an
 interruption.
@@ -25,8 +26,8 @@ from tailfin.api import load
 from tailfin.checkpoint import content_hash
 from tailfin.data.dataset import Source, by_aspect, evaluation_loader
 from tailfin.data.index import AnnotationIndex, image_folder, open_index
+from tailfin.data.proposal_files import write_proposals
 from tailfin.data.proposal_search import selective_search
-from tailfin.data.proposals import write_proposals
 from tailfin.errors import UserError
 from tailfin.evaluation.results import ResultWriter, Shards
 from tailfin.files import read_json, write_json
@@ -61,7 +62,8 @@ def propose(
     device: str | None = None,
     overwrite: bool = False,
 ) -> tuple[Found, AnnotationIndex]:
-    """Write the proposals of a model (or of "selective_search") for every image of an annotation file.
+    """Write the proposals of a model (or of "selective_search") for every image of an annotation file; returns them,
+    memory-mapped, and the file's index. On other processes than the main one there are none.
 
     Args:
         model: a run folder or model file, or the words "selective_search".
@@ -101,11 +103,16 @@ def propose(
                     _propose_chunk(proposer, top, nms_iou, source, config, rows, folder, accelerator)
             progress.update(number * CHUNK + len(rows))
     accelerator.wait_for_everyone()
-    found = _joined(parts, len(chunks), accelerator.num_processes)
-    accelerator.wait_for_everyone()
-    on_main(accelerator, lambda: write_proposals(out, *found, made_by))
-    on_main(accelerator, lambda: shutil.rmtree(parts))
-    return found, index
+    result = Found(np.zeros(0, np.int64), np.zeros(1, np.int64), np.zeros((0, 4), np.float32), np.zeros(0, np.float32))
+
+    def join() -> None:
+        nonlocal result
+        result = _joined(parts, len(chunks), accelerator.num_processes)
+        write_proposals(out, *result, made_by)
+        shutil.rmtree(parts)
+
+    on_main(accelerator, join)
+    return result, index
 
 
 def average_recall(found: Found, index: AnnotationIndex, limits: Sequence[int]) -> dict[str, float]:
@@ -190,14 +197,27 @@ def _begin(parts: Path, asked: dict[str, Any]) -> None:
 
 
 def _joined(parts: Path, chunks: int, ranks: int) -> Found:
-    columns = [Shards.open(parts / f"{number:05d}", ranks).columns() for number in range(chunks)]
-    owners = np.concatenate([values[0] for values in columns])
-    scores = np.concatenate([values[2] for values in columns]).astype(np.float32)
-    boxes = np.concatenate([values[3] for values in columns]).astype(np.float32)
-    boxes[:, 2:] += boxes[:, :2]
-    order = np.lexsort([-scores, owners])
-    ids, counts = np.unique(owners, return_counts=True)
-    return Found(ids, np.concatenate([[0], np.cumsum(counts)]), boxes[order], scores[order])
+    """The proposals of all chunks, images by ascending id; boxes and scores go through files of their own."""
+    shards = [Shards.open(parts / f"{number:05d}", ranks) for number in range(chunks)]
+    where = {image_id: shard for shard in shards for image_id in shard.places}
+    ids, counts = [], []
+    names = (parts / "boxes.bin", parts / "scores.bin")
+    with names[0].open("wb") as box_file, names[1].open("wb") as score_file:
+        for image_id in sorted(where):
+            ((_, record),) = where[image_id].records([image_id])
+            boxes, scores = record.box_values().astype(np.float32), record.score_values().astype(np.float32)
+            if len(scores):
+                boxes = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
+                order = np.argsort(-scores, kind="stable")
+                box_file.write(boxes[order].tobytes())
+                score_file.write(scores[order].tobytes())
+                ids.append(image_id)
+                counts.append(len(scores))
+    offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+    if not ids:
+        return Found(np.zeros(0, np.int64), offsets, np.zeros((0, 4), np.float32), np.zeros(0, np.float32))
+    mapped = [np.memmap(name, np.float32, "r") for name in names]
+    return Found(np.array(ids, np.int64), offsets, mapped[0].reshape(-1, 4), mapped[1])
 
 
 def _best_pairs(iou: NDArray[np.float32]) -> NDArray[np.float32]:

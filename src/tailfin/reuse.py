@@ -4,13 +4,15 @@ The arms of an ablation share the stages in which they do not differ: a pre-trai
 learning's step 0 with its exemplars, its expert. A stage is taken as it is, by its bits: the new run has a copy of it,
 its model file names it as a parent, and its recipe is the one that trained it. `--reuse` takes every finished stage
 with the same inputs (`tailfin.schema.stages`), in order, up to the first that differs, and says which keys do.
-`--stage1` demands the first one, and it alone; there the mistake has the overrides that take the stage as it is.
+`--stage1` demands the first one, and it alone, or with `RUN/stages/K-NAME` that one and all before it; there the
+mistake has the overrides that take the stage as it is.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -27,7 +29,9 @@ from tailfin.stats import ClassStats
 
 FIRST = ("", "train", "representation", "base")  # what the model file of a first stage says that it is
 SHOWN = 8  # differences in a message
-BESIDE = ("metrics.jsonl", "pictures.npz")  # what goes with a stage's model: its log, and pictures for the report
+# what goes with a stage's model: its log, pictures for the report, what a step trained on
+BESIDE = ("metrics.jsonl", "pictures.npz", "step.json")
+NO_MEASURE = {"every", "patience", "select"}  # of `evaluation`, what does not change the numbers of a finished stage
 
 
 class Data(NamedTuple):
@@ -47,6 +51,7 @@ class Finished:
     sha256: str
     run: Path
     files: tuple[Path, ...] = ()  # of the run folder, that follow from it
+    metrics: Path | None = None  # of the stage, where they were measured as this run would
 
     def copy_to(self, out: Path) -> None:
         """The stage in the run folder `out`, its model last and whole: with it the stage counts as finished."""
@@ -56,6 +61,8 @@ class Finished:
         for name in BESIDE:
             if (other := self.model.with_name(name)).is_file():
                 _copy(other, folder / name)
+        if self.metrics is not None:
+            _copy(self.metrics, folder / "metrics.json")
         for file in self.files:
             _copy(file, out / file.name)
         _copy(self.model, folder / "model.safetensors")
@@ -74,15 +81,20 @@ class Reused:
 
 
 def first_stage(given: Path, recipe: Recipe, data: Data) -> Reused:
-    """The first stage of the run `given` (or a model file), if `recipe` would train the same one.
+    """The first stage of the run `given` (or a model file), if `recipe` would train the same one; where `given` is a
+    later stage of a run (its folder or model file), that one and all before it.
 
     Raises:
-        UserError: no finished first stage there, other classes, other annotations, or another recipe of it.
+        UserError: no finished stage there, other classes, other annotations, or another recipe of it.
     """
     plan = stages(recipe)
     if len(plan) == 1:
         raise UserError(f"--stage1 {given}: {recipe.name or 'the recipe'} has one stage only (method {recipe.method})")
-    return _matched(f"--stage1 {given}", given, plan[:1], data, demanded=True)
+    option = f"--stage1 {given}"
+    run, count = _up_to(given)
+    if count > len(plan):
+        raise UserError(f"{option}: it is stage {count} of its run, this recipe has {len(plan)} stages")
+    return _matched(option, run, plan[:count], data, demanded=True, measured=recipe.stepwise is not None)
 
 
 def finished_stages(given: Path, recipe: Recipe, data: Data) -> Reused:
@@ -91,18 +103,23 @@ def finished_stages(given: Path, recipe: Recipe, data: Data) -> Reused:
     Raises:
         UserError: no finished stage there, other classes or other annotations.
     """
-    return _matched(f"--reuse {given}", given, stages(recipe), data, demanded=False)
+    measured = recipe.stepwise is not None  # the only method that measures its stages
+    return _matched(f"--reuse {given}", given, stages(recipe), data, demanded=False, measured=measured)
 
 
 # ---- details ---------------------------------------------------------------------------------------------------------
 
 
-def _matched(option: str, given: Path, plan: Sequence[Stage[Recipe]], data: Data, *, demanded: bool) -> Reused:
+def _matched(
+    option: str, given: Path, plan: Sequence[Stage[Recipe]], data: Data, *, demanded: bool, measured: bool
+) -> Reused:
     run, models = _located(option, given)
     trained_on = _check_data(option, run, load_model_file(models[0]), data)
     their_plan = _plan(run, given)
     reused = Reused()
     for number, stage in enumerate(plan):
+        if number == len(models) and demanded:
+            raise UserError(f"{option}: its stage {stage.name} is not finished")
         if number == len(models):
             reused.notes.append(f"stage {stage.name} is not taken from {run}: it has no more finished ones")
             break
@@ -111,6 +128,8 @@ def _matched(option: str, given: Path, plan: Sequence[Stage[Recipe]], data: Data
         reason = _reason(stage, theirs, demanded)
         if not reason and their_plan:
             reason = _other_weights(stage, theirs, file, reused.stages)
+        if not reason:
+            reason = _other_reads(stage, models[number])
         if not reason and _chosen_on_val(stage.recipe) and trained_on.get("val") != data.val:
             reason = "its weights were chosen on other validation annotations"
         if reason and demanded:
@@ -120,13 +139,30 @@ def _matched(option: str, given: Path, plan: Sequence[Stage[Recipe]], data: Data
             break
         sha256 = content_hash(models[number])
         files, missing = _files(stage, theirs, run, (sha256, file_hash(models[number])))
-        reused.stages.append(Finished(stage, models[number].absolute(), sha256, run.absolute(), files))
+        metrics = None
+        if measured and data.val and trained_on.get("val") == data.val:
+            metrics = _metrics(stage, theirs, models[number], run if len(their_plan) == 1 else None)
+        reused.stages.append(Finished(stage, models[number].absolute(), sha256, run.absolute(), files, metrics))
+        if missing and demanded and number + 1 < len(plan):
+            raise UserError(f"{option}: {missing}, and the stages behind it follow from it")
         if missing:
             reused.notes.append(missing)
             break
     if not reused.stages:
         raise UserError(f"{option}: nothing can be taken: {'; '.join(reused.notes)}")
     return reused
+
+
+def _up_to(given: Path) -> tuple[Path, int]:
+    """(run or file to look into, number of stages that are meant): of a later stage of a run all up to it."""
+    folder = given.parent if given.is_file() else given
+    number = re.match(r"(\d+)-", folder.name)
+    run = folder.absolute().parent.parent
+    if folder.absolute().parent.name != "stages" or number is None:
+        return given, 1
+    first = 0 if any(run.glob("stages/0-*")) else 1
+    count = int(number[1]) - first + 1
+    return (folder / "model.safetensors" if count == 1 else run), count
 
 
 def _located(option: str, given: Path) -> tuple[Path, list[Path]]:
@@ -194,7 +230,34 @@ def _reason(stage: Stage[Recipe], theirs: Stage[Recipe], demanded: bool) -> str:
     if not demanded:
         return shown
     overrides = " ".join(f"'{key}={_text(there)}'" for key, there, _ in different)
-    return f"this recipe would train another first stage: {shown}. To take it as it is: {overrides}"
+    what = "first stage" if stage.number < 2 else f"stage {stage.name}"
+    return f"this recipe would train another {what}: {shown}. To take it as it is: {overrides}"
+
+
+def _other_reads(stage: Stage[Recipe], model: Path) -> str:
+    """Why files from outside, that the stage follows from, are not those that it followed from there; or empty."""
+    if not stage.reads:
+        return ""
+    step = model.with_name("step.json")
+    read = read_object(step).get("reads", {}) if step.is_file() else {}
+    for key, path in stage.reads.items():
+        file = path / "exemplars.json" if path.is_dir() else path
+        if not isinstance(read, dict) or not file.is_file() or read.get(key) != file_hash(file):
+            return f"{key}: {path} is another file by now"
+    return ""
+
+
+def _metrics(stage: Stage[Recipe], theirs: Stage[Recipe], model: Path, whole: Path | None) -> Path | None:
+    """The metrics of a stage, where they were measured as this run measures; `whole` is a run of this stage alone."""
+
+    def how(recipe: Recipe) -> Any:
+        calibration = None if recipe.calibration is None else recipe.calibration.model_dump()
+        return recipe.evaluation.model_dump(exclude=NO_MEASURE), recipe.data.inference_size, calibration
+
+    if how(stage.recipe) != how(theirs.recipe):
+        return None
+    places = [model.with_name("metrics.json"), *([whole / "metrics.json"] if whole is not None else [])]
+    return next((path.absolute() for path in places if path.is_file()), None)
 
 
 def _other_weights(stage: Stage[Recipe], theirs: Stage[Recipe], file: ModelFile, before: Sequence[Finished]) -> str:

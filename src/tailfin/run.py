@@ -18,7 +18,7 @@ from torch import nn
 from tailfin import evaluation
 from tailfin.checkpoint import content_hash, load_model_file, resume_point, save_model
 from tailfin.config import dump_recipe, recipe_from_file
-from tailfin.data.dataset import TrainingDataset, open_source
+from tailfin.data.dataset import TrainingDataset, open_source, unchecked_note
 from tailfin.engine import Stage as Optimisation
 from tailfin.engine import Step, check_shares, detector_step, fit
 from tailfin.errors import UserError
@@ -34,8 +34,9 @@ from tailfin.provenance import environment, now
 from tailfin.reuse import Data, Reused, finished_stages, first_stage
 from tailfin.run_files import check_replaceable, empty_run, lock, remove_leftovers, unlock
 from tailfin.samplers.plan import BatchPlan
+from tailfin.schedule import Curve
 from tailfin.schema.recipe import Recipe
-from tailfin.schema.stages import Stage, stages
+from tailfin.schema.stages import PRETRAIN, Stage, stages
 from tailfin.stats import ClassStats
 from tailfin.weights import load_whole
 
@@ -142,8 +143,10 @@ class Run:
                 f"stage {name}: {len(dataset.rows())} images, {plan.iterations} iterations of {recipe.schedule.batch}, "
                 f"{self.stats.num_classes} classes, loss {recipe.loss.name}, sampler {recipe.sampler.name}"
             )
-            for note in (*([about_masks] if about_masks else []), *plan_notes(replace(planned, recipe=recipe), plan)):
-                self.say(note)
+            odd = plan_notes(replace(planned, recipe=recipe), plan)
+            for note in (about_masks, unchecked_note(self.train, recipe.data), *odd):
+                if note:
+                    self.say(note)
             seeing: list[Any] = [module for module in model.modules() if hasattr(module, "see_annotations")]
             for module in seeing:  # what it takes from them is in its state, a resume point or model file brings it
                 module.see_annotations(self.train.index)
@@ -159,7 +162,18 @@ class Run:
             best_kept = keep_best if recipe.evaluation.select == "best" else None
             model = fit(
                 self.accelerator,
-                Optimisation(name, folder, recipe, model, dataset, plan, step, evaluate=evaluated, save_best=best_kept),
+                Optimisation(
+                    name,
+                    folder,
+                    recipe,
+                    model,
+                    dataset,
+                    plan,
+                    step,
+                    evaluate=evaluated,
+                    save_best=best_kept,
+                    curve=curve_of(self.recipe, planned),
+                ),
             )
             model = model.get_submodule(product)
             if on_main(self.accelerator, best.exists):
@@ -289,6 +303,15 @@ class Run:
             write_report([self.out])
         except UserError as error:  # the numbers are safe; `tailfin report` can be run again
             self.say(f"no report: {error}")
+
+
+def curve_of(recipe: Recipe, stage: Stage[Recipe]) -> Curve | None:
+    """The rate over a pre-training and the stage after it, where they share one."""
+    own = recipe.pretraining
+    if own is None or not own.one_curve or PRETRAIN not in (stage.name, stage.starts_from):
+        return None
+    before = 0.0 if stage.name == PRETRAIN else own.schedule.epochs
+    return Curve(recipe.schedule, before, own.schedule.epochs + recipe.schedule.epochs)
 
 
 def _of_training(before: dict[str, Any], path: Path) -> str:

@@ -39,7 +39,15 @@ _RUN = (
     "report.html",
     "exemplars.json",
 )
-_STAGE = ("model.safetensors", "best.safetensors", "metrics.jsonl", "metrics.json", "pictures.npz", "skipped.json")
+_STAGE = (
+    "model.safetensors",
+    "best.safetensors",
+    "metrics.jsonl",
+    "metrics.json",
+    "step.json",
+    "pictures.npz",
+    "skipped.json",
+)
 
 
 def _names(names: tuple[str, ...]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -49,3 +50,29 @@ def learning_rate(iteration: int, total: int, milestones: Sequence[int], schedul
     elif schedule.decay == "cosine":
         rate *= 0.5 * (1 + math.cos(math.pi * min(iteration / max(total, 1), 1.0)))
     return rate
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One curve of the rate over several stages: `schedule`'s, counted in epochs from the start of the first of them.
+
+    Args:
+        before: epochs of the stages before this one; only where there are none is there a warm-up.
+        total: epochs of all of them.
+    """
+
+    schedule: Schedule
+    before: float
+    total: float
+
+    def rate(self, epoch: float, iteration: int) -> float:
+        """Rate at an epoch and iteration of this stage."""
+        schedule, done = self.schedule, self.before + epoch
+        rate = schedule.lr
+        if not self.before and iteration < schedule.warmup:
+            rate *= schedule.warmup_ratio + (1 - schedule.warmup_ratio) * iteration / schedule.warmup
+        if schedule.decay == "multistep":
+            rate *= schedule.gamma ** sum(done >= milestone for milestone in schedule.milestones)
+        elif schedule.decay == "cosine":
+            rate *= 0.5 * (1 + math.cos(math.pi * min(done / self.total, 1.0)))
+        return rate

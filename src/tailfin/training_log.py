@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +39,16 @@ class TrainingLog:
         self.path = folder / "metrics.jsonl"
         self.every = recipe.logging.every
         self.sums: list[tuple[list[str], Tensor]] = []
+        self.notes: dict[str, list[Tensor]] = {}
         self.loss, self.images_per_second = math.nan, 0.0
         self.clock, self.counted = time.perf_counter(), 0
         if accelerator.is_main_process:
             self._forget_after(start)
+
+    def note(self, values: Mapping[str, Tensor]) -> None:
+        """Figures of an iteration that are no losses, for the next line; not every iteration has them."""
+        for name, value in values.items():
+            self.notes.setdefault(name, []).append(value.detach().float())
 
     def add(self, parts: dict[str, Tensor], rate: float, done: int) -> None:
         self.counted += 1
@@ -64,6 +71,11 @@ class TrainingLog:
             "images_per_second": round(self.images_per_second, 2),
             "seconds": round(elapsed, 3),
         }
+        if self.notes:
+            noted = torch.stack([torch.stack(values).mean() for values in self.notes.values()])
+            noted = self.accelerator.reduce(noted, reduction="mean")
+            line |= dict(zip(self.notes, (round(value, 6) for value in noted.tolist()), strict=True))
+            self.notes = {}
         if torch.cuda.is_available():
             line["memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 3)
         self._write(line)

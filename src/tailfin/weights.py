@@ -56,16 +56,22 @@ def load_fitting(
 
 
 def load_weights(
-    model: nn.Module, weights: Mapping[str, Tensor], source: str, names: Sequence[str] | None = None
+    model: nn.Module,
+    weights: Mapping[str, Tensor],
+    source: str,
+    names: Sequence[str] | None = None,
+    old: Sequence[str] | None = None,
 ) -> list[str]:
     """Copy the weights that fit by name and shape; returns lines that say what was loaded, left out and new.
 
     With the model's class `names`, and where `source` is a model file of other classes, or of the same in another
-    order, rows of classes are joined by name (`class_rows.py`).
+    order, rows of classes are joined by name (`class_rows.py`); `old` are the classes of weights that are no model file
+    of tailfin's.
     """
-    old = None if names is None else class_names(source)
+    foreign = old is not None
+    old = old if foreign or names is None else class_names(source)
     said: list[str] = []
-    if names is not None and old is not None and tuple(old) != tuple(names):
+    if names is not None and old is not None and (foreign or tuple(old) != tuple(names)):
         weights, said = join_class_rows(model.state_dict(), weights, old, names)
     loaded = load_fitting(model, weights)
     if not loaded.names:

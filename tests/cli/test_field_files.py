@@ -307,8 +307,8 @@ def test_sixteen_bit_pictures_are_scaled_by_their_own_depth(tailfin, tmp_path, l
 
 
 def test_a_range_of_values_reaches_training_and_prediction(tailfin, tmp_path):
-    from tailfin.api import _to_tensor
     from tailfin.data.dataset import TrainingDataset, open_source
+    from tailfin.pictures import to_tensor
     from tailfin.schema.data import Data
 
     document = coco(tmp_path / "train")
@@ -322,7 +322,7 @@ def test_a_range_of_values_reaches_training_and_prediction(tailfin, tmp_path):
         config = Data.model_validate({**files, "value_range": given})
         image, _ = TrainingDataset(open_source(config.train, "", "train"), config, 0).sample(0, 0, 0)
         brightness.append(int(image.max()))
-        assert int(_to_tensor(tmp_path / "train" / document["images"][0]["file_name"], config).max()) == brightness[-1]
+        assert int(to_tensor(tmp_path / "train" / document["images"][0]["file_name"], config).max()) == brightness[-1]
     assert brightness == [round(255 * 1000 / 1023), 128, 64]
     outcome = tailfin("train", "demo/bacl", "--train", path, "data.value_range=[5,5]")
     assert outcome.code == 2 and "value_range must be (smaller, larger)" in outcome.error

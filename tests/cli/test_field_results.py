@@ -291,7 +291,7 @@ def test_one_bad_picture_does_not_lose_the_others(tailfin, trained, tiny_set, tm
     (folder / "._a.jpg").write_bytes(b"\0\5\x16\7")
     (folder / "broken.jpg").write_bytes((folder / "a.jpg").read_bytes()[:200])
     out = tmp_path / "p.json"
-    outcome = tailfin("predict", trained, folder, "--out", out)
+    outcome = tailfin("predict", trained, folder, "--out", out, "--score", 0)
     assert outcome.code == 0 and "in 4 pictures" in outcome.out
     assert "1 files skipped" in outcome.err and "broken.jpg" in outcome.err
     names = {Path(entry["file_name"]).name for entry in json.loads(out.read_text())}

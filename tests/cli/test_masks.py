@@ -257,7 +257,7 @@ def read(path: Path) -> Any:
 
 def test_a_run_has_numbers_of_both_kinds(masked_run) -> None:
     metrics = read(masked_run / "metrics.json")
-    assert metrics["bbox"]["AP50"] > 0.05 and metrics["segm"]["AP50"] > 0.05
+    assert metrics["bbox"]["AP50"] > 0.01 and metrics["segm"]["AP50"] > 0.01  # 0.16; untrained below 0.003
     assert {"bbox", "segm"} <= set(metrics["per_category"][0])
     lines = [json.loads(line) for line in (masked_run / "stages/1-train/metrics.jsonl").read_text().splitlines()]
     assert [set(line["eval"]) for line in lines if "eval" in line] == [{"bbox", "segm"}]
@@ -288,7 +288,7 @@ def test_evaluate_a_run_with_masks(tailfin, masked_run, masked_set, tmp_path) ->
 def test_predict_gives_masks(tailfin, masked_run, masked_set, tmp_path) -> None:
     picture = masked_set[1].with_suffix("") / "1.png"
     outcome = tailfin(
-        "predict", masked_run, picture, "--out", tmp_path / "found.json", "--draw", tmp_path / "drawn", "--score", 0.05
+        "predict", masked_run, picture, "--out", tmp_path / "found.json", "--draw", tmp_path / "drawn", "--score", 0
     )
     assert outcome.code == 0, outcome.err
     entries = read(tmp_path / "found.json")
@@ -312,8 +312,10 @@ def test_predict_gives_masks(tailfin, masked_run, masked_set, tmp_path) -> None:
 def test_drawn_masks_tint_the_picture(tailfin, masked_run, masked_set, tmp_path, monkeypatch) -> None:
     arguments = ("predict", masked_run, masked_set[1].with_suffix("") / "1.png", "--out", tmp_path / "found.json")
 
+    words = ("--score", 0, "--draw-score", 0, "--max-dets", 1, "--overwrite")
+
     def drawn(name: str) -> np.ndarray:
-        assert tailfin(*arguments, "--draw", tmp_path / name, "--score", 0, "--max-dets", 1, "--overwrite").code == 0
+        assert tailfin(*arguments, "--draw", tmp_path / name, *words).code == 0
         return np.asarray(Image.open(tmp_path / name / "1.jpg"), dtype=int)
 
     tinted = drawn("masks")

@@ -17,6 +17,7 @@ from tailfin.data.dataset import (
     open_source,
     to_test_size,
     training_loader,
+    unchecked_note,
 )
 from tailfin.errors import UserError
 from tailfin.samplers import BatchPlan
@@ -80,6 +81,29 @@ def test_which_images_train(source):
     assert len(annotated) == 25 and everything.rows().tolist() == list(range(26))
     image, target = everything[(0, 25, 0)]  # the last image has no annotation
     assert target["boxes"].shape == (0, 4) and target["labels"].shape == (0,)
+
+
+def test_hidden_objects_are_no_background(source):
+    """With `keep_empty` an image whose annotations a step hides stays out; one without any annotation is shown."""
+    config = Data(resize="square", sizes=(64,), keep_empty=True, workers=0)
+    kept = source.index.labels == 2
+    rows = TrainingDataset(source, config, 0, kept=kept).rows()
+    assert rows.tolist() == sorted({*source.index.image_of[kept].tolist(), 25})
+
+
+def test_the_next_picture_in_the_place_of_an_empty_crop(source, monkeypatch):
+    config = Data(resize="square", sizes=(64,), empty_crop="next", workers=0, group_by_aspect=False, keep_empty=True)
+    dataset, plain = TrainingDataset(source, config, 0), TrainingDataset(source, CONFIG, 0)
+    augmented = TrainingDataset._augmented
+
+    def crop_away(own, row, rng):
+        image, target = augmented(own, row, rng)
+        return image, {key: value[:0] for key, value in target.items()} if row in (3, 4) else target
+
+    monkeypatch.setattr(TrainingDataset, "_augmented", crop_away)
+    assert same(dataset[(1, 3, 2)], plain[(1, 5, 2)]) and same(dataset[(1, 6, 2)], plain[(1, 6, 2)])
+    assert int(dataset[(1, 25, 0)][1]["image_id"]) == 25  # it has no object to lose
+    assert not len(plain[(1, 3, 2)][1]["labels"])
 
 
 @pytest.fixture
@@ -194,3 +218,33 @@ def test_open_source_needs_a_file(tiny_set, tmp_path):
     assert relative.images == tiny_set[0].with_suffix("")
     with pytest.raises(UserError, match="image folder .* does not exist"):
         open_source(DataFiles(annotations=str(tiny_set[0]), images="nothing"), str(tmp_path), "train")
+
+
+def test_classes_that_nobody_looked_for(tmp_path):
+    """Known are: every class of a picture without lists; else those present and those listed as absent, in full."""
+    (tmp_path / "set").mkdir()
+    lists = [{}, {"neg_category_ids": [5]}, {"neg_category_ids": [5], "not_exhaustive_category_ids": [7]}]
+    for number in range(3):
+        Image.fromarray(np.zeros((40, 50, 3), np.uint8)).save(tmp_path / "set" / f"{number}.png")
+    document = {
+        "images": [{"id": i, "file_name": f"{i}.png", "width": 50, "height": 40, **own} for i, own in enumerate(lists)],
+        "annotations": [
+            {"id": i, "image_id": i, "category_id": 7, "bbox": [5, 5, 20, 20], "iscrowd": 0} for i in range(3)
+        ],
+        "categories": [{"id": i, "name": f"class {i}"} for i in (3, 5, 7)],
+    }
+    (tmp_path / "set.json").write_text(json.dumps(document))
+    source = open_source(DataFiles(annotations=str(tmp_path / "set.json")), "", "train")
+    ignoring = CONFIG.model_copy(update={"unchecked_classes": "ignore"})
+    dataset = TrainingDataset(source, ignoring, 0)
+    known = [dataset[(0, row, 0)][1]["known"].tolist() for row in range(3)]
+    assert known == [[True, True, True], [False, True, True], [False, True, False]]
+    assert "known" not in TrainingDataset(source, CONFIG, 0)[(0, 0, 0)][1]
+    assert unchecked_note(source, ignoring) == "33% of pictures times classes were not looked for"
+    assert unchecked_note(source, CONFIG) == ""
+
+
+def test_ignoring_without_lists_is_said(source):
+    assert "every class counts as looked for" in unchecked_note(
+        source, CONFIG.model_copy(update={"unchecked_classes": "ignore"})
+    )

@@ -17,17 +17,12 @@ from torchvision.ops import box_iou
 from typer.testing import CliRunner
 
 from tailfin.cli.main import app
+from tailfin.data import proposal_files
 from tailfin.data import proposals as proposals_module
 from tailfin.data.dataset import Source, open_source
 from tailfin.data.index import open_index
-from tailfin.data.proposals import (
-    jittered_truth,
-    open_proposals,
-    read_proposals,
-    selective_search,
-    usable,
-    write_proposals,
-)
+from tailfin.data.proposal_files import read_proposals, write_proposals
+from tailfin.data.proposals import jittered_truth, open_proposals, selective_search, usable
 from tailfin.errors import UserError
 from tailfin.propose import Found, average_recall, propose
 from tailfin.schema.data import DataFiles
@@ -233,6 +228,47 @@ def counted_one_by_one(index, stored, config: Proposals) -> np.ndarray:
             best, place = iou.max(1)
             found += np.bincount(labels[own][place[best >= 0.5].numpy()], minlength=len(found))
     return np.maximum(found, np.bincount(labels, minlength=len(found)) > 0)
+
+
+def test_an_npz_lies_where_it_is(source, tmp_path, monkeypatch):
+    """Boxes and scores are mapped from the file itself: nothing grows with it, neither memory nor cache."""
+    path = tmp_path / "p.npz"
+    ids, offsets, boxes, scores = columns(source.index)
+    write_proposals(path, ids, offsets, boxes, scores, "localizer abc")
+    for _ in range(2):
+        stored = read_proposals(path, source.index)
+        assert isinstance(stored.boxes, np.memmap) and Path(stored.boxes.filename) == path
+        assert np.array_equal(stored.boxes, boxes) and stored.made_by == "localizer abc"
+    again = pickle.loads(pickle.dumps(stored))  # what a loader's process gets
+    assert isinstance(again.boxes, np.memmap) and np.array_equal(again.boxes, boxes)
+    content = bytearray(path.read_bytes())
+    content[content.index(boxes.tobytes()) + 5] ^= 1
+    path.write_bytes(bytes(content))
+    with pytest.raises(UserError, match="damaged"):
+        read_proposals(path, source.index)
+
+
+def test_checks_in_parts_are_those_of_the_whole(source, tmp_path, monkeypatch):
+    path = tmp_path / "p.npz"
+    ids, offsets, boxes, scores = columns(source.index)
+    monkeypatch.setattr(proposal_files, "PART", 3)
+    write_proposals(path, ids, offsets, boxes, scores, "")
+    assert isinstance(read_proposals(path, source.index).boxes, np.memmap)
+    wide = boxes.copy()
+    wide[-1, 2] = 1e4
+    write_proposals(path, ids, offsets, wide, scores, "")
+    with pytest.raises(UserError, match="outside its picture"):
+        read_proposals(path, source.index)
+    infinite = boxes.copy()
+    infinite[-1, 2] = np.inf
+    write_proposals(path, ids, offsets, infinite, scores, "")
+    with pytest.raises(UserError, match="not a finite number"):
+        read_proposals(path, source.index)
+    rising = scores[::-1].copy()
+    write_proposals(path, ids, offsets, boxes, rising, "")
+    stored = read_proposals(path, source.index)
+    assert not isinstance(stored.boxes, np.memmap)  # sorted, from the cache
+    assert all((np.diff(stored.scores[a:b]) <= 0).all() for a, b in zip(offsets[:-1], offsets[1:], strict=True))
 
 
 @pytest.mark.parametrize("pairs", [1, 50, 2_000_000])

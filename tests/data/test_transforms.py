@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tailfin.data import transforms
 from tailfin.data.transforms import (
     MIN_SIDE,
     augment,
@@ -178,3 +179,16 @@ def test_pictures_without_boxes_pass(boxes):
         config = Data(resize=mode, sizes=(32,), max_size=64, jitter_scale=(1.0, 1.0), flip=1.0)
         image, after = augment(torch.zeros((3, 40, 50), dtype=torch.uint8), target, config, np.random.default_rng(0))
         assert after["boxes"].shape == (boxes, 4) and after["labels"].shape == (boxes,)
+
+
+def test_colours_before_or_after_resizing(monkeypatch):
+    """`photometric_on` says which picture's pixels change; everything else is the same."""
+    seen = []
+    monkeypatch.setattr(transforms, "photometric", lambda image, rng: seen.append(image.shape) or image)
+    image, target = rectangle(60, 80, (10, 10, 40, 40))
+    for where in ("file", "resized"):
+        config = Data(resize="square", sizes=(40,), photometric=True, photometric_on=where)
+        augment(image, target, config, np.random.default_rng(0))
+    assert seen == [(3, 60, 80), (3, 30, 40)]
+    augment(image, target, Data(resize="square", sizes=(40,), photometric_on="file"), np.random.default_rng(0))
+    assert len(seen) == 2

@@ -10,9 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tailfin.data.dataset import open_source, training_loader
+from tailfin.data.dataset import TrainingDataset, open_source, training_loader
 from tailfin.data.proposals import open_proposals
-from tailfin.data.views import Geometry, PretrainingDataset, paired_geometries, two_views
+from tailfin.data.views import Geometry, PretrainingDataset, classes_of, paired_geometries, two_views
 from tailfin.samplers.plan import BatchPlan
 from tailfin.schema.data import Data
 from tailfin.schema.pretraining import Proposals, Views
@@ -149,7 +149,9 @@ def test_jittered_proposals_stay_near_and_inside():
 
 @pytest.fixture
 def dataset(tiny_set):
-    def make(third: bool = False, masks: bool = False, data: dict | None = None, **views) -> PretrainingDataset:
+    def make(
+        third: bool = False, masks: bool = False, weak: bool = False, data: dict | None = None, **views
+    ) -> PretrainingDataset:
         config = Data.model_validate(
             {
                 "train": {"annotations": str(tiny_set[0])},
@@ -161,9 +163,86 @@ def dataset(tiny_set):
         )
         source = open_source(config.train, "", "train")
         proposals = open_proposals(Proposals(source="gt_jitter"), source)
-        return PretrainingDataset(source, config, 5, Views(**views), proposals, third=third, masks=masks)
+        return PretrainingDataset(source, config, 5, Views(**views), proposals, third=third, weak=weak, masks=masks)
 
     return make
+
+
+@pytest.mark.parametrize("masks", [False, True])
+def test_the_weak_view_is_the_sample_of_fine_tuning(dataset, masks):
+    """Key by key the same picture and objects: no object of the picture is lost."""
+    samples = dataset(weak=True, masks=masks)
+    plain = TrainingDataset(samples.source, samples.config, samples.seed, masks=masks)
+    for row in samples.rows()[:6].tolist():
+        _, target = samples[(1, row, 2)]
+        picture, wanted = plain[(1, row, 2)]
+        assert torch.equal(target["weak"], picture) and "ignored" not in target
+        for key in ("boxes", "labels", "masks", "mask_valid") if masks else ("boxes", "labels"):
+            assert torch.equal(target[key], wanted[key]), key
+        assert len(target["boxes"]) == np.diff(samples.clean.offsets)[row]
+
+
+def test_every_object_of_the_first_view_is_learnt_or_ignored(dataset):
+    samples = dataset(crop_area=(0.2, 0.5), keep_rarest=False)
+    cut = 0
+    for row in samples.rows().tolist():
+        image, target = samples[(0, row, 0)]
+        count = np.diff(samples.clean.offsets)[row]
+        assert len(target["boxes"]) + len(target["ignored"]) <= count
+        limit = torch.tensor([image.shape[-1], image.shape[-2]])
+        assert (target["ignored"] >= 0).all() and (target["ignored"][:, 2:] <= limit).all()
+        assert (target["ignored"][:, 2:] > target["ignored"][:, :2]).all()
+        cut += len(target["ignored"])
+    assert cut > 5
+
+
+def test_the_rarest_object_survives_the_first_crop():
+    boxes = np.array([[0, 0, 90, 90], [0, 0, 99, 99]], dtype=np.float32)
+    rare = np.array([[2, 2, 14, 14]], dtype=np.float32)  # in a corner: most crops lose it
+    options = {"crop_area": (0.3, 0.5), "min_valid": 0, "redraws": 30}
+    for seed in range(40):
+        (first, _), _ = paired_geometries((100, 100), boxes, Views(**options), rng(seed), (64,), 100, rare)
+        assert first.valid(rare, 0.5, 0).all()
+    lost = [
+        not paired_geometries((100, 100), boxes, Views(**options), rng(seed), (64,), 100)[0][0]
+        .valid(rare, 0.5, 0)
+        .all()
+        for seed in range(40)
+    ]
+    assert np.mean(lost) > 0.3
+    tiny = np.array([[2, 2, 3, 3]], dtype=np.float32)  # too small to be learnt from, and no reason to crop nothing
+    crops = [
+        paired_geometries((100, 100), boxes, Views(**options), rng(seed), (64,), 100, tiny)[0][0] for seed in range(20)
+    ]
+    assert any((crop.width, crop.height) != (100, 100) for crop in crops)
+
+
+def test_boxes_are_drawn_after_the_crops():
+    """Of a hundred candidates that the crops leave many of, as many as asked are drawn, all valid in both views."""
+    image = torch.zeros((3, 100, 100), dtype=torch.uint8)
+    corner = rng(0).uniform(0, 70, (100, 2))
+    boxes = np.concatenate([corner, corner + 25], axis=1).astype(np.float32)
+    config = Views(crop_area=(0.4, 0.6))
+    taken = set()
+    for seed in range(20):
+        first, second = two_views(image, boxes, config, rng(seed), sizes=(64,), bound=64, most=8)
+        assert len(first.rows) == len(second.rows) == 8 == len(set(first.rows.tolist()))
+        assert first.geometry.valid(boxes[first.rows], 0.5, 8).all()
+        assert second.geometry.valid(boxes[first.rows], 0.5, 8).all()
+        taken |= set(first.rows.tolist())
+    assert len(taken) > 60
+
+
+def test_the_class_of_a_box():
+    truth = np.array([[0, 0, 10, 10], [20, 20, 40, 40]], dtype=np.float32)
+    boxes = np.array([[0, 0, 10, 9], [20, 20, 40, 29], [50, 50, 60, 60]], dtype=np.float32)
+    assert classes_of(boxes, truth, np.array([7, 3])).tolist() == [7, -1, -1]
+    assert classes_of(boxes, truth[:0], np.array([], dtype=np.int64)).tolist() == [-1, -1, -1]
+    assert classes_of(boxes[:0], truth, np.array([7, 3])).tolist() == []
+
+
+def rng(seed: int) -> np.random.Generator:
+    return np.random.default_rng(seed)
 
 
 def test_a_sample_is_a_function_of_its_key(dataset):

@@ -12,8 +12,10 @@ import torch
 from safetensors.torch import load_file
 
 import tailfin
+from same_draws import first_rows
 from tailfin import checkpoint
 from tailfin.models.features import box_generator
+from tailfin.models.features.feature_memory import FeatureMemory
 from tailfin.models.features.hallucination import FeatureHallucination, FeatureStatistics
 from tailfin.training_log import TrainingLog
 
@@ -27,8 +29,14 @@ BACL = [
     "second.sampler={name: rfs, threshold: 0.5}",
     "second.schedule={epochs: 2, batch: 4, lr: 0.01, warmup: 2, milestones: [1]}",
 ]
+BACL_DEFAULT = [*BACL[:4], "second.features=hallucination", *BACL[5:]]
+LOCE = [
+    *("method=decoupled", "loss=objectness", "schedule.epochs=1", "second.loss=ebl"),
+    *("second.features=feature_memory", "second.trains=[classifier,box,rpn]", *BACL[5:]),
+]
 TRAINS = ("roi_heads.predictor.", "rpn.")
 INDICATOR = "roi_heads.loss.cm_numerator"
+SCORE, WRITTEN = "roi_heads.loss.mean_score", "roi_heads.extra_rows.memory.written"
 MEAN = "roi_heads.extra_rows.hallucination.statistics.mean"
 
 
@@ -103,15 +111,19 @@ def test_stopped_inside_stage_two_and_resumed(tmp_path, tiny_set, tiny_recipe, s
 def number_all_draws(rank: int, world: int) -> None:
     """The same batch gives the same losses whoever has it: samplers take the first rows and anchors, boxes shift by a
     half, and the draws are numbered over all processes, each having its share."""
-    torch.randperm = lambda n, **options: torch.arange(n)
-    shifted, sample, begin = box_generator.perturbed_boxes, FeatureHallucination.sample, FeatureStatistics.__init__
 
-    def shifted_by_a_half(boxes, size, **options):
+    first_rows()
+    shifted, sample, begin = box_generator.perturbed_boxes, FeatureHallucination.sample, FeatureStatistics.__init__
+    stored = FeatureMemory.sample
+
+    def shifted_by_a_half(boxes, size, **_):
         return shifted(boxes, size, draws=torch.full((4, 16), 0.5))
 
-    def numbered(self, indicator, **options):
-        every = (torch.arange(world * self.sampled_num_classes) + 0.5) / (world * self.sampled_num_classes)
-        uniform, place = every[rank::world], torch.arange(self.sampled_num_features)
+    def own_classes(number):
+        return ((torch.arange(world * number) + 0.5) / (world * number))[rank::world]
+
+    def numbered(self, indicator, classes, **options):
+        uniform, place = own_classes(classes), torch.arange(self.sampled_num_features)
         phase = (1 + uniform)[:, None, None] * (1 + place)[:, None] * torch.arange(self.statistics.mean.shape[1])
         return sample(self, indicator, draws=(uniform, phase.flatten(0, 1).sin()))
 
@@ -119,23 +131,30 @@ def number_all_draws(rank: int, world: int) -> None:
         begin(self, *arguments, **options)
         self.used.fill_(True)  # no row is missing on one process only
 
+    def numbered_rows(self, mean_score, classes, **options):
+        uniform = own_classes(classes)
+        rows = (7 * uniform[:, None] + 0.37 * torch.arange(self.sampled_num_features)) % 1
+        return stored(self, mean_score, draws=(uniform, rows))
+
+    FeatureMemory.sample = numbered_rows
     box_generator.perturbed_boxes = shifted_by_a_half
     FeatureHallucination.sample = numbered
     FeatureStatistics.__init__ = all_used
 
 
+@pytest.mark.parametrize(("method", "state"), [(BACL_DEFAULT, (INDICATOR, MEAN)), (LOCE, (SCORE, WRITTEN))])
 def test_two_processes_train_the_classifier_that_one_trains(
-    tmp_path, tiny_set, tiny_recipe, stage_one, train_on_ranks: Callable
+    tmp_path, tiny_set, tiny_recipe, stage_one, method, state, train_on_ranks: Callable
 ):
-    """Half the batch each: weights, indicator and class statistics agree with those of one process, where 4 classes are
-    drawn per iteration over all processes."""
+    """Half the batch each, with default counts: weights, indicator, class statistics and memory agree with those of one
+    process."""
 
     def train(rank: int) -> None:
         world = int(os.environ["WORLD_SIZE"])
         number_all_draws(rank, world)
-        shared = [f"second.features.sampled_num_classes={4 // world}", "second.schedule.epochs=1"]
         out = tmp_path / str(world)
-        tailfin.train(tiny_recipe, train=tiny_set[0], out=out, overrides=[*BACL, *shared], stage1=stage_one)
+        overrides = [*method, "second.schedule.epochs=1"]
+        tailfin.train(tiny_recipe, train=tiny_set[0], out=out, overrides=overrides, stage1=stage_one)
 
     for world in (1, 2):
         train_on_ranks(train, world)
@@ -149,4 +168,8 @@ def test_two_processes_train_the_classifier_that_one_trains(
     # the tolerance is far below what the stage changes
     for key in ("roi_heads.predictor.cls_score.weight", "roi_heads.predictor.bbox_pred.weight"):
         assert (alone[key] - joined[key]).abs().max() < 0.01 * (alone[key] - first[key]).abs().max()
-    assert alone[INDICATOR].sum() > 10 and alone[MEAN].any()
+    resumes = [checkpoint.load_resume_point(tmp_path / world / "stages" / "2-classifier") for world in ("1", "2")]
+    for key in state:
+        one, other = (point["model"][key].double() for point in resumes)
+        assert (one - one.flatten()[0]).any()
+        torch.testing.assert_close(other, one, rtol=1e-3, atol=1e-5)

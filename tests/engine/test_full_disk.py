@@ -21,7 +21,7 @@ import tailfin
 from tailfin import checkpoint
 from tailfin.cli.main import main
 from tailfin.data.index import open_index
-from tailfin.data.proposals import write_proposals
+from tailfin.data.proposal_files import write_proposals
 from tailfin.errors import UserError
 from tailfin.evaluation.results import JsonList, ResultWriter, merge_shards
 from tailfin.files import write_json

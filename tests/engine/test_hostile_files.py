@@ -20,7 +20,7 @@ from safetensors.torch import save
 from tailfin import checkpoint
 from tailfin.config import recipe_from_file
 from tailfin.data.index import open_index
-from tailfin.data.proposals import read_proposals
+from tailfin.data.proposal_files import read_proposals
 from tailfin.data.yolo_yaml import load_plain_yaml
 from tailfin.errors import UserError, printable
 from tailfin.evaluation.table import per_category_table

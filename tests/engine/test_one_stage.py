@@ -6,11 +6,13 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from tailfin import api
+from tailfin import api, checkpoint
 from tailfin.config import check_recipe
 from tailfin.cost import cost
 from tailfin.errors import UserError
+from tailfin.training_log import TrainingLog
 
 pytestmark = pytest.mark.usefixtures("quick_training")
 DETECTORS = {
@@ -76,3 +78,56 @@ def test_cost_of_recipes():
     for own in found:
         assert own.gmacs > 0.1 and own.proposals is None and own.images_per_second > 0
         assert {"backbone", "head"} <= set(own.part_gmacs) and own.candidates > 100
+
+
+class Stopped(Exception):
+    pass
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_stopped_and_resumed_to_the_bit(name, tiny_set, tmp_path, monkeypatch):
+    """EFL's gradient sums go on too."""
+    own = recipe(name, loss="efl", schedule={**SCHEDULE, "ema": 0.9}, logging={"every": 1, "checkpoint_every": 5})
+    straight = api.train(own, train=tiny_set[0], out=tmp_path / "straight")
+    out, add = tmp_path / "run", TrainingLog.add
+
+    def stopping(self, parts, rate, done):
+        add(self, parts, rate, done)
+        if done == 8:
+            raise Stopped
+
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(TrainingLog, "add", stopping)
+        api.train(own, train=tiny_set[0], out=out)
+    assert checkpoint.load_resume_point(out / "stages" / "1-train")["iteration"] == 5
+    api.train("", out=out, resume=True)
+    first, last = (load_file(run / "model.safetensors") for run in (straight, out))
+    assert first.keys() == last.keys()
+    assert [key for key in first if not torch.equal(first[key], last[key])] == []
+
+
+@pytest.mark.parametrize("row", ["2drcl/A.2/ecm+2drcl/lvis_v1/r50", "stepwise/2/efl/lvis_v1/r50"])
+def test_a_published_row_trains(row, tiny_set, tmp_path):
+    """As it stands, but for its size, its start and where proposals come from."""
+    schedule = "{epochs: 1, batch: 4, warmup: 0, milestones: []}"
+    small = [
+        *("weights=none", "backbone=resnet18", "detector.norm=bn", "detector.frozen_layers=0"),
+        *("detector.fpn_channels=32", "detector.head_convs=1", "detector.pre_nms=200", "data.workers=0"),
+        *("schedule.epochs=1", "schedule.batch=4", "schedule.warmup=0", "schedule.milestones=[]"),
+        *("data.sizes=[64]", "data.max_size=96", "data.train.images=", "data.val.images=", "evaluation.batch=3"),
+    ]
+    if "+2drcl" in row:
+        small += ["pretraining.proposals={source: gt}", f"pretraining.schedule={schedule}"]
+    out = api.train(row, train=tiny_set[0], val=tiny_set[1], out=tmp_path / "run", overrides=small)
+    assert len(list((out / "stages").iterdir())) == 1 + ("+2drcl" in row)
+    assert -1 <= json.loads((out / "metrics.json").read_text())["bbox"]["AP"] <= 1
+
+
+@pytest.mark.parametrize("loss", ["focal", "efl", "ecm"])
+@pytest.mark.parametrize("name", DETECTORS)
+def test_losses(name, loss, tiny_set, tmp_path):
+    """Each falls within two epochs, though the few steps at this rate are no straight way."""
+    out = api.train(recipe(name, loss=loss), train=tiny_set[0], out=tmp_path / "run")
+    lines = [json.loads(line) for line in (out / "stages/1-train/metrics.jsonl").read_text().splitlines()]
+    terms = [line["loss_classifier"] for line in lines if "loss_classifier" in line]
+    assert min(terms[-3:]) < terms[0]

@@ -18,8 +18,13 @@ from tailfin.data.index import open_index
 from tailfin.errors import UserError
 from tailfin.methods import drcl as method
 from tailfin.models import build_detector
-from tailfin.run import Run, batch_plan
+from tailfin.report.runs import read_runs
+from tailfin.report.sections.curves import curves
+from tailfin.run import Run, batch_plan, curve_of
+from tailfin.schedule import Curve
 from tailfin.schema.presets import PRESETS
+from tailfin.schema.stages import keeps_predictor, stages
+from tailfin.schema.training import Schedule
 from tailfin.training_log import TrainingLog
 
 pytestmark = pytest.mark.usefixtures("quick_training")
@@ -31,6 +36,7 @@ pretraining:
   image: {queue: 24, hidden: 32, dim: 16}
   box: {queue: 50, hidden: 32, dim: 16}
   reconstruction: {widths: [16, 16, 8]}
+  keep_predictor: false
   sampler: {threshold: 0.5}
   schedule: {epochs: 1.4, batch: 4, lr: 0.01, warmup: 4, milestones: [1]}
 """
@@ -70,6 +76,23 @@ def test_the_stage_comes_first_and_its_parts_are_taken_over(straight):
         named = sum(value for key, value in line.items() if key.startswith("loss_"))
         assert line["loss"] == pytest.approx(named, rel=1e-5)
     assert len(parts) == len(lines) >= 9
+    for term in ("hcl", "lcl"):
+        assert all(0 <= line[f"accuracy_{term}"] <= 1 and 0 < line[f"spread_{term}"] < 1.01 for line in lines)
+    assert all(line[f"gradient_{term}"] > 0 for line in lines for term in ("hcl", "lcl", "ar", "sr"))
+    section = curves(read_runs([out]))
+    assert section is not None and "sr: gradient over detection" in str(section.html)
+    assert "accuracy_hcl" not in read_runs([out])[0].stages[0].parts
+
+
+def test_a_norm_over_few_pictures_is_said_once(straight, recipe):
+    """The recipe has 4 pictures at a time, with 2 proposals or more each."""
+    assert straight[1].count("warning: pretraining.image.norm batch") == 1
+    assert "fewer than 16 rows" in straight[1] and "pretraining.image.norm=layer" in straight[1]
+    section = load_recipe(recipe).pretraining
+    assert section.normed_by_few(4) and not section.normed_by_few(16)
+    assert "box.norm" in section.normed_by_few(1)
+    layer = load_recipe(recipe, ["pretraining.image.norm=layer", "pretraining.box.norm=layer"]).pretraining
+    assert not layer.normed_by_few(1)
 
 
 def test_the_model_file_of_the_stage_is_a_detector(straight):
@@ -190,11 +213,55 @@ def test_it_goes_before_any_method(recipe, tiny_set, tmp_path):
     assert names == ["1-pretrain", "2-representation", "3-classifier"]
 
 
-def test_the_predictor_is_kept_where_asked_and_where_it_fits(recipe, tiny_set, tmp_path):
-    overrides = ["pretraining.keep_predictor=true", "schedule.epochs=0.2", "pretraining.schedule.epochs=0.2"]
+def test_the_predictor_is_kept_where_the_loss_stays(recipe, tiny_set, tmp_path):
+    overrides = ["pretraining.keep_predictor=null", "schedule.epochs=0.2", "pretraining.schedule.epochs=0.2"]
     out = api.train(recipe, train=tiny_set[0], out=tmp_path / "run", overrides=overrides)
     exported = load_file(out / "pretrained.safetensors")
     assert "roi_heads.predictor.cls_score.weight" in exported
+    for more, kept in (
+        ([], True),
+        (["loss=seesaw"], False),  # as many logits, but they say something else
+        (["loss=seesaw", "pretraining.loss=seesaw"], True),
+        (["loss=seesaw", "pretraining.keep_predictor=true"], True),
+        (["pretraining.preset=moco_v2"], False),
+        (["pretraining.keep_predictor=false"], False),
+    ):
+        changed = load_recipe(recipe, [*overrides, *more])
+        assert keeps_predictor(changed) == kept, more
+        assert ("classifier" in stages(changed)[0].hands_on) == kept
+
+
+def test_one_curve_of_the_rate_over_both_stages(recipe, tiny_set, tmp_path):
+    """The rate of every line, against one training of as many epochs."""
+    overrides = ["pretraining.one_curve=true", "schedule.epochs=0.8", "pretraining.schedule.epochs=0.8"]
+    overrides += ["schedule.decay=cosine", "schedule.warmup=2", "schedule.lr=0.01", "logging.every=1"]
+    out = api.train(recipe, train=tiny_set[0], out=tmp_path / "run", overrides=overrides)
+    resolved = recipe_from_file(out / "recipe.yaml")
+    rates = []
+    for stage, before in (("1-pretrain", 0.0), ("2-train", 0.8)):
+        lines = [json.loads(line) for line in (out / f"stages/{stage}/metrics.jsonl").read_text().splitlines()]
+        rates += [(before, line) for line in lines]
+        curve = curve_of(resolved, next(own for own in stages(resolved) if own.folder == stage))
+        assert curve is not None and (curve.before, curve.total) == (before, 1.6)
+        assert lines[0]["lr"] == pytest.approx(curve.rate(0.0, 0))
+    own = [line["lr"] for _, line in rates]
+    warm = resolved.schedule.warmup
+    assert own[warm:] == sorted(own[warm:], reverse=True)
+    assert own[0] < own[1] and own[-1] < 0.2 * max(own) and curve_of(load_recipe(recipe), stages(resolved)[0]) is None
+    steps = Curve(Schedule(decay="multistep", milestones=(2, 3), lr=1.0, warmup=4), 2.0, 4.0)
+    assert [steps.rate(epoch, 0) for epoch in (0.0, 0.9, 1.0)] == pytest.approx([0.1, 0.1, 0.01])
+    first = stages(resolved)[0].inputs  # the pre-training follows from the whole curve
+    assert first["schedule.epochs"] == 0.8 and "schedule.epochs" not in stages(load_recipe(recipe))[0].inputs
+    with pytest.raises(UserError, match="one_curve"):
+        load_recipe("fod/stepwise_faster_rcnn_r18", ["pretraining={proposals: {source: gt_jitter}, one_curve: true}"])
+
+
+def test_a_contrast_that_leaves_out_its_own_class(recipe, tiny_set, tmp_path):
+    keys = ["pretraining.image.same_class=left_out", "pretraining.box.same_class=left_out"]
+    keys += ["schedule.epochs=0.2", "pretraining.schedule.epochs=0.5", "pretraining.views.detection=first"]
+    out = api.train(recipe, train=tiny_set[0], out=tmp_path / "run", overrides=keys)
+    lines = [json.loads(line) for line in (out / "stages/1-pretrain/metrics.jsonl").read_text().splitlines()]
+    assert all(np.isfinite(line["loss_hcl"]) and np.isfinite(line["loss_lcl"]) for line in lines)
 
 
 def test_mistakes_leave_nothing_behind(recipe, tiny_set, tmp_path):

@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -223,6 +224,113 @@ def test_step_0_exemplars_and_expert(tmp_path, steps, expert):
     assert all(torch.equal(before[key], after[key]) for key in before)
 
 
+def test_stage1_of_a_later_stage_takes_all_up_to_it(tmp_path, steps, expert):
+    """The expert with step 0 and exemplars, or a mistake: an ablation of step 2 selects once."""
+    later = expert / "stages" / "2-head"
+    arm = steps(tmp_path / "arm", "stepwise.tail.distillation.classes=0", stage1=later)
+    assert reused(arm) == ["base", "head"] and same(arm, expert, "exemplars.json")
+    assert same(arm, expert, "stages/2-head/step.json")
+    again = steps(tmp_path / "again", "stepwise.tail.distillation.classes=0", stage1=later / "model.safetensors")
+    assert same(again, arm, "stages/3-tail/step.json")
+    with pytest.raises(
+        UserError, match=r"train another stage head: stepwise.head.lr is 0.001 there.*'stepwise.head.lr"
+    ):
+        steps(tmp_path / "run", "stepwise.head.lr=0.01", stage1=later)
+    with pytest.raises(UserError, match="exemplars.json is not taken .*stepwise.exemplars.score.*follow from it"):
+        steps(tmp_path / "run", "stepwise.exemplars.score=gt_class", stage1=later)
+    with pytest.raises(UserError, match="it is stage 3 of its run, this recipe has 2 stages"):
+        steps(tmp_path / "run", "stepwise.tail=null", stage1=expert / "stages" / "3-tail")
+    unfinished = tmp_path / "unfinished"
+    shutil.copytree(expert, unfinished)
+    (unfinished / "stages" / "2-head" / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="its stage head is not finished"):
+        steps(tmp_path / "run", stage1=unfinished / "stages" / "2-head")
+
+
+def test_metrics_of_steps_are_taken_where_they_were_measured_alike(tmp_path, tiny_set, steps):
+    val = {"val": tiny_set[1]}
+    first = steps(tmp_path / "first", "stepwise.tail=null", **val)
+    changes = ["stepwise.tail.distillation.classes=0"]
+    marked = first / "stages" / "1-base" / "metrics.json"
+    marked.write_text(json.dumps({**json.loads(marked.read_text()), "marked": 1}))  # shows that nothing was measured
+    second = steps(tmp_path / "second", *changes, reuse=first, **val)
+    assert same(first, second, "stages/1-base/metrics.json") and same(first, second, "stages/2-head/metrics.json")
+    third = steps(tmp_path / "third", *changes, "evaluation.max_dets=3", reuse=first, **val)
+    assert not same(first, third, "stages/1-base/metrics.json")
+    fourth = steps(tmp_path / "fourth", *changes, reuse=first, val=tiny_set[0])
+    assert "marked" not in json.loads((fourth / "stages/1-base/metrics.json").read_text())
+    # a plain run of step 0 has its numbers at its end
+    plain = steps(tmp_path / "plain", "method=baseline", "stepwise=null", **val)
+    fifth = steps(tmp_path / "fifth", "stepwise.tail=null", reuse=plain, **val)
+    assert json.loads((fifth / "stages/1-base/metrics.json").read_text()) == json.loads(
+        (plain / "metrics.json").read_text()
+    )
+
+
+def test_exemplars_and_sets_of_files(tmp_path, tiny_set, steps, expert, capsys):
+    """What a selection or `data smooth-tail` has written is trained on as the run's own selection is, and no model
+    scores annotations; files that have changed are another run's.
+    """
+    from tailfin.data import smooth_tail
+    from tailfin.data.index import open_index
+
+    def bits(run: Path, name: str) -> dict[str, torch.Tensor]:
+        return load_file(run / "stages" / name / "model.safetensors")
+
+    def equal(one: Path, other: Path, *names: str) -> bool:
+        pairs = [(bits(one, name), bits(other, name)) for name in names]
+        return all(torch.equal(before[key], after[key]) for before, after in pairs for key in before)
+
+    def unused(*_, **__):
+        raise AssertionError("annotations were scored")
+
+    index = open_index(tiny_set[0])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tailfin.methods.stepwise.score_annotations", unused)
+        listed = steps(tmp_path / "listed", f"stepwise.exemplars.file={expert}", stage1=expert)
+        assert equal(listed, expert, "2-head", "3-tail")
+        document, own = (json.loads((run / "exemplars.json").read_text()) for run in (listed, expert))
+        assert document["classes"] == own["classes"] and document["source"]["file"] == str(expert / "exemplars.json")
+        exemplars = smooth_tail.read_exemplars(expert / "exemplars.json", index)
+        for name, counts in (("head", [8, 8, 2]), ("tail", [4, 4, -1])):
+            smooth_tail.write_subset(
+                tmp_path / f"d_{name}.json", index, smooth_tail.choose(exemplars, index, np.array(counts))
+            )
+        files = [f"stepwise.{name}.annotations={tmp_path}/d_{name}.json" for name in ("head", "tail")]
+        fed = steps(tmp_path / "fed", *files, stage1=expert)
+        assert equal(fed, expert, "2-head", "3-tail") and not (fed / "exemplars.json").exists()
+        assert reused(steps(tmp_path / "again", *files, reuse=fed)) == ["base", "head", "tail"]
+        smooth_tail.write_subset(
+            tmp_path / "d_tail.json", index, smooth_tail.choose(exemplars, index, np.array([3, 3, -1]))
+        )
+        assert reused(steps(tmp_path / "other", *files, reuse=fed)) == ["base", "head"]
+        short = json.loads((expert / "exemplars.json").read_text())
+        short["classes"][1]["exemplars"] = short["classes"][1]["exemplars"][:3]
+        (tmp_path / "short.json").write_text(json.dumps(short))
+        capsys.readouterr()
+        steps(tmp_path / "few", f"stepwise.exemplars.file={tmp_path}/short.json", "stepwise.tail=null", stage1=expert)
+        assert 'fewer exemplars listed than the step wants, first "green" with 3 of 8' in " ".join(
+            "".join(capsys.readouterr()).split()
+        )
+    # mistakes are told before anything trains
+    document = json.loads((tmp_path / "d_head.json").read_text())
+    for key, value, message in (
+        ("category_id", 3, "another class"), ("bbox", [1, 2, 20, 20], "another box"),
+        ("image_id", 100, "another image"),
+        ("id", 5000, "there is no annotation 5000"),
+    ):  # fmt: skip
+        entry = next(one for one in document["annotations"] if one["category_id"] != 3 and one["image_id"] != 100)
+        entries = [{**one, key: value} if one is entry else one for one in document["annotations"]]
+        images = [*document["images"], {"id": 100, "file_name": "0.png", "width": 60, "height": 80}]
+        images = list({image["id"]: image for image in images}.values())
+        (tmp_path / "wrong.json").write_text(json.dumps({**document, "annotations": entries, "images": images}))
+        with pytest.raises(UserError, match=message):
+            steps(tmp_path / "run", f"stepwise.head.annotations={tmp_path}/wrong.json")
+        assert not (tmp_path / "run").exists()
+    with pytest.raises(UserError, match="head.annotations names 2 files, 1 are needed"):
+        steps(tmp_path / "run", "stepwise.head.annotations=[a.json, b.json]")
+
+
 def test_an_expert_of_a_given_detector(tmp_path, steps, expert):
     given = ["stepwise.base=given", "stepwise.tail=null"]
     weights = tmp_path / "weights.safetensors"
@@ -266,5 +374,7 @@ def test_a_pretraining(tmp_path, tiny_set, tiny_recipe):
 def test_one_option_at_a_time(tmp_path, train, base):
     with pytest.raises(UserError, match="give one of them"):
         train(tmp_path / "run", stage1=base, reuse=base)
-    with pytest.raises(UserError, match="is not the model of a first stage|is stage 2 of its run"):
-        train(tmp_path / "run", stage1=base / "stages" / "2-classifier" / "model.safetensors")
+    alone = tmp_path / "model.safetensors"
+    shutil.copy(base / "stages" / "2-classifier" / "model.safetensors", alone)
+    with pytest.raises(UserError, match="is not the model of a first stage"):
+        train(tmp_path / "run", stage1=alone)

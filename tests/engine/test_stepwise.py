@@ -18,10 +18,12 @@ from small_detr import DETR
 
 import tailfin
 from tailfin import exemplar_scores
-from tailfin.checkpoint import content_hash
+from tailfin.checkpoint import content_hash, save_model
 from tailfin.config import load_recipe
 from tailfin.data.index import open_index
+from tailfin.data.smooth_tail import planned_steps
 from tailfin.errors import UserError
+from tailfin.methods import stepwise
 from tailfin.methods.stepwise import freeze_but
 from tailfin.models import build_detector
 from tailfin.models.transfer import Transfer, class_logits
@@ -416,6 +418,69 @@ def test_more_objects_than_queries(recipe, tiny_set):
     assert (scores > 0).sum() == 2 and (scores == 0).sum() == 3
 
 
+def test_the_command_on_processes(recipe, tiny_set, tmp_path, run_tailfin):
+    """`data smooth-tail` writes the same files whatever the number of processes, and one of them writes."""
+    model = tmp_path / "model.safetensors"
+    stats = ClassStats.from_index(open_index(tiny_set[0]))
+    loaded = load_recipe(recipe, ["method=baseline", "stepwise=null"])
+    torch.manual_seed(0)
+    save_model(model, build_detector(loaded, stats, start=False)[0], loaded, stats)
+    options = ["--annotations", tiny_set[0], "--division", "10", "--head", "6,1", "--tail", "4,all"]
+    names = ("curves.html", "d_head.json", "d_tail.json", "exemplars.json")
+    for number in (1, 2):
+        out = tmp_path / f"sets{number}"
+        done = run_tailfin("data", "smooth-tail", model, *options, "--out", out, processes=number)
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert done.stdout.count("annotations per class") == 1
+        assert sorted(file.name for file in out.iterdir()) == list(names)
+    for name in names[1:]:
+        assert (tmp_path / "sets1" / name).read_bytes() == (tmp_path / "sets2" / name).read_bytes(), name
+    again = run_tailfin("data", "smooth-tail", model, *options, "--out", tmp_path / "sets2", processes=2)
+    assert again.returncode and "add --overwrite to replace it" in again.stderr
+
+
+def test_steps_that_cannot_be_are_told_before_step_0(tmp_path, tiny_set, tiny_recipe):
+    """A part that is frozen whole, a part that this detector has not, a teacher for one that cannot be taught."""
+    path = tmp_path / "tiny.yaml"
+    section = "method: stepwise\nstepwise: {division: [10], tail: {distillation: null}}\n"
+    path.write_text(tiny_recipe.read_text() + section)
+    cases = {
+        'step tail trains "mask", this detector has no such part': [
+            "stepwise.tail.trains=[mask]", "detector.name=cascade_rcnn",
+        ],
+        "has one per stage; step tail has a teacher": ["detector.name=cascade_rcnn", "stepwise.tail.distillation={}"],
+    }  # fmt: skip
+    for message, overrides in cases.items():
+        with pytest.raises(UserError, match=message):
+            tailfin.train(path, train=tiny_set[0], out=tmp_path / "run", overrides=overrides)
+        assert not (tmp_path / "run").exists()
+    loaded = load_recipe(path, ["stepwise.head.trains=[backbone]"])
+    stats = ClassStats.from_index(open_index(tiny_set[0]))
+    model, _ = build_detector(loaded, stats, start=False)
+    model.backbone.requires_grad_(False)
+    with pytest.raises(UserError, match="step head trains backbone, all of which the detector's section freezes"):
+        stepwise.check_trains(model, planned_steps(loaded.stepwise, np.array([0, 0, 1])))
+
+
+@pytest.mark.parametrize("layers", ["class_embed", "bbox_embed"])
+def test_a_diverged_network_is_told_by_the_engine(recipe, tiny_set, tmp_path, monkeypatch, layers):
+    """Logits or boxes that are no numbers: the message names iteration, stage and pictures, not the assignment."""
+    build = stepwise.start
+
+    def diverged(run):
+        model = build(run)
+        getattr(model, layers)[0].get_parameter("bias" if layers == "class_embed" else "layers.2.bias").data.fill_(
+            torch.nan
+        )
+        return model
+
+    monkeypatch.setattr(stepwise, "start", diverged)
+    with pytest.raises(
+        UserError, match="the loss is not finite at iteration 0 of stage base .* pictures .*have diverged"
+    ):
+        tailfin.train(recipe, train=tiny_set[0], out=tmp_path / "run")
+
+
 def test_logits_of_classes():
     """Grouped logits are read through their scores, all others by their first columns."""
     from tailfin import losses
@@ -430,3 +495,23 @@ def test_logits_of_classes():
     found = class_logits(bags, logits)
     assert found.shape == (3, 2, 4)
     torch.testing.assert_close(found.exp().flatten(0, 1), bags.scores(logits.flatten(0, 1)))
+
+
+def test_a_control_has_the_same_iterations_and_rates(straight, recipe, tiny_set, tmp_path):
+    """The base model trained on: all annotations and layers, no teacher, as many steps of the optimiser, same rates."""
+    control = [
+        f"stepwise.{step}.{change}"
+        for step in ("head", "tail")
+        for change in ("shows=all", "trains=[all]", "rfs=plain", "distillation=null")
+    ]
+    run = tmp_path / "run"
+    tailfin.train(recipe, train=tiny_set[0], out=run, overrides=control, stage1=straight / "stages" / "1-base")
+    index = open_index(tiny_set[0])
+    for name in ("2-head", "3-tail"):
+        before, after = lines(straight, name), lines(run, name)
+        assert [line["iteration"] for line in after] == [line["iteration"] for line in before]
+        assert [line["lr"] for line in after] == pytest.approx([line["lr"] for line in before])
+        step = json.loads((run / "stages" / name / "step.json").read_text())
+        assert step["annotations"] == np.bincount(index.labels).tolist() and step["images"] == 25
+    keys = changed(stage(run, "1-base"), stage(run, "3-tail"))
+    assert any(key.startswith("encoder.") for key in keys) and any(key.startswith("backbone.") for key in keys)

@@ -160,3 +160,16 @@ def test_mistakes(api: dict[str, Any], files: Path) -> None:
     missing = files / "goood.json"
     assert 'goood.json does not exist (did you mean "good.json"?)' in fail("--results", missing, "--annotations", val)
     assert not (files / "metrics.json").exists()
+
+
+def test_thresholds(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    words = ("--results", files / "good.json", "--annotations", files / "val.json", "--thresholds")
+    shown = succeed(*words, "recall=0.9").output
+    assert "thresholds for recall=0.9" in shown and "90 % of recall" in shown
+    line = next(line for line in shown.splitlines() if "bolt" in line)
+    # one object: the threshold is that of both classes together, where everything is found
+    assert line.strip("│ ").replace(" ", "").split("│") == [
+        "bolt", "0.250", "1", "9%", "100.0", "100.0", "100.0", "100to100", "yes",
+    ]  # fmt: skip
+    assert "there is no aim" in fail(*words, "best")

@@ -124,7 +124,7 @@ def test_a_loss_lists_the_facts_that_it_takes(name, stats_of):
     """A detector fills what is listed in `row_facts` and nothing else."""
     code = type(losses.build(name, stats_of(np.array([20, 10])))).loss.__code__
     keywords = code.co_varnames[3 : code.co_argcount]  # after self, logits, labels
-    known = {"gt_index", "memory", "quality", "iter_id", "normalizer"}
+    known = {"gt_index", "memory", "quality", "iter_id", "normalizer", "picture"}
     assert set(losses.LOSSES[name].row_facts) == known & set(keywords)
 
 
@@ -142,3 +142,43 @@ def test_options_are_the_keyword_only_arguments(monkeypatch, stats_of):
         losses.build("mine", stats_of(np.array([20, 10])), powr=2)
     with pytest.raises(ValueError, match="power"):
         losses.check_options("mine", {})
+
+
+def test_classes_that_nobody_looked_for_have_no_part(build):
+    """Where `known` is false, but for a row's own label: no gradient, and the logit may be anything."""
+    loss = build(np.arange(1, 13))
+    logits, labels = rows(loss, 24, 12)
+    known = torch.rand((24, 12), generator=torch.Generator().manual_seed(3)) < 0.5
+    if not loss.classes_first:
+        with pytest.raises(ValueError, match="no logit per class"):
+            loss(logits, labels, known=known)
+        return
+    values, gradients = [], []
+    out = ~known
+    foreground = labels < 12
+    out[foreground, labels[foreground]] = False
+    for shift in (0.0, 5.0):
+        fresh = build(np.arange(1, 13))
+        moved = logits.clone()
+        moved[:, :12] += shift * out
+        moved.requires_grad_()
+        torch.manual_seed(1)
+        value = fresh(moved, labels, known=known)
+        value.backward()
+        values.append(value.item())
+        gradients.append(moved.grad)
+    assert np.isfinite(values[0]) and values[0] == values[1]
+    assert torch.equal(gradients[0], gradients[1]) and not gradients[0][:, :12][out].any()
+    assert gradients[0].any() or not loss.alone
+
+
+def test_all_classes_known_changes_nothing(build):
+    loss = build(np.arange(1, 13))
+    if not loss.classes_first:
+        return
+    logits, labels = rows(loss, 24, 12)
+    values = []
+    for keywords in ({}, {"known": torch.ones((24, 12), dtype=torch.bool)}):
+        torch.manual_seed(1)
+        values.append(build(np.arange(1, 13))(logits, labels, **keywords).item())
+    assert values[0] == values[1]

@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from tailfin import losses
+from tailfin.errors import UserError
+from tailfin.losses import fedloss
 from tailfin.losses.fedloss import FedLoss
 
 DTYPES = (torch.float64, torch.float32)
@@ -77,7 +79,7 @@ def test_frequencies_of_the_draws(vectors, stats_of):
     present = torch.zeros(13, dtype=torch.bool).index_fill_(0, labels, True)
     kept = torch.zeros(12)
     for _ in range(draws):
-        kept += loss._draw(present, generator) | present[:-1]
+        kept += loss._draw(present[None], generator)[0] | present[:-1]
     np.testing.assert_allclose(kept / draws, file["f_inclusion/inclusion_frequency"][:-1], atol=0.025)
     assert kept[10] == 0  # no training image
 
@@ -96,6 +98,26 @@ def test_budgets(stats_of):
     even = FedLoss(stats_of([1, 10**6, 0]), num_classes=2, power=0)
     seen = torch.stack([drawn_by(even, torch.tensor([3]), seed) for seed in range(200)]).float().mean(0)
     assert 0.4 < seen[0] < 0.6 and seen[2] == 0
+
+
+def test_every_picture_has_its_own_classes(stats_of):
+    """Rows keep what a call with their picture alone would: as many classes, those of their picture and others."""
+    loss = FedLoss(stats_of([3] * 60), num_classes=10)
+    labels, picture = torch.tensor([4, 60, 7, 8, 60, 9]), torch.tensor([0, 0, 1, 1, 1, 3])
+    logits = torch.zeros((6, 60), requires_grad=True)
+    value = loss(logits, labels, picture=picture, generator=torch.Generator().manual_seed(0))
+    kept = torch.autograd.grad(value, logits)[0] != 0
+    assert kept.sum(1).tolist() == [9, 9, 9, 9, 9, 10]  # background takes a place
+    for rows in ([0, 1], [2, 3, 4]):
+        assert (kept[rows] == kept[rows[0]]).all()
+        assert set(labels[rows].tolist()) - {60} <= set(kept[rows[0]].nonzero().flatten().tolist())
+    assert not torch.equal(kept[0], kept[2])
+    together = FedLoss(stats_of([3] * 60), num_classes=10, per="process")
+    value = together(logits, labels, picture=picture, generator=torch.Generator().manual_seed(0))
+    kept = torch.autograd.grad(value, logits)[0] != 0
+    assert (kept == kept[0]).all() and kept[0].sum() == 9
+    with pytest.raises(ValueError, match='per must be "picture" or "process"'):
+        FedLoss(stats_of([3] * 60), per="batch")
 
 
 def test_its_own_draws_come_from_the_generator(stats_of):
@@ -144,3 +166,31 @@ def test_mistakes(stats_of):
         loss(logits, labels, drawn=torch.tensor([2]))
     with pytest.raises(ValueError, match=r"drawn must be classes, int64 \[K\]"):
         loss(logits, labels, drawn=torch.zeros(2))
+
+
+def test_any_sigmoid_is_a_base(stats_of):
+    """With every class drawn the value is the base's own, with few of them less; the base's statistics move."""
+    stats = stats_of(np.arange(1, 13))
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, 13, (40,), generator=generator)
+    for base in fedloss.BASES:
+        plain = fedloss.BASES[base](stats).train()
+        logits = torch.randn((40, plain.num_logits), generator=generator)
+        facts = {"quality": torch.rand(40)} if "quality" in plain.row_facts else {}
+        wanted = plain(logits, labels, **facts).item()
+        all_drawn = losses.build("fedloss", stats, base=base, num_classes=30).train()
+        assert all_drawn(logits, labels, **facts).item() == pytest.approx(wanted, rel=1e-6), base
+        state = all_drawn.state_dict()
+        assert all(torch.equal(value, state[f"base.{name}"]) for name, value in plain.state_dict().items())
+        present = labels[:4].clamp(max=11)
+        few = losses.build("fedloss", stats, base=base, num_classes=1).train()
+        facts = {name: value[:4] for name, value in facts.items()}
+        assert few(logits[:4], present, **facts) < fedloss.BASES[base](stats).train()(logits[:4], present, **facts)
+
+
+def test_base_options_are_the_bases(stats_of):
+    stats = stats_of(np.arange(1, 13))
+    loss = losses.build("fedloss", stats, base="focal", base_options={"focal_gamma": 1.0})
+    assert loss.base.focal_gamma == 1.0
+    with pytest.raises(UserError, match='has no option "gama"'):
+        losses.build("fedloss", stats, base="focal", base_options={"gama": 1.0})

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from tailfin.models.assigners import atss, candidate_threshold, centerness, iou, max_iou
+from tailfin.models.assigners import atss, candidate_threshold, centerness, iou, max_iou, max_iou_batch
 
 DTYPES = (torch.float64, torch.float32)
 ATSS = ("a_typical", "b_overlap_tiny", "c_no_gt", "d_same_anchor_two_gt")
@@ -166,3 +166,12 @@ def test_mistakes():
         max_iou(boxes, boxes, 0.4, 0.5)
     with pytest.raises(ValueError, match="one gt box per anchor"):
         centerness(boxes, boxes[:1])
+
+
+def test_a_broken_box_is_not_hidden():
+    """An object of NaN owns anchors, so that the loss is NaN and training stops with a message."""
+    anchors = torch.tensor([[0.0, 0, 10, 10], [20, 20, 30, 30]])
+    boxes = torch.tensor([[[0.0, 0, 10, 10], [torch.nan] * 4]])
+    found = max_iou_batch(anchors, boxes, torch.tensor([[True, True]]))
+    assert found.tolist() == [[0, 1]]  # the first anchor is claimed by the object that it is
+    assert (max_iou_batch(anchors, boxes, torch.tensor([[True, True]]), low_quality=False) == 1).all()

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DeformableDetrForObjectDetection, ResNetConfig
 
 import tailfin
@@ -24,8 +25,10 @@ from tailfin.models.detector import Limits
 from tailfin.models.detr_criterion import SetCriterion
 from tailfin.models.detr_geometry import position_code, valid_mask
 from tailfin.models.images import batch_images
+from tailfin.models.transfer import Transfer
 from tailfin.schedule import build_optimizer
 from tailfin.schema.recipe import Recipe
+from tailfin.schema.stepwise import Distillation
 from tailfin.stats import ClassStats
 
 STATS = ClassStats(image_count=[30, 12, 3], instance_count=[50, 20, 4], num_images=40)
@@ -174,6 +177,28 @@ def test_start():
     torch.testing.assert_close(other.class_embed[1].bias.detach(), other.criterion.loss.prior_bias())
     first = sum(value.item() for value in model.train()(IMAGES, TARGETS).values())
     assert first < 60
+
+
+def test_start_as_released():
+    """Packed queries, keys and values start smaller by sqrt(2); the encoder's head has a logit for every class too."""
+    separate, packed = (tiny_model(attention_init=kind).decoder[1].self_attn for kind in ("separate", "packed"))
+    for name in ("q_proj", "k_proj", "v_proj"):
+        bound = getattr(separate, name).weight.abs().max().item()
+        assert bound == pytest.approx((6 / 64) ** 0.5, rel=0.02)
+        assert getattr(packed, name).weight.abs().max().item() == pytest.approx((6 / 128) ** 0.5, rel=0.02)
+    assert packed.o_proj.weight.abs().max().item() == pytest.approx((6 / 64) ** 0.5, rel=0.02)
+    model = tiny_model(encoder_head="classes")
+    assert [len(head.weight) for head in model.class_embed] == [3, 3, 4]
+    assert (model.class_embed[-1].bias == FOCAL_BIAS).all()
+    outputs = model.eval().outputs(IMAGES)
+    assert outputs.encoder_logits.shape[2] == 4
+    best = outputs.encoder_logits[..., -1].topk(12, dim=1).indices
+    raw = outputs.encoder_boxes.logit()
+    reference = model._queries_of(outputs.encoder_logits, raw, None)[2]
+    torch.testing.assert_close(reference, outputs.encoder_boxes.gather(1, best[..., None].expand(-1, -1, 4)))
+    losses = model.train()(IMAGES, TARGETS)
+    losses["loss_encoder"].backward()
+    assert (model.class_embed[-1].weight.grad.abs().sum(1) > 0).all()
 
 
 def test_refused_options():
@@ -396,3 +421,36 @@ def test_train_resume_and_predict(tmp_path, monkeypatch, tiny_set, quick_trainin
 
     found = tailfin.load(straight, "cpu").predict(sorted(tiny_set[1].with_suffix("").iterdir())[:3])
     assert len(found) == 3 and all(len(result["scores"]) == 20 for result in found)
+
+
+class _Reads(TorchDispatchMode):
+    """Counts operations whose size or value the host has to know: on an accelerator it waits for each of them."""
+
+    KINDS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::equal", "aten::_unique2")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name
+        indices = args[1] if name in ("aten::index", "aten::index_put_", "aten::_index_put_impl_") else ()
+        masked = any(index is not None and index.dtype == torch.bool for index in indices)
+        repeated = name == "aten::repeat_interleave" and (kwargs or {}).get("output_size") is None
+        if name in self.KINDS or masked or repeated:
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("taught", [False, True])
+def test_a_step_waits_for_the_matching_alone(taught):
+    """Nothing but the costs of all matchings, in one copy, goes to the host, whatever the batch; not with a teacher."""
+    model = tiny_model(encoder_head="classes")
+    step: Any = model
+    if taught:
+        model.freeze_but(model.class_specific())
+        step = Transfer(model, tiny_model(encoder_head="classes"), torch.tensor([True, True, False]), Distillation())
+    step.train()(IMAGES, TARGETS)
+    with _Reads() as reads:
+        torch.stack(list(step(IMAGES * 2, TARGETS * 2).values())).sum().backward()
+    assert reads.found == []

@@ -145,3 +145,29 @@ def test_scores_pass_the_calibration(model):
         after = model.detections(outputs, limits)
     for plain, halved in zip(before, after, strict=True):
         torch.testing.assert_close(halved["scores"], plain["scores"] / 2)
+
+
+def test_a_class_that_nobody_looked_for_does_not_train(model):
+    """`known` of the targets: the classifier's row of such a class gets no gradient, those of the others do."""
+    if model.loss is None:
+        pytest.skip("finds objects of any class")
+    model.train()
+    gradients = {}
+    for case, looked_for in (("all", [True, True, True]), ("some", [True, False, True])):
+        targets = [{**target, "known": torch.tensor(looked_for)} for target in TARGETS]
+        model.zero_grad()
+        torch.manual_seed(1)
+        sum(model(IMAGES, targets).values()).backward()
+        width = model.loss.num_logits
+        biases = [p for name, p in model.parts()["classifier"].named_parameters() if name.endswith("bias")]
+        trained = [p.grad.view(-1, width)[:, :3] for p in biases if p.grad is not None and p.numel() % width == 0]
+        gradients[case] = torch.cat(trained)
+    assert gradients["all"].bool().all()
+    assert not gradients["some"][:, 1].any() and gradients["some"][:, [0, 2]].bool().all()
+
+
+def test_a_loss_without_a_logit_per_class_cannot_ignore_classes():
+    recipe = {"weights": "none", "backbone": "resnet18", "detector": DETECTORS["faster_rcnn"], "loss": "bags"}
+    recipe["data"] = {"unchecked_classes": "ignore"}
+    with pytest.raises(UserError, match="unchecked_classes: ignore needs a loss with a logit for each class, bags"):
+        build_detector(check_recipe(recipe, "test"), STATS)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torchvision.ops import box_convert, generalized_box_iou
+from torchvision.ops import box_convert, generalized_box_iou, sigmoid_focal_loss
 
 from tailfin import losses
 from tailfin.models.detr_criterion import Outputs, SetCriterion, assign, box_losses, giou, pad_objects
@@ -210,3 +210,49 @@ def test_two_processes_are_one(run_on_ranks):
     joined = torch.cat([torch.tensor(first[1]), torch.tensor(second[1])], dim=1)
     torch.testing.assert_close(joined, torch.tensor(gradient), atol=1e-6, rtol=1e-4)
     assert first[2] == second[2] == pytest.approx(statistics, rel=1e-5)
+
+
+def test_encoder_head_with_classes():
+    """The proposals' loss is focal loss over all logits, whose last one is the target of a matched proposal."""
+    outputs, targets = batch((3, 2), seed=5)
+    wide = torch.randn((2, 9, 4), generator=torch.Generator().manual_seed(7))
+    own = criterion(encoder_head="classes", class_weight=1, box_weight=0, giou_weight=0)
+    found = own(outputs._replace(encoder_logits=wide), targets)["loss_encoder"]
+    objects = pad_objects(targets, outputs.sizes)
+    labels = torch.full_like(objects.labels, 3)
+    cost = own.matching_cost(wide[None].sigmoid(), outputs.encoder_boxes[None], objects._replace(labels=labels))
+    pairs = assign([cost], objects.counts)[0]
+    wanted = torch.zeros(2, 9, 4)
+    wanted[pairs.picture, pairs.query, 3] = 1
+    expected = sigmoid_focal_loss(wide, wanted, alpha=0.25, gamma=2.0, reduction="sum") / 5
+    torch.testing.assert_close(found, expected)
+
+
+def test_one_object_for_every_process(run_on_ranks):
+    """One object on two processes: divided by one half of an object, or as released by one."""
+    outputs, targets = batch((1, 0), encoder=False)
+
+    def total(rank: int, normalizer: str) -> float:
+        cut = outputs._replace(
+            logits=outputs.logits[:, rank : rank + 1],
+            boxes=outputs.boxes[:, rank : rank + 1],
+            sizes=outputs.sizes[rank : rank + 1],
+        )
+        return float(torch.stack(list(criterion(normalizer=normalizer)(cut, targets[rank : rank + 1]).values())).sum())
+
+    found = run_on_ranks(lambda rank: [total(rank, normalizer) for normalizer in ("batch", "process")])
+    shared, released = zip(*found, strict=True)
+    assert shared == pytest.approx(tuple(2 * value for value in released), rel=1e-5)
+    one = criterion(normalizer="process")(outputs, targets)
+    both = criterion()(outputs, targets)
+    assert all(torch.equal(one[name], both[name]) for name in one)  # one process with an object: the same
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_network_that_has_diverged_has_losses_that_are_not_finite(value):
+    """No error of the assignment: what is wrong is said by the training loop."""
+    outputs, targets = batch((3, 2))
+    found = criterion()(outputs._replace(logits=torch.full_like(outputs.logits, value)), targets)
+    assert not torch.isfinite(torch.stack(list(found.values())).sum())
+    found = criterion()(outputs._replace(boxes=torch.full_like(outputs.boxes, value)), targets)
+    assert not torch.isfinite(torch.stack(list(found.values())).sum())

@@ -10,7 +10,8 @@ from torchvision.ops import box_iou
 from tailfin.config import check_recipe
 from tailfin.data.dataset import TrainingDataset, open_source, to_test_size
 from tailfin.models import build_detector
-from tailfin.models.localizer import Localizer, centerness, paired_iou, sampled_matches
+from tailfin.models.assigners import max_iou, paired_iou
+from tailfin.models.localizer import Localizer, centerness, sample_near
 from tailfin.propose import Found, average_recall
 from tailfin.stats import ClassStats
 
@@ -67,20 +68,25 @@ def test_paired_iou():
 
 
 def test_sampled_rows_are_near_their_objects():
-    model = build()
     torch.manual_seed(0)
     boxes = torch.rand(500, 2) * 40
     boxes = torch.cat([boxes, boxes + 5 + torch.rand(500, 2) * 25], dim=1)
     objects = torch.tensor([[5.0, 5, 30, 30], [20, 20, 60, 60]])
-    rows, match = sampled_matches(boxes, objects, model.roi_heads.matcher, 50)
-    assert 0 < len(rows) <= 50 and len(rows) == len(rows.unique())
+    assigned = torch.stack([max_iou(boxes, own, 0.3, 0.3, low_quality=False) for own in (objects, objects[:0])])
+    some = torch.tensor([True, False])
+
+    def sampled(**options):
+        index, drawn = sample_near(assigned, some, 50, **options)
+        rows = [own[valid] for own, valid in zip(index, drawn, strict=True)]
+        return rows, [own[row] for own, row in zip(assigned, rows, strict=True)]
+
+    (rows, none), (match, _) = sampled()
+    assert 0 < len(rows) <= 50 and len(rows) == len(rows.unique()) and len(none) == 0
     assert (paired_iou(boxes[rows], objects[match]) >= 0.3).all()
-    assert len(sampled_matches(boxes, objects[:0], model.roi_heads.matcher, 50)[0]) == 0
-    rows, match = sampled_matches(boxes, objects, model.roi_heads.matcher, 50, background=0.4)
+    (rows, alone), (match, nothing) = sampled(background=0.4)
     assert (match >= 0).sum() == 30 and (match < 0).sum() == 20
     assert (box_iou(objects, boxes[rows[match < 0]]) < 0.3).all()
-    alone, none = sampled_matches(boxes, objects[:0], model.roi_heads.matcher, 50, background=0.4)
-    assert len(alone) == 20 and (none < 0).all()
+    assert len(alone) == 20 and (nothing < 0).all()
 
 
 def test_losses_are_named_finite_and_reach_every_part():

@@ -12,6 +12,7 @@ from types import ModuleType
 import pytest
 import torch
 
+from same_draws import recorded
 from tailfin.config import check_recipe
 from tailfin.models.faster_rcnn import FasterRCNN
 from tailfin.schema.recipe import Recipe
@@ -90,9 +91,10 @@ def test_losses_and_gradients(benchmark, recipe, model, counts):
     model.train()
     twin = benchmark.torchvision_twin(model, recipe)
     wanted = targets(counts=counts)
-    torch.manual_seed(3)
-    ours = model(pictures(), wanted)
-    torch.manual_seed(3)
+    with recorded() as draws:
+        ours = model(pictures(), wanted)
+    draws.give(twin.rpn, 0)
+    draws.give(twin.roi_heads, 1, objects=list(counts))
     theirs = twin(pictures(), benchmark.for_torchvision(wanted))
     ours["loss_objectness"] = ours.pop("loss_rpn_objectness")
     assert ours.keys() == theirs.keys()
@@ -124,9 +126,9 @@ def test_rows_drawn_for_the_box_head(benchmark, recipe, model):
         corner = 60 * torch.rand((80, 2), generator=generator)
         near = target["boxes"].repeat(8, 1) + 4 * torch.rand((8 * len(target["boxes"]), 4), generator=generator)
         proposals.append(torch.cat([near, torch.cat([corner, corner + 20], 1)]))
-    torch.manual_seed(4)
-    boxes, labels, matched, *_ = model.roi_heads.sample(proposals, wanted)
-    torch.manual_seed(4)
+    with recorded() as draws:
+        boxes, labels, matched, *_ = model.roi_heads.sample(proposals, wanted)
+    draws.give(twin.roi_heads, 0, objects=[3, 0, 5])
     their_boxes, _, their_labels, their_deltas = twin.roi_heads.select_training_samples(
         list(proposals), benchmark.for_torchvision(wanted)
     )

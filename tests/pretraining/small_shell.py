@@ -31,7 +31,8 @@ def section(**values: Any) -> Pretraining:
     have = set(terms(values.get("preset", "drcl")))
     small = {key: own for key, own in SMALL.items() if have & set(OWNERS[key])}
     merged = {key: {**own, **values.get(key, {})} for key, own in small.items()}
-    return Pretraining.model_validate({**merged, **{k: v for k, v in values.items() if k not in small}})
+    own = {"momentum_horizon": 0, **{k: v for k, v in values.items() if k not in small}}  # stages of few iterations
+    return Pretraining.model_validate({**merged, **own})
 
 
 def detector(layers: tuple[int, ...] = (2, 3, 4), norm: str = "bn") -> FasterRCNN:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections import deque
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed
@@ -12,15 +14,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
+from tailfin.collectives import gather_over_ranks
 from tailfin.pretraining.contrast import (
+    ContrastHeads,
     ProjectionMLP,
     RingQueue,
     box_nt_xent,
     cosine_distance,
-    gather_rows,
     info_nce,
     nt_xent,
+    same_class,
 )
+from tailfin.schema.pretraining import Contrast
 
 
 def unit(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -121,6 +126,29 @@ def test_box_nt_xent_by_hand():
     assert lonely.item() == 0 and not queries.grad.any()
 
 
+@pytest.mark.parametrize("counts", [(3, 2), (5, 0)])
+def test_boxes_of_two_processes_are_contrasted_as_of_one(run_on_ranks, counts):
+    """Boxes are counted on each process; the second may have no row."""
+    queries, keys = unit(5, 6, dtype=torch.float32), unit(6, 6, seed=1, dtype=torch.float32)
+    query_ids, key_ids = torch.tensor([0, 0, 1, 0, 1]), torch.tensor([0, 1, 1, 0, 0, 1])
+    cut = {0: (slice(0, counts[0]), slice(0, 3)), 1: (slice(counts[0], None), slice(3, None))}
+
+    def on_rank(rank):
+        own = queries[cut[rank][0]].clone().requires_grad_()
+        loss = box_nt_xent(own, query_ids[cut[rank][0]], keys[cut[rank][1]], key_ids[cut[rank][1]], 0.5)
+        loss.backward()
+        return float(loss), own.grad.numpy()
+
+    found = run_on_ranks(on_rank)
+    joined = queries.clone().requires_grad_()
+    process = (torch.arange(5) >= counts[0]) * 2
+    loss = box_nt_xent(joined, query_ids + process, keys, key_ids + (torch.arange(6) >= 3) * 2, 0.5)
+    loss.backward()
+    assert (found[0][0] + found[1][0]) / 2 == pytest.approx(loss.item(), rel=1e-5)
+    mean = torch.cat([torch.from_numpy(own) for _, own in found]) / 2
+    torch.testing.assert_close(mean, joined.grad, atol=1e-6, rtol=1e-4)
+
+
 @given(seed=st.integers(0, 50))
 def test_cosine_distance_is_the_squared_distance_of_unit_rows(seed):
     queries, keys = unit(5, 6, seed=seed), unit(5, 6, seed=seed + 1)
@@ -166,6 +194,42 @@ def test_projectors_take_any_number_of_rows():
         assert all(p.grad is not None for p in projector.parameters())
 
 
+@pytest.mark.parametrize("norm", ["batch", "layer", "none"])
+def test_norms_of_a_projector(norm):
+    """Without a batch norm a row's output is its own; with it two rows are told apart by each other's values alone."""
+    projector, rows = ProjectionMLP(6, 5, 4, norm=norm).train(), torch.randn(3, 6)
+    alone, together = projector(rows[:1]), projector(rows)[:1]
+    assert torch.allclose(alone, together, atol=1e-6) == (norm != "batch")
+    assert ("running_mean" in str(projector.state_dict().keys())) == (norm == "batch")
+
+
+@pytest.mark.parametrize("counts", [(3, 4), (7, 0), (1, 0)])
+def test_batch_norm_of_two_processes_is_that_of_the_joined_rows(run_on_ranks, counts):
+    """Values, gradients and running statistics; a single row in all is normed by the running ones."""
+    torch.manual_seed(0)
+    rows, wanted = torch.randn(sum(counts), 5) * 3 + 2, torch.randn(sum(counts), 4)
+    projector = ProjectionMLP(5, 8, 4).train()
+    rows_of = {0: slice(0, counts[0]), 1: slice(counts[0], None), None: slice(None)}
+
+    def trained(rank):
+        own, given = copy.deepcopy(projector), rows[rows_of[rank]].clone().requires_grad_()
+        for _ in range(2):
+            out = own(given)
+        (out * wanted[rows_of[rank]]).sum().backward()
+        state = {key: value.numpy() for key, value in own.state_dict().items() if key.startswith("norm.")}
+        return out.detach().numpy(), given.grad.numpy(), state, [p.grad.numpy() for p in own.parameters()]
+
+    out, grad, state, weights = trained(None)
+    ranks = run_on_ranks(trained)
+    for number, expected in enumerate((out, grad)):
+        np.testing.assert_allclose(np.concatenate([own[number] for own in ranks]), expected, rtol=1e-4, atol=1e-5)
+    for own in ranks:
+        for key, value in state.items():
+            np.testing.assert_allclose(own[2][key], value, rtol=1e-5, atol=1e-6, err_msg=key)
+    for own, expected in zip(zip(*(own[3] for own in ranks), strict=True), weights, strict=True):
+        np.testing.assert_allclose(sum(own), expected, rtol=1e-4, atol=1e-4)
+
+
 # ---- several processes -----------------------------------------------------------------------------------------------
 
 
@@ -174,7 +238,7 @@ def _two_processes(rank: int) -> dict[str, torch.Tensor]:
     queue = RingQueue(7, 4)
     for step, counts in enumerate([(2, 3), (0, 4), (5, 1)]):
         keys = unit(5, 4, seed=10 * step + rank, dtype=torch.float32)[: counts[rank]]
-        queue.enqueue(gather_rows(keys))
+        queue.enqueue(gather_over_ranks(keys)[0])
     first = unit(4, 4, dtype=torch.float32)[2 * rank : 2 * rank + 2].clone().requires_grad_()
     second = unit(4, 4, seed=1, dtype=torch.float32)[2 * rank : 2 * rank + 2]
     loss = nt_xent(first, second, 0.5)
@@ -197,3 +261,41 @@ def test_two_processes_keep_the_same_queue_and_see_one_batch(run_on_ranks):
     assert (one["loss"] + two["loss"]) / 2 == pytest.approx(loss.item(), rel=1e-6)
     mean = torch.cat([torch.from_numpy(part["grad"]) for part in (one, two)]) / 2  # as gradients are averaged
     torch.testing.assert_close(mean, first.grad, atol=1e-6, rtol=1e-5)
+
+
+def test_negatives_of_the_same_class_are_left_out():
+    torch.manual_seed(0)
+    queries, keys, negatives = (F.normalize(torch.randn(n, 6, dtype=torch.float64), dim=1) for n in (3, 3, 8))
+    labels, others = torch.tensor([0, 1, -1]), torch.tensor([0, 0, 1, 2, -1, -1, 1, 0])
+    out = same_class(labels, others)
+    assert out.tolist()[0] == [True, True, False, False, False, False, False, True] and not out[2].any()
+    each = [
+        info_nce(queries[row : row + 1], keys[row : row + 1], negatives[~out[row]], 0.2) for row in range(len(queries))
+    ]
+    value = info_nce(queries, keys, negatives, 0.2, left_out=out)
+    torch.testing.assert_close(value, torch.stack(each).mean())
+    every = info_nce(queries, keys, negatives, 0.2, left_out=torch.ones(3, 8, dtype=torch.bool))
+    assert every.item() == pytest.approx(0)  # nothing is left to confuse it with
+    free = queries.requires_grad_()
+    assert torch.autograd.gradcheck(lambda own: info_nce(own, keys, negatives, 0.2, left_out=out), free)
+
+
+def test_a_queue_remembers_the_class_of_its_keys():
+    queue = RingQueue(4, 2)
+    assert queue.labels.tolist() == [-1] * 4
+    queue.enqueue(torch.eye(2), torch.tensor([5, 1202]))
+    queue.enqueue(torch.eye(2)[:1])
+    assert queue.labels.tolist() == [5, 1202, -1, -1]
+    queue.enqueue(torch.ones(6, 2), torch.arange(6))
+    assert sorted(queue.labels.tolist()) == [2, 3, 4, 5] and int(queue.place) == 1
+
+
+def test_diagnosis_of_a_contrast():
+    rows = F.normalize(torch.randn(4000, 16, generator=torch.Generator().manual_seed(0)), dim=1)
+    heads = ContrastHeads({"image": (Contrast(queue=50, hidden=8, dim=16), 8)})
+    own = heads["image"].diagnosed(rows[:500], rows[:500])
+    assert own["spread"].item() == pytest.approx(1, abs=0.02) and own["accuracy"].item() == 1
+    far = heads["image"].diagnosed(rows[:500], -rows[:500])
+    one = heads["image"].diagnosed(rows[:1].expand(9, -1), rows[:9])
+    assert far["accuracy"].item() == 0 and one["spread"].item() == pytest.approx(0, abs=1e-3)
+    assert heads["image"].diagnosed(rows[:0], rows[:0]) == {}

@@ -34,7 +34,7 @@ def test_a_resolved_section_loads_to_itself(preset):
 
 def test_cells_keep_the_defaults_that_are_not_given():
     dense = Pretraining.model_validate({"preset": "densecl", "dense": {"queue": 64}}).dense
-    assert (dense.queue, dense.hidden, dense.dim, dense.norm, dense.predictor) == (64, 2048, 128, False, False)
+    assert (dense.queue, dense.hidden, dense.dim, dense.norm, dense.predictor) == (64, 2048, 128, "none", False)
 
 
 FOREIGN = [  # what is given, the key and the preset that the message names

@@ -45,10 +45,12 @@ def test_the_generator_is_the_papers():
         Generator(6, stride=8)
 
 
-def test_the_appearance_loss_falls_on_a_repeated_batch():
+@pytest.mark.parametrize("bridge", ["bilinear", "first_stride4"])
+def test_the_appearance_loss_falls_on_a_repeated_batch(bridge):
     torch.manual_seed(0)
-    generator = Generator(8, widths=(16, 16, 8))
-    features, pictures = torch.randn(2, 8, 1, 1), torch.randn(2, 3, 32, 32)
+    generator = Generator(8, widths=(16, 16, 8), bridge=bridge)
+    features = torch.randn(2, 8, 1, 1)
+    pictures = torch.nn.functional.interpolate(torch.randn(2, 3, 8, 8), size=32, mode="bilinear")  # no noise of pixels
     optimizer = torch.optim.Adam(generator.parameters(), lr=3e-3)
     values = []
     for _ in range(40):
@@ -130,3 +132,40 @@ def test_semantic_loss_is_the_sum_over_layers_of_means():
     assert all(value.grad is None for value in wanted) and all(value.grad is not None for value in found)
     half = [value.detach().bfloat16() for value in wanted]
     assert semantic_loss(half, half).item() == 0 and semantic_loss(half, half).dtype == torch.float32
+
+
+def test_the_unit_of_the_semantic_loss_is_the_features_own_energy():
+    """It does not change with the features' size; its gradient is that of the raw form over the energy."""
+    torch.manual_seed(0)
+    wanted, found = torch.randn(2, 4, 3, 3), torch.randn(2, 4, 3, 3, requires_grad=True)
+    value = semantic_loss([wanted], [found], unit="energy")
+    raw = semantic_loss([wanted], [found])
+    torch.testing.assert_close(value, raw / wanted.square().mean())
+    torch.testing.assert_close(semantic_loss([30 * wanted], [30 * found], unit="energy"), value)
+    torch.testing.assert_close(semantic_loss([wanted], [torch.zeros_like(wanted)], unit="energy"), torch.tensor(1.0))
+    (own,) = torch.autograd.grad(value, found, retain_graph=True)
+    (plain,) = torch.autograd.grad(raw, found)
+    torch.testing.assert_close(own, plain / wanted.square().mean())
+    free = wanted.clone().requires_grad_()  # the energy is no way to make the loss small
+    (to_wanted,) = torch.autograd.grad(semantic_loss([free], [found.detach()], unit="energy"), free)
+    torch.testing.assert_close(to_wanted, 2 * (wanted - found.detach()) / wanted.numel() / wanted.square().mean())
+    zero = torch.zeros_like(wanted)
+    assert semantic_loss([zero], [zero], unit="energy").item() == 0
+
+
+@pytest.mark.parametrize("unit", ["raw", "energy"])
+def test_the_semantic_loss_counts_real_cells_alone(unit):
+    torch.manual_seed(0)
+    wanted, found = torch.randn(2, 4, 3, 6, dtype=torch.float64), torch.randn(2, 4, 3, 6, dtype=torch.float64)
+    valid = torch.ones(2, 1, 3, 6, dtype=torch.bool)
+    valid[1, :, :, 2:] = False
+    cells = valid.expand_as(wanted)
+    energy = wanted[cells].square().mean() if unit == "energy" else 1
+    value = semantic_loss([wanted], [found], unit=unit, valid=[valid])
+    torch.testing.assert_close(value, (wanted[cells] - found[cells]).square().mean() / energy)
+    other = found.clone()
+    other[~cells] = 1e3  # whatever padding holds
+    torch.testing.assert_close(semantic_loss([wanted], [other], unit=unit, valid=[valid]), value)
+    other.requires_grad_()
+    (gradient,) = torch.autograd.grad(semantic_loss([wanted], [other], unit=unit, valid=[valid]), other)
+    assert (gradient[~cells] == 0).all() and (gradient[cells] != 0).all()

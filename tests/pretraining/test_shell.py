@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from small_shell import DETECTION, dense_detector, detector, samples, section, shell, total
@@ -14,7 +15,7 @@ from tailfin.errors import UserError
 from tailfin.models.backbones import Body, pyramid_backbone, small_body
 from tailfin.models.images import batch_images
 from tailfin.pretraining.image import pooled
-from tailfin.pretraining.shell import PreTrainer
+from tailfin.pretraining.shell import PreTrainer, gradient_ratios, momentum_of
 from tailfin.pretraining.term import Features, View
 from tailfin.schema.presets import PRESETS, TERMS, terms
 
@@ -349,6 +350,47 @@ def test_bf16_autocast():
 # ---- several processes -----------------------------------------------------------------------------------------------
 
 
+JOINED = {
+    "byol": {},
+    "simclr": {},
+    "moco_v2": {},
+    "soco": {},
+    "densecl": {},
+    "drcl": {"weights": {"det": 0, "ar": 0, "sr": 0, "hcl": 1.0, "lcl": 1.0}},
+}
+
+
+@pytest.mark.parametrize("preset", JOINED)
+def test_two_processes_are_one_on_the_joined_batch(preset, run_on_ranks):
+    """Losses, gradients, queues and running statistics of the contrast; what the backbone's norm sees is each
+    picture alone here, since batch norm of a backbone is each process's own."""
+
+    def seen(rank: int | None) -> tuple[dict[str, float], dict[str, Any], dict[str, Any]]:
+        own = shell(norm="gn", preset=preset, **JOINED[preset])
+        images, targets = samples(4)
+        part = {0: slice(0, 2), 1: slice(2, 4), None: slice(None)}[rank]
+        losses = own(images[part], targets[part])
+        total(losses).backward()
+        state = own.state_dict()
+        kept = {key: state[key].numpy() for key in state if key.startswith("heads.")}
+        gradients = {key: p.grad.numpy() for key, p in own.named_parameters() if p.grad is not None}
+        return {key: value.item() for key, value in losses.items()}, gradients, kept
+
+    losses, gradients, kept = seen(None)
+    first, second = run_on_ranks(seen)
+    for key, value in losses.items():
+        assert (first[0][key] + second[0][key]) / 2 == pytest.approx(value, rel=1e-4), key
+    largest = max(np.abs(value).max() for value in gradients.values())
+    for key, value in gradients.items():
+        mean = (first[1][key] + second[1][key]) / 2  # as they are averaged over processes
+        np.testing.assert_allclose(mean, value, rtol=1e-3, atol=1e-5 * largest, err_msg=key)
+    for key, value in kept.items():
+        if "queues" not in key or key.endswith("place"):
+            np.testing.assert_allclose(first[2][key], value, rtol=1e-4, atol=1e-6, err_msg=key)
+        else:  # a symmetric or boxed term's keys come in another order
+            np.testing.assert_allclose(np.sort(first[2][key], 0), np.sort(value, 0), rtol=1e-3, atol=1e-5)
+
+
 def _train_on_rank(rank: int) -> dict[str, Any]:
     own = shell(layers=(2, 3))
     model = torch.nn.parallel.DistributedDataParallel(own, broadcast_buffers=False)
@@ -369,3 +411,47 @@ def test_two_processes_keep_identical_queues_and_momentum_networks(run_on_ranks)
     assert all((one[key] == two[key]).all() for key in one)
     assert one["heads.queues.image.place"] == 3 * 4
     assert one["heads.queues.box.place"] == 2 * 2 * 2 + 3 * 2 * 3, "all boxes of both, none of rank 0 in one step"
+
+
+def test_momentum_of_short_stages():
+    """The average remembers a share of the stage at most: what is published for long stages is left alone."""
+    published = section(momentum_horizon=0.05)
+    assert momentum_of(published, 90_000) == published.momentum == 0.999
+    assert momentum_of(published, 1000) == pytest.approx(1 - 1 / 50)
+    assert momentum_of(published, 10) == 0.0 and momentum_of(published, 0) == 0.999
+    assert momentum_of(section(momentum_horizon=0), 10) == 0.999
+
+
+def test_diagnostics_come_every_so_often_and_change_nothing():
+    plain, looking = shell(), shell()
+    looking.diagnose_every = 2
+    for call in range(3):
+        values = []
+        for own in (plain, looking):
+            own.zero_grad()
+            torch.manual_seed(call)
+            losses = own(*samples(seed=call))
+            total(losses).backward()
+            values.append((losses, {name: p.grad for name, p in own.named_parameters() if p.grad is not None}))
+        assert all(torch.equal(values[0][0][name], values[1][0][name]) for name in values[0][0])
+        assert values[0][1].keys() == values[1][1].keys()
+        assert all(torch.equal(values[0][1][name], values[1][1][name]) for name in values[0][1])
+        wanted = {f"{kind}_{term}" for kind in ("accuracy", "spread") for term in ("hcl", "lcl")}
+        wanted |= {f"gradient_{term}" for term in ("hcl", "lcl", "ar", "sr")}
+        assert plain.diagnostics == {} and set(looking.diagnostics) == (wanted if call % 2 == 0 else set())
+
+
+def test_gradient_ratios_are_those_of_the_last_shared_weights():
+    own = shell()
+    losses = own(*samples())
+    found = gradient_ratios(losses, own.detector)
+    weights = [p for p in own.detector.backbone.body.parameters() if p.requires_grad and p.ndim > 1][-1]
+
+    def length(names: list[str]) -> float:
+        return float(torch.autograd.grad(sum(losses[name] for name in names), weights, retain_graph=True)[0].norm())
+
+    detection = length(sorted(DETECTION))
+    for term in ("hcl", "lcl", "ar", "sr"):
+        assert found[f"gradient_{term}"].item() == pytest.approx(length([f"loss_{term}"]) / detection, rel=1e-4)
+    alone = gradient_ratios({"loss_hcl": losses["loss_hcl"]}, own.detector)
+    assert alone["gradient_hcl"].item() == pytest.approx(1)

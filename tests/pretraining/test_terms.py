@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from small_shell import detector, samples, section
+from small_shell import dense_detector, detector, samples, section
 from torch import Tensor
 from torch.nn import functional as F
 
 from tailfin.pretraining.box import AssignedBoxContrast, LocalContrast
 from tailfin.pretraining.contrast import ContrastHeads
 from tailfin.pretraining.dense import DenseContrast
-from tailfin.pretraining.detection import ClassAgnosticDetection, ClassAwareDetection, as_objects
+from tailfin.pretraining.detection import ClassAgnosticDetection, ClassAwareDetection, as_objects, on_ignored, spared
 from tailfin.pretraining.image import BatchContrast, HolisticContrast, pooled
 from tailfin.pretraining.momentum import MomentumNetwork
 from tailfin.pretraining.reconstruction import DualReconstruction
@@ -194,3 +194,55 @@ def test_views_features_and_keys_are_computed_once():
     for _ in range(2):
         term.eval()(batch)
     assert calls == ["trained", "momentum"]
+
+
+def test_detection_looks_at_the_weak_picture_where_there_is_one():
+    model = detector().train()
+    term = ClassAwareDetection(1.0)
+    images, targets = samples()
+    weak = [torch.flip(image, (-1,)) for image in images]
+    for target, picture in zip(targets, weak, strict=True):
+        target["weak"] = picture
+    own = Iteration(model, MomentumNetwork({}), images, targets)
+    assert own.detected == 3 and [len(boxes) for boxes in own.view(3).boxes] == [0, 0]
+    torch.manual_seed(1)
+    found = term(own)
+    torch.manual_seed(1)
+    wanted = model(weak, [{key: target[key] for key in ("boxes", "labels")} for target in targets])
+    assert found.keys() == wanted.keys()
+    for name in wanted:
+        torch.testing.assert_close(found[name], wanted[name], rtol=1e-4, atol=1e-5)
+
+
+def test_what_lies_on_a_cut_object_is_no_background():
+    target = {"boxes": torch.tensor([[0.0, 0, 20, 20]]), "ignored": torch.tensor([[40.0, 0, 60, 20]])}
+    boxes = torch.tensor([[41.0, 1, 59, 19], [0, 0, 20, 20], [25, 0, 65, 40], [20, 40, 30, 60], [0, 0, 60, 20]])
+    assert on_ignored(boxes, target).tolist() == [True, False, False, False, False]
+    over = {**target, "ignored": torch.tensor([[0.0, 0, 60, 20]])}  # an object on it stays one
+    assert on_ignored(boxes, over).tolist() == [True, False, False, False, False]
+    assert not on_ignored(boxes, {**target, "ignored": torch.zeros((0, 4))}).any()
+
+    model = detector().train()
+    images, targets = samples()
+    targets[0]["ignored"], targets[1]["ignored"] = torch.tensor([[0.0, 0, 64, 64]]), torch.zeros((0, 4))
+    batch = model.batch(images)
+    outputs = model.from_features(model.backbone(batch.tensors), batch, targets)
+    (left,) = spared(model, outputs, targets)
+    counts = [len(own) for own in left.rpn.anchors]
+    assert counts[1] == len(outputs.rpn.anchors[1]) > counts[0] > 0
+    assert len(left.rpn.objectness) == len(left.rpn.deltas) == sum(counts)
+    assert len(left.proposals[0]) < len(outputs.proposals[0]) and len(left.proposals[1]) == len(outputs.proposals[1])
+    losses = model.losses(left, targets)
+    assert all(torch.isfinite(value) for value in losses.values())
+
+
+def test_a_one_stage_detector_ignores_cut_objects():
+    model = dense_detector("atss").train()
+    images, targets = samples()
+    targets[0]["ignored"], targets[1]["ignored"] = torch.tensor([[0.0, 0, 64, 64]]), torch.zeros((0, 4))
+    batch = model.batch(images)
+    outputs = model.from_features(model.backbone(batch.tensors), batch, targets)
+    same, assigned = spared(model, outputs, targets)
+    assert same is outputs and (assigned[0] == -2).any() and not (assigned[1] == -2).any()
+    assert (assigned[0] >= 0).any()
+    assert all(torch.isfinite(value) for value in model.losses(outputs, targets, assigned).values())

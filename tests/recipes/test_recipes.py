@@ -25,7 +25,8 @@ RUNNABLE = [row_id for row_id, run in RUNS.items() if isinstance(run, Runnable)]
 STEPWISE = [name for name in recipes.names() if load_recipe(name).stepwise]  # see test_published_stepwise.py
 LOCALIZERS = [name for name in recipes.names() if "/localizer_" in name]  # see test_localizer_recipes.py
 DETRS = [name for name in recipes.names() if name.endswith("/deformable_detr_tiny")]  # see test_published_stepwise.py
-PACKAGED = [name for name in recipes.names() if name.split(":")[0].endswith("/packaged")]  # see below
+# see test_packaged_recipes.py
+PACKAGED = [name for name in recipes.names() if name.split(":")[0].endswith(("/packaged", "_lite0"))]
 APART = STEPWISE + LOCALIZERS + DETRS + PACKAGED
 SMALL = [name for name in recipes.names() if name.split("/")[0] in ("demo", "fod", "road12") and name not in APART]
 
@@ -47,6 +48,7 @@ LOSSES = {
     "bacl_end_to_end": ("fcbl",),
     "drcl": ("softmax",),
     "efl_baseline": ("focal",),
+    **{form: ("focal",) for form in ("refine", "two_stage")},
 }
 COSINE = ("seesaw", "ecm", "ldam")  # methods that are made for a cosine classifier
 
@@ -105,6 +107,7 @@ def test_recipe(name):
     assert (recipe.method == "bacl") == (method == "bacl")
     repeats = method in ("rfs", "rio", "balms_decoupled") or (method == "ecm" and name.startswith(("lvis", "coco_lt")))
     repeats = repeats or (name.startswith("lvis") and detector in ("retinanet", "atss"))
+    repeats = repeats or (method == "fedloss" and name.startswith("lvis"))
     repeats = repeats or (method == "drcl" and not name.startswith("coco"))
     assert (recipe.pretraining is not None) == ("drcl" in name)
     assert (recipe.sampler.name == "rfs") == repeats

@@ -18,6 +18,8 @@ from tailfin.report import build_report, write_report
 from tailfin.report.page import direction, flat, percent, signed
 from tailfin.report.runs import read_runs
 from tailfin.report.sections.classes import class_table
+from tailfin.report.sections.confusion import swallowed
+from tailfin.report.sections.errors import errors
 from tailfin.report.sections.examples import examples
 
 HOSTILE = ("<script>alert(1)</script>", '"><img src=x onerror=alert(2)>', "a&amp;b </script>", "%{x} {{ 7*7 }} <b>'")
@@ -26,6 +28,8 @@ SECTIONS = (
     "ap-by-frequency-group",
     "ap-against-training-images",
     "classes",
+    "errors",
+    "confusion",
     "training",
     "example-detections",
     "provenance",
@@ -272,3 +276,38 @@ def test_numbers_as_text() -> None:
     assert [signed(value) for value in (0.0123, -0.0123, -0.0002, 0.0)] == ["+1.2", "−1.2", "±0.0", "±0.0"]
     assert [direction(value) for value in (0.0123, -0.0123, -0.0002)] == ["up", "down", "same"]
     assert flat({"a": {"b": [1, 2], "c": None}, "d": {}}) == [("a.b", "1, 2"), ("a.c", "null"), ("d", "{}")]
+
+
+def test_errors_and_confusion_are_those_of_the_detections(make_data: Callable, make_run: Callable) -> None:
+    """One run finds every object; the other takes those of classes 0 and 3 for the next class."""
+    data = make_data()
+    runs = read_runs([make_run("right", data), make_run("wrong", data, found=(1, 2))])
+    text = str(errors(runs).html)
+    (figure,) = figures(text)
+    shares = {
+        trace["name"]: dict(zip(zip(*trace["x"], strict=True), trace["y"], strict=True)) for trace in figure["data"]
+    }
+    assert shares["correct"]["all", "right"] == 100 and shares["classification"]["all", "right"] == 0
+    assert shares["correct"]["common", "wrong"] < 100 and shares["correct"]["frequent", "wrong"] == 100
+    text = str(swallowed(runs).html)
+    table = text[: text.index("</table>")]
+    assert f"{data.names[1]} 100" in table and f"{data.names[0]} 100" in table
+    (matrix,) = figures(text)
+    assert matrix["data"][0]["type"] == "heatmap"
+
+
+def test_names_in_errors_and_confusion_stay_text(make_data: Callable, make_run: Callable, parse_page: Callable) -> None:
+    data = make_data(names=HOSTILE)
+    runs = read_runs([make_run("one", data, found=())])
+    for section in (errors(runs), swallowed(runs)):
+        page = parse_page(str(section.html))
+        assert page.count("img") == 0 and page.open == []
+    assert HOSTILE[0] in parse_page(str(swallowed(runs).html)).text
+
+
+def test_results_whose_annotations_are_gone_are_said(make_data: Callable, make_run: Callable) -> None:
+    data = make_data()
+    runs = read_runs([make_run("one", data)])
+    (data.root / "val.json").unlink()
+    assert "val.json is not there any more" in str(errors(runs).html)
+    assert swallowed(runs) is None

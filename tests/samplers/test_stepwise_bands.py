@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from tailfin.data.index import open_index
+from tailfin.data.smooth_tail import divide
 from tailfin.errors import UserError
 from tailfin.samplers.plan import BatchPlan
 from tailfin.samplers.stepwise import band_factors, bands_of, step_factors
@@ -19,14 +20,28 @@ OWN = np.array([200, 90, 1, 30, 2, 10, 1, 0])
 
 def test_released_bands_by_hand():
     images = 10_000
-    first = band_factors(COUNTS, OWN, images, bands_of(StepSampler(), expert=True, parts=2))
+    first = band_factors(COUNTS, OWN, images, bands_of(StepSampler(), expert=True))
     share = OWN / images
     expected = [1, 1, (0.003 / share[2]) ** 0.3, 1, (0.003 / share[4]) ** 0.5, (0.003 / share[5]) ** 0.5, 30**0.5, 1]
     np.testing.assert_allclose(first, np.maximum(1, expected))
-    second = band_factors(COUNTS, OWN, images, bands_of(StepSampler(), expert=False, parts=2))
+    second = band_factors(COUNTS, OWN, images, bands_of(StepSampler(), expert=False))
     np.testing.assert_allclose(second, [1, 1, 1, 1, 7.5, 1.5, 15, 1])
-    third = band_factors(COUNTS, OWN, images, bands_of(StepSampler(), expert=False, parts=3))
+    third = band_factors(COUNTS, OWN, images, bands_of(StepSampler(), expert=False, division=(10, 30)))
     np.testing.assert_allclose(third, [1, 1, 1, 1, 1, 1.5**0.5, 15**0.5, 1])
+
+
+@pytest.mark.parametrize("boundary", ["gt", "ge"])
+@pytest.mark.parametrize("cut", [5, 30, 50, 100, 200])
+def test_bands_follow_the_division(cut, boundary):
+    """Every tail class is repeated in step 2 and no head class, whatever parts them."""
+    counts = np.arange(1, 301)
+    tail = divide(counts, (cut,), boundary) == 1
+    shown = np.ones_like(counts)  # of 10,000 images: far below every threshold
+    second = band_factors(counts, shown, 10_000, bands_of(StepSampler(), False, (cut,), boundary))
+    np.testing.assert_allclose(second, np.where(tail, 15, 1))
+    first = band_factors(counts, shown, 10_000, bands_of(StepSampler(), True, (cut,), boundary))
+    common = np.where(counts <= 100, 30**0.3, 1)
+    np.testing.assert_allclose(first, np.where(tail, 30**0.5, common))
 
 
 def test_a_class_above_the_threshold_is_not_repeated():
@@ -41,7 +56,7 @@ def test_paper_repeats_the_classes_of_the_step_alone(expert):
     counts = np.array([990, 40, 8])  # head, head of the second band, tail
     own = np.array([True, True, False]) if expert else np.array([False, False, True])
     threshold = [Band(images=100, threshold=0.5, power=1.0)]
-    options = {"expert": expert, "parts": 2}
+    options = {"expert": expert}
     factors = step_factors(image_of, labels, 1000, counts, StepSampler(name="paper"), own, **options)
     released = step_factors(image_of, labels, 1000, counts, StepSampler(), own, **options)
     assert (factors[labels == 0] == 1).all()
@@ -56,7 +71,7 @@ def test_paper_repeats_the_classes_of_the_step_alone(expert):
 def test_plain_repeats_nothing():
     factors = step_factors(
         np.arange(10), np.zeros(10, np.int64), 10, np.array([10]), StepSampler(name="plain"), np.array([True]),
-        expert=True, parts=2,
+        expert=True,
     )  # fmt: skip
     assert (factors == 1).all()
 

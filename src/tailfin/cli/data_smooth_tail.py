@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -35,12 +37,12 @@ def smooth_tail(
 ) -> None:
     """Choose exemplars of every class and write the smooth-tail sets: kept annotations are as they were.
 
-    A stopped choice with a model goes on where it was when the command is given again. Scores are a JSON object
-    {"annotation id": score} or a list of {"annotation_id": ..., "score": ...}.
+    A stopped choice with a model goes on where it was when the command is given again; under torchrun each process
+    scores its share of the pictures, and the first one writes. Scores are a JSON object {"annotation id": score} or a
+    list of {"annotation_id": ..., "score": ...}.
     """
     from tailfin.data import smooth_tail as sets
     from tailfin.data.index import open_index
-    from tailfin.data.stats_report import write_picture
     from tailfin.stats import ClassStats
 
     settings = _settings(
@@ -50,20 +52,56 @@ def smooth_tail(
         head=_counts("--head", head),
         tail=_counts("--tail", tail),
     )
+    by_model = source.is_dir() or source.suffix == ".safetensors"
+    alone = _on_main if by_model or int(os.environ.get("WORLD_SIZE", "1")) > 1 else _here
     index = open_index(annotations)
     stats = ClassStats.from_index(index)
     parts = sets.divide(stats.image_count, settings.division, settings.boundary)
     steps = sets.planned_steps(settings, parts)
     files = [out / "exemplars.json", *(out / f"d_{step.name}.json" for step in steps), out / "curves.html"]
-    taken = [path for path in files if path.exists()]
-    if taken and not overwrite:
-        raise UserError(f"{taken[0]} exists already; add --overwrite to replace it")
 
-    exemplars = _exemplars(source, index, images, out, settings)
+    def check() -> None:
+        taken = [path for path in files if path.exists()]
+        if taken and not overwrite:
+            raise UserError(f"{taken[0]} exists already; add --overwrite to replace it")
+
+    alone(check)
+    shards = _score(source, index, images, out, settings) if by_model else None
+    alone(lambda: _write(source, shards, index, settings, stats, parts, steps, files))
+
+
+# ---- details ---------------------------------------------------------------------------------------------------------
+
+
+def _here(action: Callable[[], Any]) -> Any:
+    return action()
+
+
+def _on_main(action: Callable[[], Any]) -> Any:
+    from tailfin.processes import on_main, process_state
+
+    return on_main(process_state(), action)
+
+
+def _write(
+    source: Path,
+    shards: Path | None,
+    index: Any,
+    settings: Any,
+    stats: Any,
+    parts: NDArray[np.int64],
+    steps: Sequence[Any],
+    files: Sequence[Path],
+) -> None:
+    """All files of the command, on one process."""
+    from tailfin.data import smooth_tail as sets
+    from tailfin.data.stats_report import write_picture
+
+    exemplars = _exemplars(source, shards, index, settings)
     facts = {
         "division": list(settings.division),
-        "boundary": boundary,
-        **settings.exemplars.model_dump(exclude={"shard"}),
+        "boundary": settings.boundary,
+        **settings.exemplars.model_dump(exclude={"shard", "file"}),
     }
     sets.write_exemplars(files[0], exemplars, index, parts, facts)
     counted = {"all": stats.instance_count}
@@ -78,18 +116,19 @@ def smooth_tail(
     echo(f"{files[0]}: {len(exemplars.rows)} exemplars")
     echo("classes: " + ", ".join(f"{count} {name}" for name, count in zip(names, groups, strict=True)))
     echo(f"{files[-1]}: annotations per class")
+    if shards is not None:
+        shutil.rmtree(shards)
 
 
-# ---- details ---------------------------------------------------------------------------------------------------------
-
-
-def _exemplars(source: Path, index: Any, images: Path | None, out: Path, settings: Any) -> Any:
-    """The lists, by a model, by scores, or as an earlier selection left them."""
+def _exemplars(source: Path, shards: Path | None, index: Any, settings: Any) -> Any:
+    """The lists, by the scores of a model, by given ones, or as an earlier selection left them."""
     from tailfin.data.smooth_tail import rank_exemplars, read_exemplars
 
     options = settings.exemplars
-    if source.is_dir() or source.suffix == ".safetensors":
-        rows, scores = _model_scores(source, index, images, out, settings)
+    if shards is not None:
+        from tailfin.exemplar_scores import read_scores
+
+        rows, scores = read_scores(shards, len(index.clean().rows))
     else:
         from tailfin.files import read_json
 
@@ -107,12 +146,13 @@ def _exemplars(source: Path, index: Any, images: Path | None, out: Path, setting
     )
 
 
-def _model_scores(source: Path, index: Any, images: Path | None, out: Path, settings: Any) -> Any:
+def _score(source: Path, index: Any, images: Path | None, out: Path, settings: Any) -> Path:
+    """This process's share of the scores; returns the folder with those of all."""
     from tailfin.api import load
     from tailfin.checkpoint import file_hash
     from tailfin.data.dataset import Source
     from tailfin.data.index import image_folder
-    from tailfin.exemplar_scores import read_scores, score_annotations
+    from tailfin.exemplar_scores import score_annotations
     from tailfin.processes import new_accelerator
     from tailfin.stop_signals import Interrupted
 
@@ -135,9 +175,8 @@ def _model_scores(source: Path, index: Any, images: Path | None, out: Path, sett
     except Interrupted as stop:
         echo(f"{stop}; give the same command again to go on", err=True)
         raise typer.Exit(stop.exit_code) from None
-    found = read_scores(shards, len(index.clean().rows))
-    shutil.rmtree(shards)
-    return found
+    accelerator.wait_for_everyone()
+    return shards
 
 
 def _given_scores(source: Path, value: Any, index: Any) -> tuple[NDArray[np.int64], NDArray[np.float32]]:

@@ -25,6 +25,8 @@ from tailfin.evaluation import (
     per_category_table,
 )
 from tailfin.evaluation import evaluate as evaluate_results
+from tailfin.evaluation.operating import Aim, operating_points
+from tailfin.evaluation.table import operating_table
 from tailfin.files import existing_file, write_json
 from tailfin.schema.recipe import Evaluation
 
@@ -36,6 +38,10 @@ IMAGE_LIMITS = {"lvis": 300, "coco": 100, "lvis-fixed": -1, "groups": 100}
 def evaluate(
     run: Annotated[Path | None, typer.Argument(help="Run directory (its model.safetensors is evaluated).")] = None,
     model: Annotated[Path | None, typer.Option(help="Model file instead of a run.")] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(help="The detector that a --model of another project is one of: its weights are converted."),
+    ] = None,
     results: Annotated[
         list[Path] | None,
         typer.Option(help="COCO results JSON or folder of shards instead of a run; repeat to compare."),
@@ -66,6 +72,9 @@ def evaluate(
     ] = None,
     no_cats: Annotated[bool, typer.Option("--no-cats", help="Pool all classes (coco only).")] = False,
     per_category: Annotated[bool, typer.Option("--per-category", help="Show every class too.")] = False,
+    thresholds: Annotated[
+        str | None, typer.Option(help="Show a threshold per class for the f1, precision=0.9 or recall=0.8 asked for.")
+    ] = None,
     save: Annotated[Path | None, typer.Option(help="Folder that keeps the results JSON of a run or model.")] = None,
     json: Annotated[Path | None, typer.Option(help="Write the metrics to this file.")] = None,
 ) -> None:
@@ -74,6 +83,8 @@ def evaluate(
     given = [name for name, value in sources if value is not None]
     if len(given) != 1:
         raise UserError(f"give one of RUN, --model and --results ({' and '.join(given) or 'none'} given)")
+    if recipe is not None and (model is None or annotations is None):
+        raise UserError("--recipe goes with --model, weights of another project, and --annotations")
     own = None if run is None else _evaluation_of(run)
     if own is not None:
         iou = iou or list(own.iou)
@@ -87,6 +98,7 @@ def evaluate(
     for kind in kinds:
         if kind not in IOU_TYPES:
             raise UserError(f'unknown IoU type "{kind}"{nearest(kind, IOU_TYPES)}')
+    aim = Aim.of(thresholds) if thresholds is not None else None
     options: dict[str, Any] = {
         "max_dets": max_dets,
         "per_class": per_class,
@@ -106,21 +118,30 @@ def evaluate(
                 raise UserError("--results needs --annotations")
             found = {str(path): path for path in results}
         else:
-            checkpoint, annotations, images = _model_and_files(run, model, annotations, images)
+            shown = str(run or model)
             folder = save or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tailfin-evaluate-")))
-            found = {str(run or model): _predict(checkpoint, annotations, images, folder, protocol, max_dets, kinds)}
+            if recipe is not None and model is not None and annotations is not None:
+                scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tailfin-converted-")))
+                _convert(recipe, model, existing_file(annotations, "annotations"), train, scratch / "model.safetensors")
+                model = scratch / "model.safetensors"
+            checkpoint, annotations, images = _model_and_files(run, model, annotations, images)
+            found = {shown: _predict(checkpoint, annotations, images, folder, protocol, max_dets, kinds)}
             if int(os.environ.get("RANK", "0")):  # under torchrun the first process alone has the results
                 return
-            options["train_counts"] = options["train_counts"] or _model_counts(checkpoint, annotations)
+            if recipe is None:  # the counts of a converted model are those of --train, or none
+                options["train_counts"] = options["train_counts"] or _model_counts(checkpoint, annotations)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UserWarning)
             metrics = {
                 name: evaluate_results(annotations, source, protocol, kinds, **options)
                 for name, source in found.items()
             }
+            points = {} if aim is None else {n: operating_points(annotations, own, aim) for n, own in found.items()}
     for text in dict.fromkeys(str(warning.message) for warning in caught):
         echo(f"warning: {text}", err=True)
     _show(metrics, per_category)
+    for name, found_points in points.items():
+        table_console().print(operating_table(found_points, name if len(points) > 1 else ""))
     if json is not None:
         write_json(json, next(iter(metrics.values())) if len(metrics) == 1 else metrics, indent=2)
         echo(f"metrics written to {json}")
@@ -148,6 +169,15 @@ def _model_and_files(
         own_annotations, own_images = validation_files(run)
         return checkpoint, Path(own_annotations), images or own_images
     return checkpoint, existing_file(annotations, "annotations"), images
+
+
+def _convert(recipe: str, weights: Path, annotations: Path, train: Path | None, out: Path) -> None:
+    """A model file of another project's weights for this process; the first one says what became of them."""
+    from tailfin.api import converted
+
+    for note in converted(recipe, weights, annotations, out, train=train):
+        if not int(os.environ.get("RANK", "0")):
+            typer.echo(note)
 
 
 def _evaluation_of(run: Path) -> Evaluation | None:

@@ -28,7 +28,10 @@ VERBS = {
     "predict": "Detect objects in pictures; no annotations are needed.",
     "report": "Write one HTML file about runs, side by side, or serve it with --live.",
     "cost": "Count multiply-adds and parameters, and measure pictures per second part by part.",
-    "calibrate": "Calibrate a trained model's scores by class size; predict and evaluate the result like any model.",
+    "calibrate": "Calibrate the scores of a trained model, or those in any results file.",
+    "export": "Write a trained model for other programs: ONNX, torch.export or OpenVINO.",
+    "push": "Put a model with its recipe, numbers and a card to a model hub or a folder.",
+    "pull": "Get a model from a model hub or a folder; it is opened and checked before it is there.",
     "data": "Look at, check, make and convert annotation files.",
     "recipes": "List, show and copy recipes and published rows.",
     "doctor": "Check versions, devices, threads, memory and optional parts; exit code 2 where training cannot work.",
@@ -87,8 +90,30 @@ def _version(value: bool) -> None:
 @app.callback()
 def _options(
     version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
+    imports: list[str] = typer.Option(
+        [], "--import", metavar="FILE.py", help="Run a file first that registers a loss of your own; at any place."
+    ),
 ) -> None:
     """Long-tailed object detection: from an imbalanced data set to a trained, measured detector."""
+    if imports:
+        from tailfin.plugins import import_file
+
+        for file in imports:
+            import_file(file)
+
+
+def imports_first(words: list[str]) -> list[str]:
+    """The words of a command with every `--import FILE` before the verb, where the group reads it."""
+    first, rest = [], []
+    given = iter(words)
+    for word in given:
+        if word == "--import":
+            first += [word, *[file for file in [next(given, None)] if file is not None]]
+        elif word.startswith("--import="):
+            first.append(word)
+        else:
+            rest.append(word)
+    return [*first, *rest]
 
 
 def main() -> None:
@@ -97,7 +122,7 @@ def main() -> None:
     warnings.filterwarnings("ignore", message="Image size .* exceeds limit")
     warnings.showwarning = _show_warning
     try:
-        code = app(prog_name="tailfin", standalone_mode=False)
+        code = app(imports_first(sys.argv[1:]), prog_name="tailfin", standalone_mode=False)
         _leave_group()
     except UserError as error:
         _tell(f"error: {printable(str(error))}")

@@ -28,7 +28,9 @@ def train(
     stage1: Annotated[
         Path | None,
         typer.Option(
-            "--stage1", metavar="RUN", help="A run whose finished first stage is taken, which must be the same."
+            "--stage1",
+            metavar="RUN",
+            help="A run whose finished first stage is taken, which must be the same; RUN/stages/K-NAME: all up to it.",
         ),
     ] = None,
     reuse: Annotated[

@@ -80,6 +80,17 @@ def open_source(files: DataFiles, root: str, what: str) -> Source:
     return Source(index, image_folder(annotations, images))
 
 
+def unchecked_note(source: Source, config: Data) -> str:
+    """What `unchecked_classes: ignore` leaves out; empty where it is not asked for."""
+    if config.unchecked_classes != "ignore":
+        return ""
+    index = source.index
+    if not index.federated and not len(index.not_exhaustive_labels):
+        return f"{index.path} has no neg_category_ids: every class counts as looked for, nothing is ignored"
+    known = sum(int(index.known(image).sum()) for image in range(len(index)))
+    return f"{1 - known / max(len(index) * len(index.categories), 1):.0%} of pictures times classes were not looked for"
+
+
 class TrainingDataset(Dataset):
     """Augmented samples by key; `kept` (bool, a value per annotation of the index) hides all other annotations.
 
@@ -130,10 +141,14 @@ class TrainingDataset(Dataset):
         )
 
     def rows(self) -> np.ndarray:
-        """Image rows that train: all, or those with a usable annotation."""
+        """Image rows that train: those with a usable annotation, and with `keep_empty` those that have none.
+
+        An image whose annotations are all hidden (`kept`) is none of either: its objects would be background.
+        """
+        objects = np.diff(self.clean.offsets)
         if self.config.keep_empty:
-            return np.arange(len(self.source.index))
-        return np.flatnonzero(np.diff(self.clean.offsets))
+            return np.flatnonzero((objects > 0) | (np.diff(self.source.index.clean().offsets) == 0))
+        return np.flatnonzero(objects)
 
     def __getitem__(self, key: Key) -> tuple[Tensor, dict[str, Tensor]] | Skipped | UserError:
         try:
@@ -162,7 +177,21 @@ class TrainingDataset(Dataset):
         return np.concatenate([rows[rows > row], rows[rows < row]])
 
     def sample(self, epoch: int, row: int, copy: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Augmented picture uint8 [3, H, W] and target (boxes, labels, image_id; masks, mask_valid) of a key."""
+        """Augmented picture uint8 [3, H, W] and target (boxes, labels, image_id; masks, mask_valid; known) of a key.
+
+        `known`, bool [C], are the checked classes of the picture itself; a pasted object has its label, no more.
+        Where a crop has left no object and `empty_crop` is "next", those of the next training picture that keeps one.
+        """
+        image, target = self._drawn(epoch, row, copy)
+        if len(target["labels"]) or self.config.empty_crop == "keep" or not np.diff(self.clean.offsets)[row]:
+            return image, target
+        for other in self._after(row)[:PATIENCE].tolist():
+            image, target = self._drawn(epoch, other, copy)
+            if len(target["labels"]):
+                break
+        return image, target
+
+    def _drawn(self, epoch: int, row: int, copy: int) -> tuple[Tensor, dict[str, Tensor]]:
         rng = np.random.default_rng([self.seed, 3, epoch, row, copy])
         image, target = self._augmented(row, rng)
         if self.config.copy_paste:
@@ -175,6 +204,8 @@ class TrainingDataset(Dataset):
             target["mask_valid"] = target["mask_valid"] & seen_masks(target["masks"])
         else:
             target = {key: value for key, value in target.items() if key != "masks"}
+        if self.config.unchecked_classes == "ignore":
+            target["known"] = torch.from_numpy(self.source.index.known(row))
         return image.contiguous(), {**target, "image_id": torch.tensor(row)}
 
     def _augmented(self, row: int, rng: np.random.Generator) -> tuple[Tensor, dict[str, Tensor]]:

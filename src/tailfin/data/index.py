@@ -106,6 +106,14 @@ class AnnotationIndex:
         """int64 [C]: the file's ids in label order."""
         return self._bundle.columns["category_ids"]
 
+    def known(self, image: int) -> np.ndarray:
+        """bool [C]: the classes whose every object in an image is annotated, or that are known to be absent."""
+        known = np.full(len(self.categories), bool(self.exhaustive[image]))
+        known[self.labels[self.offsets[image] : self.offsets[image + 1]]] = True
+        known[self.neg_labels[self.neg_offsets[image] : self.neg_offsets[image + 1]]] = True
+        known[self.not_exhaustive_labels[slice(*self.not_exhaustive_offsets[image : image + 2])]] = False
+        return known
+
     def file_name(self, image: int) -> str:
         """File name of image number `image`, relative to the image folder."""
         image = range(len(self))[image]

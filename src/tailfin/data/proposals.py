@@ -1,55 +1,28 @@
 """Class-agnostic boxes around objects: what local contrast pairs across two views.
 
-A source gives the boxes of one picture as a pure function of the sample's key: from a file (`tailfin data proposals`
-writes one; COCO results of any program will do), from the annotations, or by selective search. Files are parsed once
-and memory-mapped afterwards.
+A source gives the boxes of one picture as a pure function of the sample's key: from a file (`proposal_files.py`;
+`tailfin data proposals` writes one, COCO results of any program will do), from the annotations, or by selective search.
 """
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import msgspec
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tailfin.data import cache
 from tailfin.data.dataset import Source
 from tailfin.data.index import AnnotationIndex
+from tailfin.data.proposal_files import StoredProposals, read_proposals
 from tailfin.data.proposal_search import Boxes, opencv, selective_search
 from tailfin.errors import UserError
-from tailfin.files import existing_file, read_npz, write_atomic, write_json
-from tailfin.parsing import Box, boxes_array, column, load_typed, nearest_id, rows_of
 from tailfin.schema.pretraining import Proposals
 
-BORDER = 1.0  # pixels by which a box may pass the picture's border: files round
 ASPECT, SIZE = 2.0, (0.15, 0.8)  # random boxes: bound of the aspect, square root of the share of the picture
 INSTANCE_IOU = 0.5  # from which a proposal counts as an instance of an annotation's class
 PAIRS = 2_000_000  # pairs of a proposal and an annotation that are compared at a time
-
-
-@dataclass(frozen=True)
-class StoredProposals:
-    """Proposals of the pictures of an annotation file, best first; columns are memory-mapped."""
-
-    path: Path
-    starts: NDArray[np.int64]  # [I], where the boxes of an image row start ...
-    counts: NDArray[np.int64]  # ... and how many they are; 0 for an image that the file lacks
-    boxes: Boxes  # [N, 4]
-    scores: NDArray[np.float32]  # [N]
-    made_by: str  # what wrote the file; empty where it does not say
-
-    def __reduce__(self) -> tuple[Any, ...]:  # a loader's process maps the columns itself
-        return _reopened, (self.path, self.starts, self.counts)
-
-    def of(self, row: int) -> Boxes:
-        """Boxes [n, 4] of an image row, best first."""
-        start = int(self.starts[row])
-        return self.boxes[start : start + int(self.counts[row])]
 
 
 @dataclass(frozen=True)
@@ -60,7 +33,14 @@ class ProposalSource:
     stored: StoredProposals | None = None
 
     def boxes(self, row: int, truth: Boxes, image: Tensor, rng: np.random.Generator) -> Boxes:
-        """At most `per_image` boxes of an image row, drawn at random, float32 [P, 4].
+        """At most `per_image` of the candidates, drawn at random, float32 [P, 4]."""
+        found = self.candidates(row, truth, image, rng)
+        if len(found) > self.config.per_image:
+            found = found[rng.choice(len(found), self.config.per_image, replace=False)]
+        return found
+
+    def candidates(self, row: int, truth: Boxes, image: Tensor, rng: np.random.Generator) -> Boxes:
+        """The usable boxes of an image row that a sample's are drawn from, the best `top`, float32 [N, 4].
 
         Args:
             truth: the picture's annotated boxes [M, 4].
@@ -74,8 +54,6 @@ class ProposalSource:
             found = found[: config.top]
         if len(found) < config.fallback_below and config.fallback != "none":
             found = self._candidates(config.fallback, truth, image, row, rng)
-        if len(found) > config.per_image:
-            found = found[rng.choice(len(found), config.per_image, replace=False)]
         return np.ascontiguousarray(found, dtype=np.float32)
 
     def instances(self, index: AnnotationIndex) -> NDArray[np.int64]:
@@ -228,145 +206,3 @@ def jittered_truth(truth: Boxes, size: tuple[int, int], config: Proposals, rng: 
     )
     boxes = np.clip(boxes, 0, np.concatenate([limit, limit])).astype(np.float32)
     return boxes[(boxes[:, 2:] - boxes[:, :2] >= 1).all(axis=1)]
-
-
-# ---- files -----------------------------------------------------------------------------------------------------------
-
-
-class _Entry(msgspec.Struct, gc=False):
-    """One detection of COCO results; its class does not matter."""
-
-    image_id: int
-    bbox: Box
-    score: float = 0.0
-
-
-def read_proposals(path: str | Path, index: AnnotationIndex) -> StoredProposals:
-    """Proposals of a file for the images of `index`.
-
-    The file is COCO results JSON (`image_id`, `bbox` xywh, `score`) or what `write_proposals` wrote (.npz). Images
-    that the index lacks are passed over; boxes outside their picture and a file without any image of the index are a
-    `UserError`: such a file belongs to other data.
-    """
-    path = existing_file(path, "proposals file")
-    bundle = _columns(path)
-    ids, offsets, boxes = (bundle.columns[name] for name in ("image_ids", "offsets", "boxes"))
-    rows, _ = rows_of(index.image_ids, ids)
-    known = ids[rows] == index.image_ids if len(ids) else np.zeros(len(index), bool)
-    if not known.any():
-        first = "" if not len(ids) else f": its first image id {int(ids[0])} is not in"
-        near = nearest_id(int(ids[0]), np.sort(index.image_ids)) if len(ids) else ""
-        what = "holds no proposal" if not len(ids) else "holds proposals of other pictures"
-        raise UserError(f"proposals {path} {what}{first}{f' {index.path}{near}' if len(ids) else ''}")
-    starts = np.where(known, offsets[rows], 0)
-    counts = np.where(known, np.diff(offsets)[rows], 0)
-
-    owner = np.full(len(ids), -1)
-    owner[rows[known]] = np.flatnonzero(known)
-    image = np.repeat(owner, np.diff(offsets))
-    mine = image >= 0
-    limit = np.stack([index.widths[image], index.heights[image]], axis=1) + BORDER
-    outside = mine & ((boxes[:, :2] < -BORDER).any(axis=1) | (boxes[:, 2:] > limit).any(axis=1))
-    if outside.any():
-        place = int(np.flatnonzero(outside)[0])
-        row = int(image[place])
-        raise UserError(
-            f"proposals {path}: image id {int(index.image_ids[row])} has a box {boxes[place].round(1).tolist()} (left, "
-            f"top, right, bottom) outside its picture of {index.widths[row]} x {index.heights[row]}"
-        )
-    scores = bundle.columns["scores"]
-    return StoredProposals(path, starts, counts, boxes, scores, bundle.metadata.get("made_by", ""))
-
-
-def write_proposals(
-    path: str | Path,
-    image_ids: NDArray[np.int64],
-    offsets: NDArray[np.int64],
-    boxes: Boxes,
-    scores: NDArray[np.float32],
-    made_by: str,
-) -> None:
-    """Write proposals atomically: an .npz of columns, or COCO results JSON where `path` ends in .json.
-
-    Args:
-        image_ids: [I] of the annotation file, ascending.
-        offsets: [I + 1]; image i has boxes[offsets[i] : offsets[i + 1]], best first.
-        boxes: [N, 4] xyxy, pixels of the picture's file.
-        scores: [N].
-        made_by: which model wrote them (kept in .npz alone).
-    """
-    path = Path(path)
-    if path.suffix == ".json":
-        owners = np.repeat(image_ids, np.diff(offsets)).tolist()
-        xywh = np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1).astype(np.float64).round(3).tolist()
-        entries = [
-            {"image_id": image_id, "category_id": 0, "bbox": box, "score": score}
-            for image_id, box, score in zip(owners, xywh, scores.astype(np.float64).tolist(), strict=True)
-        ]
-        write_json(path, entries)
-        return
-    buffer = io.BytesIO()
-    np.savez(
-        buffer,
-        image_ids=image_ids.astype(np.int64),
-        offsets=offsets.astype(np.int64),
-        boxes=boxes.astype(np.float32),
-        scores=scores.astype(np.float32),
-        made_by=np.array(made_by),
-    )
-    write_atomic(path, buffer.getvalue())
-
-
-def _columns(path: Path) -> cache.Bundle:
-    """A file's columns by ascending image id and descending score, memory-mapped from the second time on."""
-    stamp = cache.stamp(path)
-    bundle = cache.load(path, stamp, "proposals")
-    if bundle is not None:
-        return bundle
-    owners, boxes, scores, made_by = _from_npz(path) if path.suffix == ".npz" else _from_json(path)
-    order = np.lexsort([-scores, owners])
-    ids, counts = np.unique(owners, return_counts=True)
-    columns: dict[str, np.ndarray] = {
-        "image_ids": ids.astype(np.int64),
-        "offsets": np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
-        "boxes": boxes[order].astype(np.float32),
-        "scores": scores[order].astype(np.float32),
-    }
-    return cache.store(path, stamp, "proposals", columns, {"made_by": made_by})
-
-
-def _from_json(path: Path) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64], str]:
-    entries, label = load_typed(path, list[_Entry], "proposals file")
-    owners = column(entries, lambda entry: entry.image_id, np.int64, label)
-    boxes = boxes_array([entry.bbox for entry in entries], label, lambda row: f"entry {row}")
-    boxes[:, 2:] += boxes[:, :2]
-    return owners, boxes, column(entries, lambda entry: entry.score, np.float64, label), ""
-
-
-def _from_npz(path: Path) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32], str]:
-    values = read_npz(path, "proposals file")
-    missing = [name for name in ("image_ids", "offsets", "boxes", "scores") if name not in values]
-    if missing:
-        raise UserError(f"proposals file {path} lacks the array {missing[0]} (it has {', '.join(values) or 'none'})")
-    ids, offsets, boxes, scores = (values[name] for name in ("image_ids", "offsets", "boxes", "scores"))
-    counts = np.diff(offsets) if offsets.ndim == 1 else np.array([-1])
-    whole = ids.dtype.kind in "iu" and offsets.dtype.kind in "iu" and boxes.dtype.kind == scores.dtype.kind == "f"
-    shapes = boxes.ndim == 2 and boxes.shape[1:] == (4,) and scores.shape == (len(boxes),) and len(counts) == len(ids)
-    if not whole or not shapes or (counts < 0).any() or (len(offsets) and (offsets[0], offsets[-1]) != (0, len(boxes))):
-        raise UserError(
-            f"proposals file {path}: image_ids [I] and offsets [I + 1] must be whole numbers, offsets from 0 to N, "
-            "boxes [N, 4] and scores [N] floats"
-        )
-    if not (np.isfinite(boxes).all() and np.isfinite(scores).all()):
-        raise UserError(f"proposals file {path}: a box or score is not a finite number")
-    if (boxes[:, 2:] < boxes[:, :2]).any():
-        row = int(np.flatnonzero((boxes[:, 2:] < boxes[:, :2]).any(axis=1))[0])
-        raise UserError(f"proposals file {path}: box {row} has a negative width or height (boxes are xyxy)")
-    return np.repeat(ids.astype(np.int64), counts), boxes, scores, str(values.get("made_by", ""))
-
-
-def _reopened(path: Path, starts: NDArray[np.int64], counts: NDArray[np.int64]) -> StoredProposals:
-    columns = _columns(path)
-    return StoredProposals(
-        path, starts, counts, columns.columns["boxes"], columns.columns["scores"], columns.metadata.get("made_by", "")
-    )

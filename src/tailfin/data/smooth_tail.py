@@ -21,12 +21,13 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from tailfin.data import annotation_json
-from tailfin.data.index import AnnotationIndex
+from tailfin.data.index import BORDER, AnnotationIndex, open_index
 from tailfin.errors import UserError
-from tailfin.files import read_json, write_atomic
+from tailfin.files import read_json, read_object, write_atomic
 from tailfin.schema.stages import steps
 from tailfin.schema.stepwise import Kept, Step, Stepwise
 
+_OWN = ("annotations", "fingerprint", "classes")  # of a file of exemplars, beside the facts of its selection
 ALL = -1  # in counts: every annotation of the class
 
 
@@ -48,6 +49,7 @@ class PlannedStep:
     own: NDArray[np.bool_]  # [C] classes that the step is for
     old: NDArray[np.bool_]  # [C] classes of earlier parts, which a teacher knows; none in step 1
     counts: NDArray[np.int64]  # [C] annotations of each class; ALL
+    file: str = ""  # of the annotations that it keeps, in the place of `counts`
 
 
 def divide(image_count: ArrayLike, cuts: Sequence[int], boundary: str = "gt") -> NDArray[np.int64]:
@@ -125,8 +127,15 @@ def planned_steps(settings: Stepwise, parts: NDArray[np.int64]) -> list[PlannedS
         else:
             counts = np.where(parts == 0, head, tail)
         own, old = (parts == part, parts < part) if part >= 0 else (parts >= 0, parts == 0)
-        planned.append(PlannedStep(name, step, own, old, counts))
+        file = step.annotations[max(part - 1, 0)] if step.annotations else ""
+        planned.append(PlannedStep(name, step, own, old, counts, file))
     return planned
+
+
+def few_exemplars(exemplars: Exemplars, index: AnnotationIndex, counts: NDArray[np.int64]) -> list[int]:
+    """Classes whose list is shorter than what a step wants of them and than what the file has."""
+    there = np.bincount(index.labels[index.clean().rows], minlength=len(counts))
+    return np.flatnonzero((counts != ALL) & (np.diff(exemplars.offsets) < np.minimum(counts, there))).tolist()
 
 
 def count_kept(index: AnnotationIndex, kept: NDArray[np.bool_]) -> NDArray[np.int64]:
@@ -191,6 +200,33 @@ def read_exemplars(path: str | Path, index: AnnotationIndex) -> Exemplars:
     if len(wrong):
         raise UserError(f"exemplars {path}: annotation {ids[wrong[0]]} is listed under another class than its own")
     return Exemplars(rows, np.concatenate([[0], np.cumsum([len(own) for own in chosen])]).astype(np.int64), scores)
+
+
+def read_facts(path: str | Path) -> dict[str, Any]:
+    """What a file of exemplars says of its selection: `facts` of `write_exemplars`."""
+    return {key: value for key, value in read_object(path, "exemplars").items() if key not in _OWN}
+
+
+def read_kept(path: str | Path, index: AnnotationIndex) -> NDArray[np.bool_]:
+    """Which annotations of the index a COCO file made from it has, bool [A]: the sets of `write_subset`.
+
+    Annotations are joined by id; class (by name), image and box must be the same. Anything else is a `UserError`.
+    """
+    other = open_index(path)
+    rows = rows_of(other.annotation_ids, index, f"annotations {path}")
+    names, own_names = np.array(other.names), np.array(index.names)
+    differ = {
+        "class": names[other.labels] != own_names[index.labels[rows]],
+        "image": other.image_ids[other.image_of] != index.image_ids[index.image_of[rows]],
+        "box": (np.abs(other.boxes - index.boxes[rows]) > BORDER).any(1),
+    }
+    for what, wrong in differ.items():
+        if wrong.any():
+            number = other.annotation_ids[np.flatnonzero(wrong)[0]]
+            raise UserError(f"annotations {path}: annotation {number} has another {what} than in {index.path}")
+    kept = np.zeros(len(index.labels), dtype=bool)
+    kept[rows] = True
+    return kept
 
 
 def rows_of(annotation_ids: NDArray[np.int64], index: AnnotationIndex, source: str) -> NDArray[np.int64]:

@@ -20,6 +20,8 @@ Sample = dict[str, Tensor]
 
 def augment(image: Tensor, target: Sample, config: Data, rng: np.random.Generator) -> tuple[Tensor, Sample]:
     """A training picture uint8 [3, H, W] and its target (boxes xyxy float32 [M, 4], labels, masks uint8 [M, H, W])."""
+    if config.photometric and config.photometric_on == "file":
+        image = photometric(image, rng)
     if config.color_jitter:
         image = _color_jitter(image, config.color_jitter, rng)
     if config.resize == "jitter":
@@ -32,9 +34,21 @@ def augment(image: Tensor, target: Sample, config: Data, rng: np.random.Generato
         image, target = resize(image, target, shortest_edge_size(image.shape[-2:], size, bound))
     if rng.random() < config.flip:
         image, target = horizontal_flip(image, target)
-    if config.photometric:
+    if config.photometric and config.photometric_on == "resized":
         image = photometric(image, rng)
+    if config.canvas and config.resize == "jitter":
+        image, target = pad(image, target, config.sizes[0])
     return image, target
+
+
+def pad(image: Tensor, target: Sample, size: int) -> tuple[Tensor, Sample]:
+    """Fill a picture up to `size` x `size` with black, right and below; masks with 0."""
+    height, width = image.shape[-2:]
+    more = [0, 0, max(size - width, 0), max(size - height, 0)]
+    if not any(more):
+        return image, target
+    image = F.pad_image(image, more, fill=0)
+    return image, {**target, "masks": F.pad_mask(target["masks"], more)} if "masks" in target else target
 
 
 def shortest_edge_size(size: tuple[int, int] | torch.Size, short: int, bound: int) -> tuple[int, int]:

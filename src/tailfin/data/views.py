@@ -15,12 +15,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torchvision.ops import box_iou
 from torchvision.transforms.v2 import functional as F
 
 from tailfin.data.dataset import Source, TrainingDataset, seen_masks
 from tailfin.data.photometric import photometric
-from tailfin.data.proposals import ProposalSource
-from tailfin.data.transforms import shortest_edge_size
+from tailfin.data.proposals import INSTANCE_IOU, ProposalSource
+from tailfin.data.transforms import augment, shortest_edge_size
 from tailfin.schema.data import Data
 from tailfin.schema.pretraining import Views
 
@@ -99,15 +100,28 @@ class View(NamedTuple):
 
 
 def two_views(
-    image: Tensor, boxes: Boxes, config: Views, rng: np.random.Generator, *, sizes: tuple[int, ...], bound: int
+    image: Tensor,
+    boxes: Boxes,
+    config: Views,
+    rng: np.random.Generator,
+    *,
+    sizes: tuple[int, ...],
+    bound: int,
+    most: int = 0,
+    rarest: Boxes | None = None,
 ) -> tuple[View, View]:
     """Two views of a picture uint8 [3, H, W] with those of its boxes [N, 4] that are valid in both.
 
     Args:
         sizes: short sides (or squares) to draw from.
         bound: of a view's long side.
+        most: boxes, drawn at random from those that both views show; 0: all.
+        rarest: see `paired_geometries`.
     """
-    geometries, rows = paired_geometries((image.shape[-2], image.shape[-1]), boxes, config, rng, sizes, bound)
+    size = (image.shape[-2], image.shape[-1])
+    geometries, rows = paired_geometries(size, boxes, config, rng, sizes, bound, rarest)
+    if 0 < most < len(rows):
+        rows = rows[rng.choice(len(rows), most, replace=False)]
     first, second = (
         View(
             view_pixels(image, geometry, config, number, rng),
@@ -127,15 +141,20 @@ def paired_geometries(
     rng: np.random.Generator,
     sizes: tuple[int, ...],
     bound: int,
+    rarest: Boxes | None = None,
 ) -> tuple[tuple[Geometry, Geometry], NDArray[np.int64]]:
-    """Geometries of two views of a picture of `size` (height, width), and the rows of the boxes valid in both."""
+    """Geometries of two views of a picture of `size` (height, width), and the rows of the boxes valid in both.
+
+    `rarest` are the objects [M, 4] of the picture's rarest class; the first view keeps enough of one of them.
+    """
     wanted = min(config.min_valid, len(boxes))
     for attempt in range(config.redraws + 2):
         area = config.crop_area if attempt <= config.redraws else (1.0, 1.0)
         first, second = (_draw(size, area, config, rng, sizes, bound) for _ in range(2))
         rules = (config.min_kept, config.min_side)
         rows = np.flatnonzero(first.valid(boxes, *rules) & second.valid(boxes, *rules))
-        if len(rows) >= wanted:
+        lost = rarest is not None and len(rarest) and not first.valid(rarest, config.min_kept, 0.0).any()
+        if len(rows) >= wanted and not lost:
             break
     return (first, second), rows
 
@@ -167,15 +186,18 @@ def view_pixels(image: Tensor, geometry: Geometry, config: Views, number: int, r
 class PretrainingDataset(TrainingDataset):
     """Pairs of views by key: the first view's picture, and a target with all that belongs to both.
 
-    Target: `boxes` [M, 4] and `labels` [M] (and `masks`, `mask_valid`) of the annotated objects in the first view;
-    `view`, the second view's picture uint8 [3, H2, W2]; `proposals` [P, 4] in the first and `view_proposals` [P, 4] in
-    the second view, row for row the same box; `image_id`. With `third`: `third` and `third_proposals`, the second
-    view's window at half its size with colours of its own. All boxes are xyxy, float32, pixels of their view. P may be
-    0.
+    Target: `boxes` [M, 4] and `labels` [M] (and `masks`, `mask_valid`) of the annotated objects in the first view, and
+    `ignored` [I, 4], what is seen there of the others; or, with `weak`, all objects of the picture `weak`, which is
+    augmented as `data` says, as in fine-tuning under the same key; `view`, the second view's picture uint8 [3, H2, W2];
+    `proposals` [P, 4] in the first and `view_proposals` [P, 4] in the second view, row for row the same box, and
+    `proposal_labels` int64 [P], the class of the object it lies on or -1; `rarest`, the class of the picture that the
+    fewest training pictures show, or -1; `image_id`. With `third`: `third` and `third_proposals`, the second view's
+    window at half its size with colours of its own. All boxes are xyxy, float32, pixels of their view. P may be 0.
 
     Args:
         proposals: what gives a picture's boxes (`tailfin.data.proposals.open_proposals`).
         third: a third view.
+        weak: a picture for the detector's own losses.
         masks: masks of the annotated objects, too.
     """
 
@@ -188,10 +210,14 @@ class PretrainingDataset(TrainingDataset):
         proposals: ProposalSource,
         *,
         third: bool = False,
+        weak: bool = False,
         masks: bool = False,
     ) -> None:
         super().__init__(source, config.model_copy(update={"copy_paste": False}), seed, masks=masks)
-        self.views, self.proposals, self.third = views, proposals, third
+        self.views, self.proposals, self.third, self.weak = views, proposals, third, weak
+        index = source.index
+        shown = np.unique(index.image_of.astype(np.int64) * len(index.categories) + index.labels)
+        self.image_count = np.bincount(shown % len(index.categories), minlength=len(index.categories))
         self.sizes = views.sizes or (config.sizes if config.resize == "multiscale" else config.sizes[:1])
         self.bound = views.max_size or (config.max_size if config.resize == "multiscale" else max(self.sizes))
         if views.sizes and not views.max_size:
@@ -203,22 +229,32 @@ class PretrainingDataset(TrainingDataset):
         image = self.source.read(row, self.config.max_pixels, self.config.value_range)
         own = slice(int(self.clean.offsets[row]), int(self.clean.offsets[row + 1]))
         truth = np.array(self.clean.boxes[own], dtype=np.float32)
-        boxes = self.proposals.boxes(row, truth, image, rng)
-        first, second = two_views(image, boxes, self.views, rng, sizes=self.sizes, bound=self.bound)
-        seen = np.flatnonzero(first.geometry.valid(truth, self.views.min_kept, self.views.min_side))
-        labels = self.source.index.labels[self.clean.rows[own]].astype(np.int64)[seen]
+        labels = self.source.index.labels[self.clean.rows[own]].astype(np.int64)
+        boxes = self.proposals.candidates(row, truth, image, rng)
+        counts = self.image_count[labels]
+        first, second = two_views(
+            image,
+            boxes,
+            self.views,
+            rng,
+            sizes=self.sizes,
+            bound=self.bound,
+            most=self.proposals.config.per_image,
+            rarest=truth[counts == counts.min(initial=counts.max(initial=0))] if self.views.keep_rarest else None,
+        )
         target = {
-            "boxes": torch.from_numpy(first.geometry.clip(first.geometry.to_view(truth[seen]))),
-            "labels": torch.from_numpy(labels),
+            **(
+                self._weak(row, image, truth, labels, epoch, copy)
+                if self.weak
+                else self._seen(row, first, truth, labels)
+            ),
             "view": second.image.contiguous(),
             "proposals": torch.from_numpy(first.boxes),
             "view_proposals": torch.from_numpy(second.boxes),
+            "proposal_labels": torch.from_numpy(classes_of(boxes[first.rows], truth, labels)),
+            "rarest": torch.tensor(labels[counts.argmin()] if len(labels) else -1),
             "image_id": torch.tensor(row),
         }
-        if self.masks:
-            whole = self.mask_targets(row)
-            target["masks"] = first.geometry.mask_pixels(whole["masks"][seen])
-            target["mask_valid"] = whole["mask_valid"][seen] & seen_masks(target["masks"])
         if self.third:
             half = replace(
                 second.geometry,
@@ -229,6 +265,44 @@ class PretrainingDataset(TrainingDataset):
             inside = half.clip(half.to_view(boxes[first.rows]))
             target["third_proposals"] = torch.from_numpy(_jittered(inside, half, self.views, rng))
         return first.image.contiguous(), target
+
+    def _seen(self, row: int, first: View, truth: Boxes, labels: NDArray[np.int64]) -> dict[str, Tensor]:
+        """The objects that the first view shows enough of, and what it shows of the others."""
+        geometry = first.geometry
+        kept = geometry.valid(truth, self.views.min_kept, self.views.min_side)
+        shown = geometry.clip(geometry.to_view(truth))
+        cut = ~kept & (shown[:, 2:] > shown[:, :2]).all(axis=1)
+        target = {
+            "boxes": torch.from_numpy(shown[kept]),
+            "labels": torch.from_numpy(labels[kept]),
+            "ignored": torch.from_numpy(shown[cut]),
+        }
+        if self.masks:
+            whole, rows = self.mask_targets(row), torch.from_numpy(np.flatnonzero(kept))
+            target["masks"] = geometry.mask_pixels(whole["masks"][rows])
+            target["mask_valid"] = whole["mask_valid"][rows] & seen_masks(target["masks"])
+        return target
+
+    def _weak(
+        self, row: int, image: Tensor, truth: Boxes, labels: NDArray[np.int64], epoch: int, copy: int
+    ) -> dict[str, Tensor]:
+        """The picture and the objects that fine-tuning would have under this key."""
+        target = {"boxes": torch.from_numpy(truth), "labels": torch.from_numpy(labels)}
+        if self.masks:
+            target |= self.mask_targets(row)
+        weak, target = augment(image, target, self.config, np.random.default_rng([self.seed, 3, epoch, row, copy]))
+        if self.masks:
+            target["masks"] = target["masks"].contiguous()
+            target["mask_valid"] = target["mask_valid"] & seen_masks(target["masks"])
+        return {**target, "weak": weak.contiguous()}
+
+
+def classes_of(boxes: Boxes, truth: Boxes, labels: NDArray[np.int64]) -> NDArray[np.int64]:
+    """int64 [N]: the class of the object that each box overlaps most, by an IoU of `INSTANCE_IOU` or more; else -1."""
+    if not len(truth) or not len(boxes):
+        return np.full(len(boxes), -1, dtype=np.int64)
+    overlaps = box_iou(torch.from_numpy(boxes), torch.from_numpy(truth)).numpy()
+    return np.where(overlaps.max(axis=1) >= INSTANCE_IOU, labels[overlaps.argmax(axis=1)], -1)
 
 
 # ---- details ---------------------------------------------------------------------------------------------------------

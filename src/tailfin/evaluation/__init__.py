@@ -1,5 +1,6 @@
 """Evaluation: detections on disk, protocol numbers from them, and tables of the numbers."""
 
+from tailfin.evaluation.confusion import confusion
 from tailfin.evaluation.error_types import error_types
 from tailfin.evaluation.groups import TrainCounts
 from tailfin.evaluation.protocols import IOU_TYPES, PROTOCOLS, evaluate
@@ -12,6 +13,7 @@ __all__ = [
     "ResultWriter",
     "TrainCounts",
     "comparison_table",
+    "confusion",
     "error_types",
     "evaluate",
     "merge_shards",

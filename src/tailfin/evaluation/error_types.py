@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from tailfin.errors import UserError, nearest
 from tailfin.evaluation.detections import Detections, load_detections, with_geometry
 from tailfin.evaluation.groups import TrainCounts, as_train_counts, frequencies
+from tailfin.evaluation.overlaps import Overlap, box_overlap, mask_overlap, pairs
 from tailfin.evaluation.truth import GroundTruth, load_truth
 from tailfin.stats import GROUPS
 
@@ -31,11 +32,11 @@ TYPES = ("correct", "location", "background", "classification", "other")
 CORRECT, LOCATION, BACKGROUND, CLASSIFICATION, OTHER = range(5)
 NOT_BEST, UNJUDGED = -1, -2
 HIT, TOUCH = 0.5, 0.1  # a larger IoU is a hit; one above the second is about an object
-PAIRS = 2**21  # pairs of prediction and object that are compared at a time
 
 Precedence = Literal["same_class", "best_iou"]
 Duplicates = Literal["literal", "location"]
 Unjudged = Literal["drop", "all"]
+IoUType = Literal["bbox", "segm"]
 
 
 def error_types(
@@ -46,10 +47,11 @@ def error_types(
     duplicates: Duplicates = "literal",
     unjudged: Unjudged = "drop",
     *,
+    iou_type: IoUType = "bbox",
     group_bounds: Sequence[int] | None = None,
     train_counts: TrainCounts | Mapping[int, int] | str | os.PathLike[str] | None = None,
 ) -> dict[str, Any]:
-    """Types of the best predictions of each class, by boxes.
+    """Types of the best predictions of each class, by boxes or by masks.
 
     Objects marked iscrowd or ignore are no evidence and do not count for N, but make their class judged in the image.
 
@@ -64,6 +66,7 @@ def error_types(
             whose best object (largest IoU, then lowest id) is taken into a location error.
         unjudged: "drop" leaves out predictions of classes that the image neither shows nor lists as absent, before the
             best are taken; "all" keeps them.
+        iou_type: overlap of boxes, or "segm", of masks, which results and annotations then have.
 
     Returns:
         "types": the five names; "category_ids" int64 [C], ascending; "counts" int64 [C, 5]; "num_gt" int64 [C], N;
@@ -78,13 +81,14 @@ def error_types(
         ("precedence", precedence, get_args(Precedence)),
         ("duplicates", duplicates, get_args(Duplicates)),
         ("unjudged", unjudged, get_args(Unjudged)),
+        ("iou_type", iou_type, get_args(IoUType)),
     ):
         if value not in choices:
             raise UserError(f'{name} "{value}" does not exist{nearest(value, choices)}')
     if top != "per_class" and (not isinstance(top, Integral) or isinstance(top, bool) or top < 1):
         raise UserError(f'top must be a positive whole number or "per_class" (given: {top!r})')
     truth = load_truth(annotations)
-    detections, _ = with_geometry(load_detections(results, truth, "bbox"), truth, "bbox")
+    detections, _ = with_geometry(load_detections(results, truth, iou_type), truth, iou_type)
     frequency = frequencies(truth.categories, group_bounds, as_train_counts(train_counts))
     classes = len(truth.category_ids)
 
@@ -94,7 +98,8 @@ def error_types(
     if unjudged == "drop":
         types[~_judged(truth, detections)] = UNJUDGED
     best = _best(detections, np.flatnonzero(types != UNJUDGED), num_gt if top == "per_class" else int(top), classes)
-    own, other, target = _overlaps(truth, evidence, detections, best)
+    overlap = mask_overlap(truth, evidence, detections) if iou_type == "segm" else box_overlap(truth, detections)
+    own, other, target = _overlaps(truth, evidence, detections, best, overlap)
     types[best] = _types(own, other, precedence)
     if duplicates == "location":
         hits = np.flatnonzero(types[best] == CORRECT)
@@ -139,48 +144,24 @@ def _best(
 
 
 def _overlaps(
-    truth: GroundTruth, evidence: NDArray[np.bool_], detections: Detections, rows: NDArray[np.int64]
+    truth: GroundTruth,
+    evidence: NDArray[np.bool_],
+    detections: Detections,
+    rows: NDArray[np.int64],
+    overlap_of: Overlap,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.int64]]:
     """Of each of `rows`: largest IoU with its own class and with another one, and its object (own class, -1: none)."""
-    objects = np.flatnonzero(evidence)
-    objects = objects[np.lexsort((truth.annotation_ids[objects], truth.image_rows[objects]))]
-    starts = np.searchsorted(truth.image_rows[objects], np.arange(len(truth.image_ids) + 1))
-    first = starts[detections.image_rows[rows]]
-    sizes = starts[detections.image_rows[rows] + 1] - first
     own, other = np.zeros(len(rows)), np.zeros(len(rows))
     target = np.full(len(rows), -1, dtype=np.int64)
-    assert detections.boxes is not None
-    ends = np.cumsum(sizes)
-    start = 0
-    while start < len(rows):  # a few parts, so that memory stays bounded
-        done = ends[start - 1] if start else 0
-        stop = max(start + 1, int(np.searchsorted(ends, done + PAIRS, side="right")))
-        part = np.arange(start, stop)[sizes[start:stop] > 0]
-        start = stop
-        if not len(part):
-            continue
-        count = sizes[part]
-        groups = np.cumsum(count) - count  # where the pairs of each prediction start
-        place = np.arange(count.sum()) + np.repeat(first[part] - groups, count)
-        mine, their = np.repeat(rows[part], count), objects[place]
-        overlap = _iou(detections.boxes[mine], truth.boxes[their])
-        same = detections.category_rows[mine] == truth.category_rows[their]
-        with_own = np.where(same, overlap, 0.0)
-        own[part] = np.maximum.reduceat(with_own, groups)
-        other[part] = np.maximum.reduceat(np.where(same, 0.0, overlap), groups)
-        reached = np.flatnonzero(same & (overlap > 0) & (overlap == np.repeat(own[part], count)))
-        owner, lowest = np.unique(np.repeat(part, count)[reached], return_index=True)
-        target[owner] = their[reached[lowest]]
+    for part in pairs(truth, evidence, detections, rows, overlap_of):
+        same = detections.category_rows[part.detections] == truth.category_rows[part.objects]
+        own[part.places] = np.maximum.reduceat(np.where(same, part.iou, 0.0), part.starts)
+        other[part.places] = np.maximum.reduceat(np.where(same, 0.0, part.iou), part.starts)
+        best = np.repeat(own[part.places], part.counts)
+        reached = np.flatnonzero(same & (part.iou > 0) & (part.iou == best))
+        owner, lowest = np.unique(np.repeat(part.places, part.counts)[reached], return_index=True)
+        target[owner] = part.objects[reached[lowest]]
     return own, other, target
-
-
-def _iou(boxes: NDArray[np.float64], others: NDArray[np.float64]) -> NDArray[np.float64]:
-    """[K, 4] and [K, 4] xywh to [K]; boxes without area overlap by 0."""
-    low = np.maximum(boxes[:, :2], others[:, :2])
-    high = np.minimum(boxes[:, :2] + boxes[:, 2:], others[:, :2] + others[:, 2:])
-    shared = (high - low).clip(min=0).prod(axis=1)
-    union = boxes[:, 2:].prod(axis=1) + others[:, 2:].prod(axis=1) - shared
-    return np.divide(shared, union, out=np.zeros_like(shared), where=union > 0)
 
 
 def _types(own: NDArray[np.float64], other: NDArray[np.float64], precedence: Precedence) -> NDArray[np.int64]:

@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tailfin.errors import UserError, printable
+from tailfin.evaluation.operating import OperatingPoints
 from tailfin.evaluation.protocols import IOU_TYPES
 
 FREQUENCY_NAMES = {"r": "rare", "c": "common", "f": "frequent"}
@@ -56,6 +57,20 @@ def comparison_table(runs: Mapping[str, Mapping[str, Any]]) -> Table:
             distinct = len(protocols) == 1 and best is not None and len(set(shown)) > 1
             cells = [Text(text, style="bold" if distinct and text == percent(best) else "") for text in shown]
             table.add_row(f"{kind} {name}", *cells)
+    return table
+
+
+def operating_table(points: OperatingPoints, title: str = "") -> Table:
+    """One row per class: threshold, how much of it is the class's own, what it gives, and how sure that is."""
+    about = points.aim.partition("=")[0]
+    columns = ["threshold", "objects", "own", "precision", "recall", "f1", f"90 % of {about}", "reached"]
+    table = _table(f"{title} thresholds for {points.aim}".strip(), "class", columns)
+    for name, point in points.points.items():
+        values = (percent(value) for value in (point.precision, point.recall, point.f1))
+        sure = f"{100 * point.low:.0f} to {100 * point.high:.0f}"
+        numbers = (f"{point.threshold:.3f}", f"{point.examples:,}", f"{100 * point.own:.0f} %")
+        shown = Text(printable(name, lines=False))
+        table.add_row(shown, *numbers, *values, sure, "yes" if point.reached else "no")
     return table
 
 

@@ -1,6 +1,7 @@
 """Classification losses by name; one file per loss, the table below lists them all.
 
-To add one: write the module in its own file (its constructor is its schema) and add a line to `LOSSES`.
+To add one: write the module in its own file (its constructor is its schema) and add a line to `LOSSES`. Those of other
+packages are found by name (`plugins.py`).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from tailfin import plugins
 from tailfin.errors import UserError, nearest
 from tailfin.losses.acsl import ACSL
 from tailfin.losses.bags import BAGS
@@ -94,8 +96,12 @@ def check_options(name: str, options: Mapping[str, Any]) -> None:
 
 def check_names(name: str, options: Mapping[str, Any]) -> None:
     """Raise `ValueError` for an unknown loss or option name, with the nearest one."""
+    if name not in LOSSES and (own := plugins.load(plugins.LOSSES, name)) is not None:
+        if not (isinstance(own, type) and issubclass(own, ClassificationLoss)):
+            raise ValueError(f'the loss "{name}" of an installed package is no ClassificationLoss')
+        LOSSES[name] = own
     if name not in LOSSES:
-        raise ValueError(f'there is no loss "{name}"{nearest(name, LOSSES)}')
+        raise ValueError(f'there is no loss "{name}"{nearest(name, [*LOSSES, *plugins.names(plugins.LOSSES)])}')
     known = option_names(name)
     for option in options:
         if option not in known:

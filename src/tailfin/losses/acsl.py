@@ -22,8 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tailfin.losses.base import ClassificationLoss, at_least_float32, mean_over_rows
-from tailfin.losses.fused import DROP, one_hot_bce
+from tailfin.losses.base import DROP, ClassificationLoss, at_least_float32, mean_over_rows
+from tailfin.losses.fused import one_hot_bce
 from tailfin.stats import ClassStats
 
 PRIOR_BIAS = -math.log(99.0)  # sigmoid(-log(99)) = 0.01

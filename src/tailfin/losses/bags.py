@@ -11,6 +11,10 @@ w is 1 for all rows of bin 0. In another bin it is 1 for the rows of its classes
 that are "others" there (other bins' classes and background): floor(others_sample_ratio x own rows) of them, or all if
 there are fewer. A bin without own rows adds 0. Score of class j = its probability in its bin's softmax, "others"
 included, times P(foreground). Layout, bins and divisors are those of the authors' code. Stateless.
+
+A rare bin has rows in few of the means over two pictures that the released code takes, one on each of 8 processes. So
+the loss is the mean of the losses of every two pictures, where the detector says which rows are whose; with
+`per="process"` it is that of all rows of a call together.
 """
 
 from __future__ import annotations
@@ -24,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tailfin.losses.base import ClassificationLoss, at_least_float32
+from tailfin.losses.base import PICTURES, ClassificationLoss, at_least_float32
 from tailfin.stats import ClassStats
 
 
@@ -34,14 +38,18 @@ class BAGS(ClassificationLoss):
     Args:
         others_sample_ratio: "others" rows per own row of a bin, >= 0.
         bin_edges: B - 1 ascending instance counts; a class with exactly an edge's count belongs to the upper bin.
+        per: "batch", two pictures at a time, or "process".
 
     Keywords of the call:
         draws: [B + 1, N] weights w of the bins' rows instead of random ones; rows are counted without the ignored ones.
         generator: where the random choice comes from otherwise; torch's own by default.
+        picture: int64 [N], the picture of each row; without it all are of one.
 
     `slices` are (start, length) of the bins' logits, bin 0 first.
     """
 
+    row_facts = ("picture",)
+    classes_first = False  # a class has its logit in its bin
     bin_label: Tensor
     column: Tensor
 
@@ -51,8 +59,12 @@ class BAGS(ClassificationLoss):
         *,
         others_sample_ratio: float = 8.0,
         bin_edges: Sequence[float] = (10, 100, 1000),
+        per: str = "batch",
     ) -> None:
         super().__init__(stats)
+        if per not in ("batch", "process"):
+            raise ValueError(f'per must be "batch" or "process" (given: "{per}")')
+        self.per = per
         if not (others_sample_ratio >= 0 and math.isfinite(others_sample_ratio)):
             raise ValueError(f"others_sample_ratio must not be negative (given: {others_sample_ratio})")
         edges = np.asarray(bin_edges, dtype=np.float64)
@@ -66,11 +78,20 @@ class BAGS(ClassificationLoss):
         self.register_buffer("column", torch.from_numpy(column), persistent=False)
 
     def loss(
-        self, logits: Tensor, labels: Tensor, draws: Any = None, generator: torch.Generator | None = None
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        draws: Any = None,
+        generator: torch.Generator | None = None,
+        picture: Tensor | None = None,
     ) -> Tensor:
         targets = self.bin_label[:, labels]  # [B + 1, N] label inside each bin
+        group = torch.zeros_like(labels)
+        if picture is not None and self.per == "batch":
+            group = picture // PICTURES
+        groups = int(group.max()) + 1 if len(labels) else 1
         if draws is None:
-            chosen = self.choose_rows(targets, generator)
+            chosen = self.choose_rows(targets, generator, group)
         else:
             chosen = torch.as_tensor(draws, device=logits.device)
             if chosen.shape != targets.shape:
@@ -82,20 +103,28 @@ class BAGS(ClassificationLoss):
                 for (start, length), target in zip(self.slices, targets, strict=True)
             ]
         )
-        losses = (rows * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1)
+        sums = logits.new_zeros((2, len(rows), groups)).index_add(2, group, torch.stack([rows * weight, weight]))
+        losses = (sums[0] / sums[1].clamp(min=1)).mean(dim=1)
         self.parts = {f"bin{number}": value for number, value in enumerate(losses.detach())}
         return losses.sum()
 
     @torch.no_grad()
-    def choose_rows(self, targets: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """bool [B + 1, N], rows that count in each bin, from the labels [B + 1, N] inside the bins."""
+    def choose_rows(
+        self, targets: Tensor, generator: torch.Generator | None = None, group: Tensor | None = None
+    ) -> Tensor:
+        """bool [B + 1, N], rows that count in each bin, from the labels [B + 1, N] inside the bins; `group` int64 [N]
+        are the rows among which they are chosen, by default all."""
         own = targets > 0
         own[0] = True
         device = targets.device if generator is None else generator.device
         keys = torch.rand(targets.shape, generator=generator, device=device).to(targets.device)
-        ranks = keys.masked_fill(own, 2.0).argsort(dim=1).argsort(dim=1)  # "others" rows come first
-        wanted = self.others_sample_ratio * own.sum(dim=1, keepdim=True)
-        return own | (ranks + 1 <= wanted)
+        keys = keys.masked_fill(own, 2.0)  # "others" rows come first
+        if group is None:
+            group = targets.new_zeros(targets.shape[1])
+        counts = torch.bincount(group)
+        ranks = (keys + 4 * group).argsort(dim=1).argsort(dim=1) - (counts.cumsum(0) - counts)[group]
+        number = torch.zeros((len(own), len(counts)), device=keys.device).index_add_(1, group, own.to(keys.dtype))
+        return own | (ranks + 1 <= self.others_sample_ratio * number[:, group])
 
     def scores(self, logits: Tensor) -> Tensor:
         logits = at_least_float32(logits)

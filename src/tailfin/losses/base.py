@@ -19,9 +19,12 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from tailfin.stats import ClassStats
 
+PICTURES = 2  # of a process in the published runs (8 x 2), whose draws and means are per process
+DROP = 1e30  # a logit lowered by this has probability, loss and gradient 0; finite, so that 0 * DROP = 0
 PRIOR_BIAS = -math.log(999.0)  # sigmoid(-log(999)) = 0.001, the prior of long-tail sigmoid classifiers (BACL, EQL v2)
 
 
@@ -59,10 +62,12 @@ class ClassificationLoss(ExactBuffers):
     """
 
     num_logits: int
+    classes_first: bool = True  # the first C logits are those of the classes, which `known` can leave out
     alone: bool = True  # False for a term that has no scores of its own and cannot be a detector's whole loss
     # Keywords of `loss` that a detector fills where it knows them; others keep their default. Of each row, [N]:
     # "gt_index", its object over the batch (-1: none); "memory", whether it comes from a feature memory; "quality", the
-    # IoU of its predicted box with its object (0 on background). Of all rows: "iter_id", the pass of an iterative box
+    # IoU of its predicted box with its object (0 on background); "picture", its place in the batch, int64 (rows of no
+    # picture have one behind the last). Of all rows: "iter_id", the pass of an iterative box
     # head that they come from; "normalizer", the number of objects, where these are matched to rows one to one.
     row_facts: tuple[str, ...] = ()
 
@@ -77,22 +82,45 @@ class ClassificationLoss(ExactBuffers):
         code = cls.__init__.__code__  # type: ignore[misc]
         return code.co_varnames[code.co_argcount : code.co_argcount + code.co_kwonlyargcount]
 
-    def forward(self, logits: Tensor, labels: Tensor, **keywords: Any) -> Tensor:
-        """The loss, a scalar. `keywords` are those of the method; tensors with one entry per row are filtered too."""
+    def forward(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        *,
+        known: Tensor | None = None,
+        every_row: bool = False,
+        **keywords: Any,
+    ) -> Tensor:
+        """The loss, a scalar. `keywords` are those of the method; tensors with one entry per row are filtered too.
+
+        `known`, bool [N, C], says which classes somebody looked for in the row's picture: the others, but for the row's
+        own label, have no part in the row's loss, neither value nor gradient nor statistics. `every_row`: no label is
+        -1, so that nothing need be looked for (on an accelerator that is a read back).
+        """
         if logits.ndim != 2 or logits.shape[1] != self.num_logits:
             raise ValueError(f"logits must be [N, {self.num_logits}], these are {list(logits.shape)}")
         if labels.shape != logits.shape[:1]:
             raise ValueError(f"labels must be [{logits.shape[0]}], these are {list(labels.shape)}")
         rows = logits.shape[0]
-        keep = labels >= 0
-        if not bool(keep.all()):
+        if not every_row and not bool((keep := labels >= 0).all()):
             logits, labels = logits[keep], labels[keep]
+            known = None if known is None else known[keep]
             keywords = {
                 key: value[keep] if isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == rows else value
                 for key, value in keywords.items()
             }
         self.parts = {}
-        return self.loss(at_least_float32(logits), labels, **keywords)
+        logits = at_least_float32(logits)
+        if known is not None:
+            logits = self._without_unknown(logits, labels, known)
+        return self.loss(logits, labels, **keywords)
+
+    def _without_unknown(self, logits: Tensor, labels: Tensor, known: Tensor) -> Tensor:
+        if not self.classes_first:
+            raise ValueError(f"{type(self).__name__} has no logit per class that could be left out")
+        known = F.pad(known, (0, self.num_logits - self.num_classes), value=True)
+        own = torch.arange(self.num_logits, device=labels.device) == labels[:, None]
+        return torch.where(known | own, logits, -DROP)
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Scalar loss of rows without ignored ones; logits are float32 or float64."""
@@ -120,6 +148,13 @@ def one_hot(labels: Tensor, width: int, dtype: torch.dtype) -> Tensor:
     inside = (labels < width).to(dtype)
     targets = torch.zeros((labels.shape[0], width), dtype=dtype, device=labels.device)
     return targets.scatter_(1, labels.clamp(max=width - 1)[:, None], inside[:, None])
+
+
+def counts_of(index: Tensor, length: int, dtype: torch.dtype) -> Tensor:
+    """[length] how often each of 0..length-1 is in `index` int64 [N]: `bincount` without a read back to the host."""
+    return torch.zeros(length, dtype=dtype, device=index.device).index_add_(
+        0, index, torch.ones(index.shape, dtype=dtype, device=index.device)
+    )
 
 
 def mean_over_rows(total: Tensor, rows: int) -> Tensor:

@@ -77,17 +77,19 @@ class EBL(ClassificationLoss):
         stored = torch.zeros_like(own, dtype=torch.bool) if memory is None else memory[row].bool()
         matched = ~stored & (box >= 0)
 
-        # rows of one box and class are one value: their mean
+        # rows of one box and class are one value: their mean; all rows without a box are a group that counts nothing
         key, group, rows_of_box = torch.unique(
-            box[matched] * classes + own[matched], return_inverse=True, return_counts=True
+            torch.where(matched, box * classes + own, -1), return_inverse=True, return_counts=True
         )
-        value = _sums(score[matched], group, len(key)) / rows_of_box
-        box_class = key % classes
+        known = (key >= 0).to(score.dtype)
+        value = known * _sums(score, group, len(key)) / rows_of_box
+        box_class = key.clamp(min=0) % classes
+        remembered = stored.to(score.dtype)
         sums, counts, stored_sums, stored_rows = sum_over_ranks(
             _sums(value, box_class, classes),
-            _sums(torch.ones_like(value), box_class, classes),
-            _sums(score[stored], own[stored], classes),
-            _sums(torch.ones_like(score[stored]), own[stored], classes),
+            _sums(known, box_class, classes),
+            _sums(remembered * score, own, classes),
+            _sums(remembered, own, classes),
         )
         sums = sums + stored_sums / stored_rows.clamp(min=1)
         counts = counts + (stored_rows > 0)

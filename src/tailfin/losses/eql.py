@@ -14,8 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tailfin.losses.base import PRIOR_BIAS, ClassificationLoss, at_least_float32, mean_over_rows
-from tailfin.losses.fused import DROP, one_hot_bce
+from tailfin.losses.base import DROP, PRIOR_BIAS, ClassificationLoss, at_least_float32, mean_over_rows
+from tailfin.losses.fused import one_hot_bce
 from tailfin.stats import ClassStats
 
 

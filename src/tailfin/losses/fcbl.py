@@ -37,8 +37,8 @@ from torch import Tensor
 
 from tailfin.collectives import sum_over_ranks
 from tailfin.errors import nearest
-from tailfin.losses.base import PRIOR_BIAS, ClassificationLoss, mean_over_rows
-from tailfin.losses.fused import DROP, one_hot_bce
+from tailfin.losses.base import DROP, PRIOR_BIAS, ClassificationLoss, counts_of, mean_over_rows
+from tailfin.losses.fused import one_hot_bce
 from tailfin.losses.objectness import objectness_scores
 from tailfin.stats import ClassStats
 
@@ -218,7 +218,7 @@ class FCBL(ClassificationLoss):
         exact = next(self.buffers()).dtype
         rows = torch.where(labels < self.num_classes)[0]
         classes = labels[rows]
-        count = torch.bincount(classes, minlength=self.num_classes).to(exact)
+        count = counts_of(classes, self.num_classes, exact)
         if self.indicator == "confusion":
             (count,) = sum_over_ranks(count)
             self.num_gt += count
@@ -243,7 +243,7 @@ class FCBL(ClassificationLoss):
             self.mean_score.copy_(torch.where(count > 0, moved, self.mean_score))
         else:
             hit = classes[logits[:, :-1].index_select(0, rows).argmax(dim=1) == classes]
-            hits, count = sum_over_ranks(torch.bincount(hit, minlength=self.num_classes).to(exact), count)
+            hits, count = sum_over_ranks(counts_of(hit, self.num_classes, exact), count)
             self.num_hit += hits
             self.num_gt += count
 

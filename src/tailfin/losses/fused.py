@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-DROP = 1e30  # a logit lowered by this has probability, loss and gradient 0; finite, so that 0 * DROP = 0
 LINEAR_ABOVE = 40.0  # softplus(z) = z to double precision
 
 

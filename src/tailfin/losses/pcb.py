@@ -99,6 +99,9 @@ class PCB(ClassificationLoss):
         self.register_exact("fg_confusion_matrix", torch.zeros(self.num_classes, self.num_classes))
         self.register_exact("num_inst_cnt", torch.zeros(self.num_classes))
         self.register_exact("_epoch", torch.zeros(1))
+        # what the host knows of the state, so that it need not ask in every pass; none: it has to
+        self._host_epoch: float | None = None
+        self._all_seen = False
         untrained = torch.as_tensor(stats.instance_count) <= 0
         self.register_buffer("without_training", untrained, persistent=False)
 
@@ -111,11 +114,11 @@ class PCB(ClassificationLoss):
         own_logits = logits.index_select(0, foreground)
         if self.training:
             if epoch is not None:
-                self._epoch.fill_(epoch)
+                self.at_epoch(epoch)
             self.observe(own_logits.detach()[:, : self.num_classes], own)
         share = self.alpha * step / (self.n_iter - 1)
         if share == 0 or not self.active(epoch):
-            value = self.base(logits, labels)
+            value = self.base(logits, labels, every_row=True)
             self.parts = self.base.parts
             return value
         if isinstance(self.base, Seesaw):
@@ -135,11 +138,21 @@ class PCB(ClassificationLoss):
     def at_epoch(self, epoch: float) -> None:
         """The epoch, counted from 0, of the calls that do not say theirs."""
         self._epoch.fill_(epoch)
+        self._host_epoch = float(epoch)
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        self._host_epoch, self._all_seen = None, False
+        super()._load_from_state_dict(*arguments)
 
     def active(self, epoch: float | None = None) -> bool:
         """Whether soft targets are used: late enough, and every class with training instances has been seen."""
-        started = (float(self._epoch) if epoch is None else epoch) >= self.start_epoch
-        return started and bool(((self.num_inst_cnt > 0) | self.without_training).all())
+        if epoch is None:
+            epoch = float(self._epoch) if self._host_epoch is None else self._host_epoch
+        if epoch < self.start_epoch:
+            return False
+        if not (self.training and self._all_seen):  # once true it stays so in training
+            self._all_seen = bool(((self.num_inst_cnt > 0) | self.without_training).all())
+        return self._all_seen
 
     @torch.no_grad()
     def observe(self, class_logits: Tensor, labels: Tensor) -> None:
@@ -147,16 +160,13 @@ class PCB(ClassificationLoss):
         matrix = self.fg_confusion_matrix
         ones = torch.ones_like(labels, dtype=matrix.dtype)
         (counts,) = sum_over_ranks(torch.zeros_like(self.num_inst_cnt).scatter_add_(0, labels, ones))
-        seen = torch.where(counts > 0)[0]  # the same on every rank
-        place = torch.zeros_like(counts, dtype=torch.int64)
-        place[seen] = torch.arange(len(seen), device=seen.device)
         predicted = class_logits.sigmoid() if self.base_name == "eqlv2" else class_logits.softmax(dim=1)
-        sums = matrix.new_zeros((len(seen), self.num_classes)).index_add_(0, place[labels], predicted.to(matrix.dtype))
-        (sums,) = sum_over_ranks(sums)
-        rows = sums.mul_(((1 - self.momentum) / counts[seen])[:, None]).add_(matrix[seen], alpha=self.momentum)
+        (sums,) = sum_over_ranks(torch.zeros_like(matrix).index_add_(0, labels, predicted.to(matrix.dtype)))
+        # rows of all classes, which ones have changed is known to the device alone
+        rows = sums.mul_(((1 - self.momentum) / counts.clamp(min=1))[:, None]).add_(matrix, alpha=self.momentum)
         if self.base_name != "eqlv2":
             rows /= rows.sum(dim=1, keepdim=True)
-        matrix[seen] = rows
+        matrix.copy_(torch.where(counts[:, None] > 0, rows, matrix))
         self.num_inst_cnt += counts
 
     # ---- the three active forms ------------------------------------------------------------------------------------

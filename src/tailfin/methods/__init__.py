@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from tailfin import plugins
+from tailfin.errors import UserError, nearest
 from tailfin.methods import bacl, baseline, decoupled, stepwise
 from tailfin.run import Run
 
@@ -13,3 +15,14 @@ METHODS: dict[str, Callable[[Run], None]] = {
     "bacl": bacl.train,
     "stepwise": stepwise.train,
 }
+
+
+def method(name: str) -> Callable[[Run], None]:
+    """The method `name`, of this table or of an installed package (`plugins.py`)."""
+    if name in METHODS:
+        return METHODS[name]
+    own = plugins.load(plugins.METHODS, name)
+    if own is None:
+        raise UserError(f'there is no method "{name}"{nearest(name, [*METHODS, *plugins.names(plugins.METHODS)])}')
+    train: Callable[[Run], None] = own.train
+    return train

@@ -10,8 +10,9 @@ Reconstruction" (NeurIPS 2024), in the order of its section 3:
     4.1    fine-tuning goes on from the detector                 `transfer`
 
 `start(run)` is what a method begins with instead of `run.detector()`: where the recipe has a section `pretraining`, it
-is stage 1 of the run, and the detector that it returns has all parts of that stage but a
-new classifier and box layer. RUN/pretrained.safetensors holds the same for other recipes (`weights: FILE`).
+is stage 1 of the run, and the detector that it returns has all parts of that stage, but a new classifier and box layer
+where the recipe's loss is not that of the pre-training (`keeps_predictor`). RUN/pretrained.safetensors holds the same
+for other recipes (`weights: FILE`).
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from tailfin.run import Run, batch_plan
 from tailfin.samplers.plan import BatchPlan
 from tailfin.schema.pretraining import Pretraining, Proposals
 from tailfin.schema.recipe import Recipe
+from tailfin.schema.stages import keeps_predictor
 from tailfin.weights import load_fitting, state_of
 
 ANEW = ("classifier", "box")  # parts of a detector that fine-tuning starts anew
@@ -55,18 +57,20 @@ def start(run: Run) -> Detector:
     plan = rebalanced(run, recipe, config, proposals, dataset)  # 3.2
     shell = terms(run, recipe, config, plan)  # 3.1, 3.3, eq. 8
     run.say(f"pre-training {config.preset}: {config.described()}")
+    if few := config.normed_by_few(recipe.schedule.batch // recipe.schedule.accumulation):
+        run.say(f"warning: {few}")
     product = run.stage("pretrain", shell, recipe=recipe, dataset=dataset, plan=plan, product="detector")
-    parts = transferred(product, config)
+    parts = transferred(product, config, keeps_predictor(run.recipe))
     on_main(run.accelerator, lambda: write(run, recipe, shell, dataset, product, parts))
     return transfer(run, product, parts)
 
 
-def transferred(detector: Detector, config: Pretraining) -> tuple[str, ...]:
+def transferred(detector: Detector, config: Pretraining, predictor: bool) -> tuple[str, ...]:
     """Names of the weights that fine-tuning goes on with: all that was trained but the classifier, the box layer and
-    the last layer of masks; with `keep_predictor` these too."""
-    kept = [part for name, part in detector.parts().items() if config.keep_predictor or name not in ANEW]
+    the last layer of masks; with `predictor` these too."""
+    kept = [part for name, part in detector.parts().items() if predictor or name not in ANEW]
     untrained = MASKS if not config.detects or config.det_loss != "class_aware" else MASK_PREDICTOR
-    left_out = () if config.keep_predictor and untrained == MASK_PREDICTOR else (untrained,)
+    left_out = () if predictor and untrained == MASK_PREDICTOR else (untrained,)
     return tuple(sorted(name for name in state_of(detector, *kept) if not name.startswith(left_out)))
 
 
@@ -74,7 +78,8 @@ def views(run: Run, recipe: Recipe, config: Pretraining) -> tuple[ProposalSource
     """3.1: two views of every picture, and boxes of any class that both show."""
     wanted = config.proposals if config.uses_proposals else Proposals(source="gt")  # image terms need no file
     proposals = open_proposals(wanted, run.train, recipe.data.root)
-    dataset = PretrainingDataset(run.train, recipe.data, recipe.seed, config.views, proposals, third=config.third_view)
+    options = {"third": config.third_view, "weak": config.weak_view}
+    dataset = PretrainingDataset(run.train, recipe.data, recipe.seed, config.views, proposals, **options)
     return proposals, dataset
 
 
@@ -91,7 +96,13 @@ def rebalanced(
 def terms(run: Run, recipe: Recipe, config: Pretraining, plan: BatchPlan) -> PreTrainer:
     """3.1, 3.3 and eq. 8: the detector with contrast, reconstruction and its own losses around it."""
     detector = cast(FasterRCNN | DenseDetector, run.detector(recipe))  # the schema lets no other through
-    return PreTrainer(detector, config, iterations=plan.iterations, accumulation=recipe.schedule.accumulation)
+    return PreTrainer(
+        detector,
+        config,
+        iterations=plan.iterations,
+        accumulation=recipe.schedule.accumulation,
+        diagnose_every=recipe.logging.every * recipe.schedule.accumulation,
+    )
 
 
 def write(

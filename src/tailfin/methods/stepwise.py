@@ -24,13 +24,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tailfin.checkpoint import content_hash, load_model_file, save_model
+from tailfin.checkpoint import content_hash, file_hash, load_model_file, save_model
 from tailfin.data import smooth_tail
 from tailfin.data.dataset import TrainingDataset
 from tailfin.data.smooth_tail import Exemplars, PlannedStep, planned_steps
-from tailfin.errors import UserError
+from tailfin.errors import UserError, nearest
 from tailfin.exemplar_scores import read_scores, score_annotations
-from tailfin.files import read_object, write_json
+from tailfin.files import read_object, write_json, writing
 from tailfin.methods.drcl import start
 from tailfin.models import build_detector
 from tailfin.models.detector import Detector
@@ -51,23 +51,53 @@ def train(run: Run) -> None:
     settings = run.recipe.stepwise
     assert settings is not None
     parts = smooth_tail.divide(run.stats.image_count, settings.division, settings.boundary)
-    model = _given(run) if settings.base == "given" else _step0(run, settings, parts)
+    planned = planned_steps(settings, parts)
+    files = {step.name: smooth_tail.read_kept(_file(run, step.file), run.train.index) for step in planned if step.file}
+    chosen = given_exemplars(run, settings, planned)
+    model = _given(run, planned) if settings.base == "given" else _step0(run, settings, parts, planned)
     name = "base"
-    exemplars = select_exemplars(run, model, settings, parts)
-    for step in planned_steps(settings, parts):
+    exemplars = None
+    if any(not step.file for step in planned):
+        exemplars = select_exemplars(run, model, settings, parts, chosen)
+    for step in planned:
         _measure(run, model, name)
-        model = _step(run, model, step, exemplars, len(settings.division) + 1)
+        if step.file:
+            kept = files[step.name]
+        else:
+            assert exemplars is not None
+            kept = _chosen(run, step, exemplars)
+        model = _step(run, model, step, kept, settings)
         name = step.name
     metrics = run.finish(model)
     if metrics is not None:
         on_main(run.accelerator, lambda: write_json(_metrics_file(run, name), metrics, indent=1))
 
 
-def select_exemplars(run: Run, model: Detector, settings: Stepwise, parts: NDArray[np.int64]) -> Exemplars:
-    """The lists of RUN/exemplars.json; they are made, with `model`, where the file is not there yet."""
+def given_exemplars(run: Run, settings: Stepwise, planned: Sequence[PlannedStep]) -> Exemplars | None:
+    """The lists of `exemplars.file`, read before anything trains; None where the run selects them or has them."""
+    file = settings.exemplars.file
+    if not file or all(step.file for step in planned) or on_main(run.accelerator, (run.out / "exemplars.json").exists):
+        return None
+    return smooth_tail.read_exemplars(_exemplar_file(run, file), run.train.index)
+
+
+def select_exemplars(
+    run: Run, model: Detector, settings: Stepwise, parts: NDArray[np.int64], given: Exemplars | None = None
+) -> Exemplars:
+    """The lists of RUN/exemplars.json; where the file is not there yet they are those `given`, or made with `model`."""
     path, folder = run.out / "exemplars.json", run.out / "exemplars.shards"
     index, options = run.train.index, settings.exemplars
-    if on_main(run.accelerator, lambda: not path.exists()):
+    divided = {"division": list(settings.division), "boundary": settings.boundary}
+    if given is not None:
+        source = _exemplar_file(run, options.file)
+        facts = {
+            **smooth_tail.read_facts(source),
+            **divided,
+            "source": {"file": str(source), "sha256": file_hash(source)},
+        }
+        on_main(run.accelerator, lambda: smooth_tail.write_exemplars(path, given, index, parts, facts))
+        run.say(f"exemplars: those of {source}")
+    elif on_main(run.accelerator, lambda: not path.exists()):
         score_annotations(
             model.to(run.accelerator.device),
             run.train,
@@ -92,9 +122,8 @@ def select_exemplars(run: Run, model: Detector, settings: Stepwise, parts: NDArr
             )
             facts: dict[str, Any] = {
                 "model": run.parents[-1] if run.parents else "",
-                "division": list(settings.division),
-                "boundary": settings.boundary,
-                **options.model_dump(exclude={"shard"}),
+                **divided,
+                **options.model_dump(exclude={"shard", "file"}),
             }
             smooth_tail.write_exemplars(path, made, index, parts, facts)
             shutil.rmtree(folder)
@@ -115,15 +144,59 @@ def freeze_but(model: Detector, names: Sequence[str]) -> None:
 # ---- details ---------------------------------------------------------------------------------------------------------
 
 
-def _step0(run: Run, settings: Stepwise, parts: NDArray[np.int64]) -> Detector:
+def check_trains(model: Detector, planned: Sequence[PlannedStep]) -> None:
+    """Refuse steps that this detector cannot do, before anything trains: parts that it lacks or that are frozen whole,
+    a teacher for one that cannot be taught.
+    """
+    parts = model.parts()
+    for step in planned:
+        names = step.config.trains or model.class_specific()
+        for name in names if EVERYTHING not in names else ():
+            if name not in parts:
+                raise UserError(
+                    f'step {step.name} trains "{name}", this detector has no such part{nearest(name, parts)}'
+                )
+        trained = [parts[name] for name in names] if EVERYTHING not in names else [model]
+        if not any(parameter.requires_grad for part in trained for parameter in part.parameters()):
+            raise UserError(f"step {step.name} trains {', '.join(names)}, all of which the detector's section freezes")
+        if step.config.distillation is not None and step.old.any() and (why := model.untaught()):
+            raise UserError(f"stepwise: {why}; step {step.name} has a teacher (distillation: null leaves it out)")
+
+
+def _file(run: Run, file: str) -> Path:
+    return Path(run.recipe.data.root) / file
+
+
+def _exemplar_file(run: Run, file: str) -> Path:
+    """A file of exemplars, or that of a run folder."""
+    path = _file(run, file)
+    return path / "exemplars.json" if path.is_dir() else path
+
+
+def _chosen(run: Run, step: PlannedStep, exemplars: Exemplars) -> NDArray[np.bool_]:
+    """What a step keeps of the exemplars; lists that are too short for it are said."""
+    index = run.train.index
+    if few := smooth_tail.few_exemplars(exemplars, index, step.counts):
+        label = few[0]
+        listed, wanted = int(np.diff(exemplars.offsets)[label]), int(step.counts[label])
+        run.say(
+            f"step {step.name}: {len(few)} classes have fewer exemplars listed than the step wants, "
+            f'first "{index.names[label]}" with {listed} of {wanted}'
+        )
+    return smooth_tail.choose(exemplars, index, step.counts)
+
+
+def _step0(run: Run, settings: Stepwise, parts: NDArray[np.int64], planned: Sequence[PlannedStep]) -> Detector:
     """The plain detector on all annotations, or on those of head classes."""
     recipe = run.planned("base").recipe
     kept = (parts == 0)[run.train.index.labels] if settings.base == "head" else None
     dataset = TrainingDataset(run.train, recipe.data, recipe.seed, kept=kept)
-    return run.stage("base", start(run), dataset=dataset)
+    model = start(run)
+    check_trains(model, planned)
+    return run.stage("base", model, dataset=dataset)
 
 
-def _given(run: Run) -> Detector:
+def _given(run: Run, steps: Sequence[PlannedStep]) -> Detector:
     """The detector of `weights` in the place of step 0; a copy of it in the run is what later steps start from."""
     planned = run.planned("base")
     path = run.out / "stages" / planned.folder / "model.safetensors"
@@ -131,6 +204,7 @@ def _given(run: Run) -> Detector:
     if recipe.weights in NAMED_WEIGHTS:
         raise UserError(f"stepwise.base given needs a trained detector: weights is {recipe.weights}, not a model file")
     model, notes = build_detector(recipe, run.stats, start=not path.exists())
+    check_trains(model, steps)
     if path.exists():
         load_whole(model, load_model_file(path).weights, str(path))
         run.begin()
@@ -149,42 +223,81 @@ def _given(run: Run) -> Detector:
     return model
 
 
-def _step(run: Run, trained: Detector, step: PlannedStep, exemplars: Exemplars, parts: int) -> Detector:
+def _step(run: Run, trained: Detector, step: PlannedStep, kept: NDArray[np.bool_], settings: Stepwise) -> Detector:
     """One step from the weights of `trained`."""
     config, index = step.config, run.train.index
     recipe = run.planned(step.name).recipe
-    dataset = TrainingDataset(
-        run.train, recipe.data, recipe.seed, kept=smooth_tail.choose(exemplars, index, step.counts)
-    )
+    dataset = TrainingDataset(run.train, recipe.data, recipe.seed, kept=kept)
+    plan = _plan(run, recipe, step, dataset, settings)
+    if config.shows == "all":
+        dataset = TrainingDataset(run.train, recipe.data, recipe.seed)
+        recipe = _stretched(recipe, plan.iterations, _plan(run, recipe, step, dataset, settings).iterations)
+        plan = _plan(run, recipe, step, dataset, settings)
     own = dataset.clean.rows
+    run.say(f"step {step.name}: {len(own)} annotations in {len(dataset.rows())} images, {len(plan.order(0))} an epoch")
+    on_main(run.accelerator, lambda: _record(run, step, plan, index.labels[own]))
+    model = _copy(run, recipe, trained)
+    freeze_but(model, config.trains)
+    if config.distillation is None or not step.old.any():
+        return run.stage(step.name, model, recipe=recipe, dataset=dataset, plan=plan)
+    shell = Transfer(model, _copy(run, recipe, trained), torch.from_numpy(step.old), config.distillation)
+    return run.stage(step.name, shell, recipe=recipe, dataset=dataset, plan=plan, product="student")
+
+
+def _plan(run: Run, recipe: Recipe, step: PlannedStep, dataset: TrainingDataset, settings: Stepwise) -> BatchPlan:
+    """The order of a step: the images of `dataset`, repeated by the bands of their classes."""
+    index, own, rfs = run.train.index, dataset.clean.rows, step.config.rfs
     factors = step_factors(
         index.image_of[own].astype(np.int64),
         index.labels[own].astype(np.int64),
         len(index),
         run.stats.image_count,
-        config.rfs,
+        rfs,
         step.own,
         expert=not step.old.any(),
-        parts=parts,
+        division=settings.division,
+        boundary=settings.boundary,
     )
-    plan = BatchPlan(
+    return BatchPlan(
         index,
         dataset.rows(),
         run.stats,
-        Sampler(name="plain", rounding=config.rfs.rounding),
+        Sampler(name="plain", rounding=rfs.rounding),
         recipe.schedule.batch,
         recipe.schedule.epochs,
         recipe.seed,
         recipe.data.group_by_aspect,
         factors,
     )
-    run.say(f"step {step.name}: {len(own)} annotations in {len(dataset.rows())} images, {len(plan.order(0))} an epoch")
-    model = _copy(run, recipe, trained)
-    freeze_but(model, config.trains)
-    if config.distillation is None or not step.old.any():
-        return run.stage(step.name, model, dataset=dataset, plan=plan)
-    shell = Transfer(model, _copy(run, recipe, trained), torch.from_numpy(step.old), config.distillation)
-    return run.stage(step.name, shell, dataset=dataset, plan=plan, product="student")
+
+
+def _stretched(recipe: Recipe, iterations: int, planned: int) -> Recipe:
+    """The recipe with epochs and milestones such that `iterations` come of them, in the place of the `planned` ones."""
+    share, schedule = iterations / planned, recipe.schedule
+    update = {"epochs": schedule.epochs * share, "milestones": tuple(epoch * share for epoch in schedule.milestones)}
+    return recipe.model_copy(update={"schedule": schedule.model_copy(update=update)})
+
+
+def _record(run: Run, step: PlannedStep, plan: BatchPlan, labels: NDArray[np.int32]) -> None:
+    """`step.json`: what a step is for and trains on, for the report and for other runs that take it."""
+    planned = run.planned(step.name)
+    path = run.out / "stages" / planned.folder / "step.json"
+    if path.exists():
+        return
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    facts = {
+        "step": step.name,
+        "annotations": np.bincount(labels, minlength=len(step.own)).tolist(),
+        "own": np.flatnonzero(step.own).tolist(),
+        "old": np.flatnonzero(step.old).tolist(),
+        "images": len(plan.rows),
+        "epoch": len(plan.order(0)),
+        "iterations": plan.iterations,
+        "trains": list(step.config.trains),
+        "reads": {key: file_hash(_exemplar_file(run, str(file.absolute()))) for key, file in planned.reads.items()},
+    }
+    write_json(path, facts)
 
 
 def _copy(run: Run, recipe: Recipe, trained: Detector) -> Detector:

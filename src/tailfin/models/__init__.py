@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -13,8 +14,8 @@ from torch import Tensor
 
 from tailfin import losses
 from tailfin.checkpoint import FORMAT, read_safetensors
-from tailfin.errors import UserError
-from tailfin.files import existing_file
+from tailfin.errors import UserError, nearest
+from tailfin.files import existing_file, read_object
 from tailfin.losses.base import ClassificationLoss
 from tailfin.models.atss import build_atss
 from tailfin.models.backbones import Backbone, pyramid_backbone
@@ -27,7 +28,13 @@ from tailfin.models.convert_torchvision import (
     is_torchvision_retinanet,
 )
 from tailfin.models.detector import Detector, Limits
-from tailfin.models.detr_convert import convert_released, is_released
+from tailfin.models.detr_convert import (
+    Released,
+    convert_released,
+    convert_transformers,
+    is_released,
+    is_transformers,
+)
 from tailfin.models.faster_rcnn import FasterRCNN, build_faster_rcnn
 from tailfin.models.features import build_features, replaced_loss
 from tailfin.models.heads import check_features_fit, refuse_untrained, wrap_trained
@@ -56,17 +63,33 @@ def build_detector(recipe: Recipe, stats: ClassStats, *, start: bool = True) -> 
     if start:
         refuse_untrained(getattr(recipe.detector, "classifier", None))
     body, whole = _starting_weights(recipe, source)
+    released = None
     loss = losses.build(recipe.loss.name, stats, **recipe.loss.options)
     loss = replaced_loss(recipe.features, stats, loss)
+    if recipe.data.unchecked_classes == "ignore" and not loss.classes_first:
+        raise UserError(
+            f"data.unchecked_classes: ignore needs a loss with a logit for each class, {recipe.loss.name} has none"
+        )
     if body is not None and (convert := RELEASED.get(recipe.detector.name)):
-        whole = convert(body, stats, loss, source)
-        body = None if whole is not None else body
+        released = convert(body, stats, loss, source)
+        whole, body = (None, body) if released is None else (released.state, None)
     model = BUILDERS[recipe.detector.name](recipe, stats, loss, body, source)
     if recipe.calibration is not None:
         model.rescore = build_rescorer(recipe.calibration, stats, model.loss)
+    if released is not None:
+        return model, [*released.notes, *load_weights(model, released.state, source, stats.names, old=released.names)]
     if whole is not None:
         return model, load_weights(model, whole, source, stats.names)
     return model, [f"backbone: {source}"] if body is not None else ["random start"]
+
+
+def released_weights(recipe: Recipe, stats: ClassStats) -> Released | None:
+    """The recipe's `weights` by tailfin's names, where they are a detector of another project; else None."""
+    state, _ = _starting_weights(recipe, recipe.weights)
+    convert = RELEASED.get(recipe.detector.name)
+    if state is None or convert is None:
+        return None
+    return convert(state, stats, losses.build(recipe.loss.name, stats, **recipe.loss.options), recipe.weights)
 
 
 def _two_stage(
@@ -111,7 +134,10 @@ def _pyramid(
     recipe: Recipe, config: FasterRCNNConfig | LocalizerConfig, body_state: dict[str, Tensor] | None, source: str
 ) -> Backbone:
     body = build_body(recipe, config, body_state, source)
-    return pyramid_backbone(body, layers=config.fpn_layers, channels=config.fpn_channels, pool=config.fpn_pool)
+    init = "torchvision" if isinstance(config, LocalizerConfig) else config.init
+    return pyramid_backbone(
+        body, layers=config.fpn_layers, channels=config.fpn_channels, pool=config.fpn_pool, init=init
+    )
 
 
 def _dense(
@@ -125,7 +151,9 @@ def _dense(
     """A one-stage detector that `build` assembles on a pyramid."""
     config = cast(RetinaNetConfig | ATSSConfig, recipe.detector)
     own = build_body(recipe, config, body, source)
-    backbone = pyramid_backbone(own, layers=config.fpn_layers, channels=config.fpn_channels, convs=config.fpn_convs)
+    backbone = pyramid_backbone(
+        own, layers=config.fpn_layers, channels=config.fpn_channels, convs=config.fpn_convs, init=config.init
+    )
     return build(backbone, loss, config, _limits(recipe), channels_last=recipe.schedule.channels_last)
 
 
@@ -160,26 +188,28 @@ BUILDERS: dict[str, Builder] = {
 
 def _released_retinanet(
     state: dict[str, Tensor], stats: ClassStats, loss: ClassificationLoss, source: str
-) -> dict[str, Tensor] | None:
+) -> Released | None:
     known = is_torchvision_retinanet(state)
-    return convert_retinanet(state, stats.names, loss.num_logits, source) if known else None
+    return Released(convert_retinanet(state, stats.names, loss.num_logits, source)) if known else None
 
 
 def _released_detr(
     state: dict[str, Tensor], stats: ClassStats, loss: ClassificationLoss, source: str
-) -> dict[str, Tensor] | None:
-    return convert_released(state, num_logits=loss.num_logits) if is_released(state) else None
+) -> Released | None:
+    if is_transformers(state):
+        return convert_transformers(state, stats.names, _labels_beside(source), source)
+    return convert_released(state, stats.names, stats.category_ids.tolist(), source) if is_released(state) else None
 
 
 def _released_rcnn(
     masks: bool, state: dict[str, Tensor], stats: ClassStats, loss: ClassificationLoss, source: str
-) -> dict[str, Tensor] | None:
+) -> Released | None:
     known = is_torchvision_rcnn(state)
-    return convert_rcnn(state, stats.names, loss.num_logits, source, masks=masks) if known else None
+    return Released(convert_rcnn(state, stats.names, loss.num_logits, source, masks=masks)) if known else None
 
 
 # by `detector.name`: weights of a whole detector in another project's names to tailfin's; None for anything else
-RELEASED: dict[str, Callable[[dict[str, Tensor], ClassStats, ClassificationLoss, str], dict[str, Tensor] | None]] = {
+RELEASED: dict[str, Callable[[dict[str, Tensor], ClassStats, ClassificationLoss, str], Released | None]] = {
     "faster_rcnn": partial(_released_rcnn, False),
     "mask_rcnn": partial(_released_rcnn, True),
     "retinanet": _released_retinanet,
@@ -193,15 +223,39 @@ def _starting_weights(recipe: Recipe, weights: str) -> tuple[dict[str, Tensor] |
         return None, None
     if weights in NAMED_WEIGHTS:
         return named_state(recipe, weights), None
-    path = existing_file(weights, "weights")
+    path, part = _file_and_part(weights)
     if path.suffix == ".safetensors":
         state, metadata = read_safetensors(path)
         return (None, state) if metadata.get("format") == FORMAT else (state, None)
-    state = _read_pickle(path)
-    return state, None
+    return _read_pickle(path, part), None
 
 
-def _read_pickle(path: Path) -> dict[str, Tensor]:
+def _file_and_part(weights: str) -> tuple[Path, str]:
+    """A file, and the part of a checkpoint with several models: `FILE#model_l0`."""
+    plain, mark, part = weights.rpartition("#")
+    if mark and not Path(weights).exists():
+        return existing_file(plain, "weights"), part
+    return existing_file(weights, "weights"), ""
+
+
+def _labels_beside(source: str) -> list[str] | None:
+    """Class names of a checkpoint of transformers, from the config.json beside its file; None without one."""
+    config = _file_and_part(source)[0].with_name("config.json")
+    if not config.is_file():
+        return None
+    labels = read_object(config).get("id2label")
+    try:
+        return [str(labels[str(number)]) for number in range(len(labels))]  # type: ignore[index, arg-type]
+    except (KeyError, TypeError):
+        raise UserError(f"{config}: its id2label does not name the classes 0, 1, ...") from None
+
+
+# dictionaries in which a checkpoint keeps its weights, the first that it has; step-wise learning's released code keeps
+# the expert in `model_l0` and the student of its last step, which is the result, in `model_l1`
+STATES = ("model", "state_dict", "model_l1")
+
+
+def _read_pickle(path: Path, part: str = "") -> dict[str, Tensor]:
     """The state dict of a backbone or of a released detector (.pth); a pickle that wants code is refused."""
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # the options in a released checkpoint
@@ -211,7 +265,15 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
         if reason.startswith("Weights only load failed"):  # torch's advice to load it with its code
             reason = "it is damaged, or holds objects that would run code"
         raise UserError(f"weights {path} cannot be read as plain tensors: {reason[:160]}") from None
-    state = state.get("model", state.get("state_dict", state)) if isinstance(state, dict) else state
+    if isinstance(state, dict):
+        if part and part not in state:
+            raise UserError(f'weights {path}: there is no "{part}" in it{nearest(part, [str(key) for key in state])}')
+        part = part or next((key for key in STATES if key in state), "")
+        state = state[part] if part else state
+        if part == STATES[-1]:
+            text = f"{path}: {part}, the student of its last step, is taken; {path}#model_l0 would be the expert"
+            warnings.warn(text, UserWarning, stacklevel=2)
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"weights {path} hold no dictionary of tensors")
-    return state
+    parallel = bool(state) and all(key.startswith("module.") for key in state)  # saved around DistributedDataParallel
+    return {key.removeprefix("module."): value for key, value in state.items()} if parallel else state

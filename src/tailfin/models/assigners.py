@@ -25,6 +25,7 @@ BACKGROUND, IGNORED = -1, -2
 INSIDE = 0.01  # pixels by which an anchor's centre must lie within an object's box
 FAR = 1e8  # distance of an anchor in an ignored region
 SMALLEST_AREA = 1e-6  # square pixels that a union or an anchor counts at least
+MOST_PAIRS = 2**24  # of anchors and objects whose IoUs are computed at a time: 64 MB
 
 
 @torch.no_grad()
@@ -154,20 +155,35 @@ def max_iou_batch(
     min_pos_iou: float = 0.0,
     low_quality: bool = True,
     keep_owner: bool = False,
+    counts: Sequence[int] | None = None,
 ) -> Tensor:
-    """`max_iou` for B pictures with the same anchors, without a loop over them or a read back to the host.
+    """`max_iou` for B pictures, without a loop over them or a read back to the host.
+
+    Pictures are taken so many at a time that a matrix of IoUs has at most `MOST_PAIRS` elements.
 
     Args:
-        anchors: [A, 4].
+        anchors: [A, 4], the same for all pictures, or [B, A, 4].
         gt_boxes, valid: [B, G, 4] and bool [B, G], as `pad_targets` gives them.
         keep_owner: an anchor that an object takes by `low_quality` becomes positive but stays with the object that it
             overlaps most, as in detectron2 and torchvision.
+        counts: objects of each picture, where the host knows them and they stand first: the rest is not computed.
 
     Returns:
         int64 [B, A]: row of the picture's own boxes, -1 background, -2 ignored.
     """
-    anchors, gt_boxes = _boxes(anchors, "anchors"), at_least_float32(gt_boxes)
-    return _max_iou(anchors, gt_boxes, valid, pos_iou, neg_iou, min_pos_iou, low_quality, keep_owner)
+    if anchors.ndim == 2:
+        anchors = _boxes(anchors, "anchors")
+    anchors, gt_boxes = at_least_float32(anchors), at_least_float32(gt_boxes)
+    batch, most = gt_boxes.shape[:2]
+    rule = (pos_iou, neg_iou, min_pos_iou, low_quality, keep_owner)
+    step = max(1, MOST_PAIRS // max(1, most * anchors.shape[-2]))
+    found = []
+    for start in range(0, batch, step):
+        part = slice(start, start + step)
+        size = most if counts is None else max(1, *counts[part])
+        own = anchors if anchors.ndim == 2 else anchors[part]
+        found.append(_max_iou(own, gt_boxes[part, :size], valid[part, :size], *rule))
+    return found[0] if len(found) == 1 else torch.cat(found)
 
 
 def _max_iou(
@@ -184,8 +200,9 @@ def _max_iou(
     if not neg_iou <= pos_iou:
         raise ValueError(f"neg_iou {neg_iou} must not be above pos_iou {pos_iou}")
     batch, count = gt_boxes.shape[:2]
-    if not len(anchors) or not count:
-        return torch.full((batch, len(anchors)), BACKGROUND, dtype=torch.int64, device=anchors.device)
+    length = anchors.shape[-2]
+    if not length or not count:
+        return torch.full((batch, length), BACKGROUND, dtype=torch.int64, device=anchors.device)
     overlaps = iou(gt_boxes, anchors)  # [B, G, A]
     if ignored is not None:
         overlaps = torch.where(ignored, -1.0, overlaps)
@@ -195,28 +212,37 @@ def _max_iou(
     background = (best >= 0) & (best < neg_iou)
     if valid is not None:
         background |= ~valid.any(dim=1, keepdim=True)
-    assigned = torch.where(background, BACKGROUND, torch.full_like(owner, IGNORED))
-    assigned = torch.where(best >= pos_iou, owner, assigned)
+    assigned = torch.where(background, BACKGROUND, IGNORED)
+    # said so that a box of NaN is an anchor's owner: its loss tells of it, where no match would hide it
+    assigned = torch.where(best < pos_iou, assigned, owner)
     if low_quality:
         own_best = overlaps.amax(dim=2, keepdim=True)
-        claims = (overlaps == own_best) & (own_best >= min_pos_iou)
-        if valid is not None:
-            claims &= valid[:, :, None]
-        last = count - 1 - claims.flip(1).to(torch.uint8).argmax(dim=1)
-        assigned = torch.where(claims.any(dim=1), owner if keep_owner else last, assigned)
+        bound = torch.where(own_best >= max(min_pos_iou, 0.0), own_best, torch.inf)  # of an empty place: out of reach
+        claims = overlaps == bound
+        taken = owner
+        if not keep_owner:
+            taken = count - 1 - claims.flip(1).to(torch.uint8).argmax(dim=1)
+        assigned = torch.where(claims.any(dim=1), taken, assigned)
     return assigned
 
 
-def pad_targets(targets: Sequence[dict[str, Tensor]], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Boxes float32 [B, G, 4], labels int64 [B, G] and bool [B, G], which of them are real; G is the largest number of
-    objects of a picture, at least 1. No read back to the host."""
-    boxes = [target["boxes"].to(device, torch.float32).reshape(-1, 4) for target in targets]
+def pad_targets(
+    targets: Sequence[dict[str, Tensor]], device: torch.device, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Boxes [B, G, 4] of `dtype`, labels int64 [B, G] and bool [B, G], which of them are real; G is the largest number
+    of objects of a picture, at least 1. No read back to the host."""
+    boxes, valid = pad_boxes([target["boxes"] for target in targets], device, dtype)
     labels = [target["labels"].to(device) for target in targets]
+    return boxes, torch.stack([F.pad(own, (0, valid.shape[1] - len(own))) for own in labels]), valid
+
+
+def pad_boxes(boxes: Sequence[Tensor], device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """`pad_targets` without labels."""
+    boxes = [own.to(device, dtype).reshape(-1, 4) for own in boxes]
+    counts = torch.tensor([len(own) for own in boxes])
     most = max(1, *(len(own) for own in boxes))
-    counts = torch.tensor([len(own) for own in boxes], device=device)
     padded = torch.stack([F.pad(own, (0, 0, 0, most - len(own))) for own in boxes])
-    classes = torch.stack([F.pad(own, (0, most - len(own))) for own in labels])
-    return padded, classes, torch.arange(most, device=device) < counts[:, None]
+    return padded, (torch.arange(most) < counts[:, None]).to(device, non_blocking=True)
 
 
 @torch.no_grad()
@@ -236,8 +262,8 @@ def centerness(anchors: Tensor, gt_boxes: Tensor) -> Tensor:
 
 
 def iou(boxes: Tensor, others: Tensor) -> Tensor:
-    """[..., N, 4] and [M, 4] to [..., N, M]; two boxes without area overlap by 0."""
-    return paired_iou(boxes[..., None, :], others)
+    """[..., N, 4] and [M, 4] or [..., M, 4] to [..., N, M]; two boxes without area overlap by 0."""
+    return paired_iou(boxes[..., None, :], others if others.ndim == 2 else others[..., None, :, :])
 
 
 def _in_ignored(anchors: Tensor, ignore_boxes: Tensor | None, ignore_iof: float | None) -> Tensor | None:
@@ -256,14 +282,31 @@ def paired_iou(boxes: Tensor, others: Tensor) -> Tensor:
     return shared / union.clamp(min=SMALLEST_AREA)
 
 
+def giou_loss(boxes: Tensor, others: Tensor) -> Tensor:
+    """1 - GIoU [...] of boxes [..., 4] and others [..., 4] (Rezatofighi et al., CVPR'19), with gradients."""
+    shared = _shared_area(boxes, others)
+    union = _area(boxes) + _area(others) - shared
+    left, top, right, bottom = boxes.unbind(-1)
+    from_left, from_top, to_right, to_bottom = others.unbind(-1)
+    width = torch.maximum(right, to_right) - torch.minimum(left, from_left)
+    height = torch.maximum(bottom, to_bottom) - torch.minimum(top, from_top)
+    hull = width * height
+    tiny = 1e-7  # torchvision's
+    return 1 - shared / (union + tiny) + (hull - union) / (hull + tiny)
+
+
 def _shared_area(boxes: Tensor, others: Tensor) -> Tensor:
-    low = torch.maximum(boxes[..., :2], others[..., :2])
-    high = torch.minimum(boxes[..., 2:], others[..., 2:])
-    return (high - low).clamp(min=0).prod(dim=-1)
+    # coordinate by coordinate: a last dimension of two is slow to multiply along
+    left, top, right, bottom = boxes.unbind(-1)
+    from_left, from_top, to_right, to_bottom = others.unbind(-1)
+    width = torch.minimum(right, to_right) - torch.maximum(left, from_left)
+    height = torch.minimum(bottom, to_bottom) - torch.maximum(top, from_top)
+    return width.clamp(min=0) * height.clamp(min=0)
 
 
 def _area(boxes: Tensor) -> Tensor:
-    return (boxes[..., 2:] - boxes[..., :2]).prod(dim=-1)
+    left, top, right, bottom = boxes.unbind(-1)
+    return (right - left) * (bottom - top)
 
 
 def _distances(points: Tensor, others: Tensor) -> Tensor:

@@ -52,8 +52,19 @@ class FrozenNorm(FrozenBatchNorm2d):
         return x * scale.to(x.dtype)[:, None, None] + shift.to(x.dtype)[:, None, None]
 
 
+class FixedStatistics(FrozenNorm):
+    """`FrozenNorm` whose scale and shift train, as mmdetection's detectors have it (`norm_eval`)."""
+
+    def __init__(self, num_features: int, eps: float = 1e-5) -> None:
+        super().__init__(num_features, eps)
+        for name in ("weight", "bias"):
+            value = self._buffers.pop(name)
+            self.register_parameter(name, nn.Parameter(value))  # type: ignore[arg-type]
+
+
 NORMS: dict[str, Callable[..., nn.Module]] = {
     "frozen_bn": FrozenNorm,
+    "frozen_stats": FixedStatistics,
     "bn": nn.BatchNorm2d,
     "gn": functools.partial(nn.GroupNorm, 32),
 }
@@ -206,7 +217,13 @@ def small_body(widths: Sequence[int], blocks: Sequence[int], *, norm: str) -> Bo
 
 
 def pyramid_backbone(
-    body: Body, *, layers: Sequence[int], channels: int, pool: bool = False, convs: str = "none"
+    body: Body,
+    *,
+    layers: Sequence[int],
+    channels: int,
+    pool: bool = False,
+    convs: str = "none",
+    init: str = "torchvision",
 ) -> Backbone:
     """A feature pyramid on a body.
 
@@ -216,6 +233,7 @@ def pyramid_backbone(
         pool: one more level, max-pooled from the last.
         convs: two more levels, "p6" and "p7", by 3x3 convolutions of stride 2, the first one on the "body"'s last layer
             or on the "pyramid"'s last level; "none" for none. In the place of `pool`.
+        init: of the first weights: "torchvision" (Kaiming, uniform, by the inputs alone) or "xavier" (uniform).
     """
     names = body.layer_names
     taken = {names[layer - 1]: str(level) for level, layer in enumerate(layers)}
@@ -224,7 +242,19 @@ def pyramid_backbone(
     if convs != "none":
         extra = LastLevelP6P7(widths[-1] if convs == "body" else channels, channels)
         extra.use_P5 = convs == "pyramid"  # torchvision guesses it from the widths
-    return Backbone(body.take(taken), FeaturePyramidNetwork(widths, channels, extra_blocks=extra), channels)
+    pyramid = FeaturePyramidNetwork(widths, channels, extra_blocks=extra)
+    if init == "xavier":
+        start_xavier(pyramid)
+    return Backbone(body.take(taken), pyramid, channels)
+
+
+def start_xavier(layers: nn.Module) -> None:
+    """First weights of convolutions and linear layers: Xavier's, uniform (Glorot and Bengio, 2010), without bias."""
+    for layer in layers.modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            nn.init.xavier_uniform_(layer.weight)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
 
 
 def load_body(body: nn.Module, state: dict[str, Tensor], source: str) -> None:

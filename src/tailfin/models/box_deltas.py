@@ -25,7 +25,7 @@ def encode_deltas(references: Tensor, boxes: Tensor, stds: Stds = (1.0, 1.0, 1.0
     centre, sides = _centred(references)
     other, other_sides = _centred(boxes)
     deltas = torch.cat([(other - centre) / sides, (other_sides / sides).log()], dim=1)
-    return deltas / _stds(stds, deltas)
+    return _times(deltas, stds, inverse=True)
 
 
 def decode_deltas(
@@ -36,8 +36,7 @@ def decode_deltas(
 ) -> Tensor:
     """[N, 4] references and [N, 4] deltas to [N, 4] boxes xyxy, clipped to `image_size` (H, W) where it is given."""
     centre, sides = _centred(references)
-    deltas = at_least_float32(deltas)
-    deltas = deltas * _stds(stds, deltas)
+    deltas = _times(at_least_float32(deltas), stds)
     centre = centre + deltas[:, :2] * sides
     half = sides * deltas[:, 2:].clamp(-LARGEST, LARGEST).exp() * 0.5
     boxes = torch.cat([centre - half, centre + half], dim=1)
@@ -49,8 +48,14 @@ def _centred(boxes: Tensor) -> tuple[Tensor, Tensor]:
     return (boxes[:, :2] + boxes[:, 2:]) * 0.5, boxes[:, 2:] - boxes[:, :2]
 
 
-def _stds(stds: Stds, like: Tensor) -> Tensor:
-    values = torch.as_tensor(stds, dtype=like.dtype, device=like.device)
-    if values.shape != (4,):
-        raise ValueError(f"stds must be four numbers, these are {values.tolist()}")
-    return values
+def _times(deltas: Tensor, stds: Stds, *, inverse: bool = False) -> Tensor:
+    """Deltas times (divided by) their stds; numbers of the host stay there, a device would wait for their upload."""
+    if len(stds) != 4:
+        raise ValueError(f"stds must be four numbers, these are {list(stds)}")
+    if isinstance(stds, Tensor):
+        values = stds.to(deltas)
+        return deltas / values if inverse else deltas * values
+    if set(stds) == {1.0}:
+        return deltas
+    columns = [own / std if inverse else own * std for own, std in zip(deltas.unbind(1), stds, strict=True)]
+    return torch.stack(columns, dim=1)

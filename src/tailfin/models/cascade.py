@@ -15,7 +15,7 @@ def refine_boxes(
     boxes: Tensor,
     deltas: Tensor,
     labels_or_scores: Tensor | None,
-    image_size: tuple[int, int],
+    image_size: tuple[int, int] | None,
     stds: Sequence[float],
     class_agnostic: bool,
 ) -> Tensor:
@@ -30,7 +30,7 @@ def refine_boxes(
         deltas: [N, 4], or [N, 4C] with four numbers per class.
         labels_or_scores: int64 [N], the class 0..C-1 of each row; or float [N, C], foreground scores of which the
             largest decides; class-agnostic deltas need neither (None).
-        image_size: (H, W) that the boxes are clipped to.
+        image_size: (H, W) that the boxes are clipped to; None: they are not.
         stds: the stage's, by which deltas are multiplied.
         class_agnostic: whether `deltas` are [N, 4] for all classes together.
 

@@ -26,7 +26,10 @@ from tailfin.models.faster_rcnn import FasterRCNN, Outputs, build_box_head, buil
 from tailfin.models.features.base import FeatureModule, Rows
 from tailfin.models.heads.mask import MaskBranch
 from tailfin.models.heads.roi_heads import RoIHeads
+from tailfin.models.images import size_limits
 from tailfin.models.mask_rcnn import build_mask_branch, with_masks
+from tailfin.models.roi_align import pictures_of
+from tailfin.models.row_sampling import Proposals, padded
 from tailfin.models.rpn import RPN
 from tailfin.schema.detectors import CascadeRCNNConfig
 from tailfin.stats import ClassStats
@@ -60,8 +63,9 @@ class CascadeHeads(nn.Module):
         deltas: Tensor,
         image_sizes: list[tuple[int, int]],
         rows: Rows | None = None,
-    ) -> list[Tensor]:
-        """Boxes per image that the stage after number `stage` looks at, its input moved by the stage's own deltas.
+    ) -> list[Tensor] | Proposals:
+        """Boxes that the stage after number `stage` looks at, its input moved by the stage's own deltas: per image
+        [n, 4], and padded to one size where `rows` are given.
 
         A box head with deltas for every class moves a training row by those of its object's class, any other box by
         those of the best foreground class. `rows` are the sampled rows of training; those that are an object's own box
@@ -70,19 +74,21 @@ class CascadeHeads(nn.Module):
         heads = self.heads()[stage]
         counts = [len(own) for own in boxes]
         agnostic = deltas.shape[1] == 4
-        classes: Sequence[Tensor | None] = [None] * len(boxes)
+        labels = None
         if not agnostic:
             labels = heads.loss.scores(logits).argmax(dim=1)
             if rows is not None:
                 labels = torch.where(rows.labels < heads.loss.num_classes, rows.labels, labels)
-            classes = labels.split(counts)
-        refined = [
-            refine_boxes(*own, heads.box_stds, agnostic)
-            for own in zip(boxes, deltas.split(counts), classes, image_sizes, strict=True)
-        ]
+        every = torch.cat(boxes)
+        picture = pictures_of(counts, every.device) if rows is None else rows.places.picture
+        refined = refine_boxes(every, deltas, labels, None, heads.box_stds, agnostic)
+        limits = size_limits(image_sizes, every.device).to(refined)[picture]
+        refined = torch.minimum(refined.clamp(min=0), limits)
         if rows is None:
-            return refined
-        return [own[~added] for own, added in zip(refined, rows.added.split(counts), strict=True)]
+            return list(refined.split(counts))
+        joined = padded(list(refined.split(counts)))
+        added = padded([own[:, None].expand(-1, 4) for own in rows.added.split(counts)]).boxes[..., 0]
+        return joined._replace(valid=joined.valid & ~added)
 
     def detect(self, scores: Tensor, deltas: Tensor, *rest: Any) -> Detections:
         """Detections of the last stage, see `RoIHeads.detect`."""
@@ -129,7 +135,9 @@ class CascadeRCNN(FasterRCNN):
             logits, deltas = own.predict(features, proposals, image_sizes)
             every.append(logits)
             if stage + 1 < len(heads):
-                proposals = self.roi_heads.next_proposals(stage, proposals, logits, deltas, image_sizes)
+                moved = self.roi_heads.next_proposals(stage, proposals, logits, deltas, image_sizes)
+                assert isinstance(moved, list)
+                proposals = moved
         return proposals, torch.stack(every).mean(dim=0), deltas
 
     def losses(self, outputs: Outputs, targets: Targets) -> dict[str, Tensor]:
@@ -153,6 +161,9 @@ class CascadeRCNN(FasterRCNN):
     def detections(self, outputs: Outputs, limits: Limits) -> Detections:
         found, branches = super().detections(outputs, limits), self.branches()
         return with_masks(found, branches, outputs) if branches else found
+
+    def boxes_only(self, outputs: Outputs, limits: Limits) -> Detections:
+        return super().detections(outputs, limits)
 
     # ---- parts -----------------------------------------------------------------------------------------------------
 
@@ -190,7 +201,7 @@ def build_cascade_rcnn(
     channels_last: bool = False,
 ) -> CascadeRCNN:
     """Assemble the detector; each stage has a copy of `loss`, of which it makes its own statistics."""
-    rpn = build_rpn(config, stats, backbone.out_channels)
+    rpn = build_rpn(config, stats, backbone)
     stages = [
         build_box_head(backbone, copy.deepcopy(loss), config, limits, stats, fg_iou=iou, box_stds=stds)
         for iou, stds in zip(config.stage_ious, config.stage_stds, strict=True)

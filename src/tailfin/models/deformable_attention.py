@@ -16,6 +16,8 @@ from transformers.models.deformable_detr.modeling_deformable_detr import (
     DeformableDetrMultiscaleDeformableAttention,
 )
 
+from tailfin.models.constants import constant
+
 Shapes = list[tuple[int, int]]  # (height, width) of every level
 DENSE_TOKENS = 512  # up to so many cells over all levels a CPU samples by a matrix product; where both take as long
 
@@ -42,18 +44,17 @@ class DeformableAttention(DeformableDetrMultiscaleDeformableAttention):
         assert encoder_hidden_states is not None and reference_points is not None and spatial_shapes_list is not None
         if position_embeddings is not None:
             hidden_states = hidden_states + position_embeddings
-        batch, queries, _ = hidden_states.shape
         value = self.value_proj(encoder_hidden_states)
         if attention_mask is not None:
             value = value.masked_fill(~attention_mask[..., None], 0.0)
         value = value.float().unflatten(2, (self.n_heads, -1))
         offsets = self.sampling_offsets(hidden_states).float()
-        offsets = offsets.view(batch, queries, self.n_heads, self.n_levels, self.n_points, 2)
-        weights = self.attention_weights(hidden_states).float().view(batch, queries, self.n_heads, -1).softmax(-1)
-        weights = weights.view(batch, queries, self.n_heads, self.n_levels, self.n_points)
+        offsets = offsets.unflatten(2, (self.n_heads, self.n_levels, self.n_points, 2))
+        weights = self.attention_weights(hidden_states).float().unflatten(2, (self.n_heads, -1)).softmax(-1)
+        weights = weights.unflatten(3, (self.n_levels, self.n_points))
         points = reference_points[:, :, None, :, None]
         if points.shape[-1] == 2:
-            places = points + offsets / offsets.new_tensor([shape[::-1] for shape in spatial_shapes_list])[:, None]
+            places = points + offsets / _sides(spatial_shapes_list, offsets)[:, None]
         else:
             places = points[..., :2] + offsets * (points[..., 2:] * (0.5 / self.n_points))
         return self.output_proj(sample(value, spatial_shapes_list, places, weights)), None
@@ -88,21 +89,32 @@ def sample(value: Tensor, shapes: Shapes, places: Tensor, weights: Tensor) -> Te
     Returns:
         [B, Q, H * D].
     """
-    batch, tokens, heads, channels = value.shape
-    if value.device.type == "cpu" and tokens <= DENSE_TOKENS:
+    tokens, heads = value.shape[1:3]
+    if not _exporting() and value.device.type == "cpu" and tokens <= DENSE_TOKENS:
         return _DenseSampling.apply(value, places, weights, shapes).transpose(1, 2).flatten(2)  # type: ignore[no-any-return]
-    queries = places.shape[1]
     grids = (2 * places - 1).transpose(1, 2).flatten(0, 1)  # [B H, Q, L, P, 2]
     maps = value.permute(0, 2, 3, 1).flatten(0, 1)  # [B H, D, S]
-    sampled = [
-        F.grid_sample(level.unflatten(2, shape), grids[:, :, number], padding_mode="zeros", align_corners=False)
-        for number, (level, shape) in enumerate(
-            zip(maps.split([height * width for height, width in shapes], dim=2), shapes, strict=True)
-        )
-    ]
-    own = weights.transpose(1, 2).reshape(batch * heads, 1, queries, -1)
-    summed = (torch.cat(sampled, dim=-1) * own).sum(-1)
-    return summed.view(batch, heads * channels, queries).transpose(1, 2)
+    sampled, start = [], 0
+    for number, (height, width) in enumerate(shapes):
+        level = maps[:, :, start : start + height * width]
+        level = level.reshape(level.shape[0], level.shape[1], height, width)
+        sampled.append(F.grid_sample(level, grids[:, :, number], padding_mode="zeros", align_corners=False))
+        start = start + height * width
+    own = weights.transpose(1, 2).flatten(0, 1).flatten(2)[:, None]
+    summed = (torch.cat(sampled, dim=-1) * own).sum(-1)  # [B H, D, Q]
+    return summed.unflatten(0, (-1, heads)).flatten(1, 2).transpose(1, 2)
+
+
+def _sides(shapes: Shapes, like: Tensor) -> Tensor:
+    """[L, 2] width and height of the levels; in an exported graph they are computed, whatever the picture's size."""
+    if not _exporting():
+        return constant([shape[::-1] for shape in shapes], like.device, like.dtype)
+    last = [torch.arange(side, device=like.device)[-1:] for shape in shapes for side in shape[::-1]]
+    return (torch.cat(last) + 1).to(like).view(-1, 2)
+
+
+def _exporting() -> bool:
+    return torch.jit.is_tracing() or torch.compiler.is_exporting()
 
 
 class _DenseSampling(torch.autograd.Function):
@@ -156,7 +168,7 @@ Two = tuple[Tensor, Tensor]
 def _neighbours(place: Tensor, side: Tensor) -> tuple[Two, Two, Two]:
     """The two cells around a place in 0..1 along one axis of `side` cells: index, share, and whether they exist."""
     place = place * side - 0.5
-    low = place.floor()
+    low = place.floor().nan_to_num_()  # a network that has diverged: no place, and a share that is no number
     part = place - low
     in_low, in_high = (low >= 0) & (low < side), (low >= -1) & (low < side - 1)
     cells = low.clamp(min=0).minimum(side - 1), (low + 1).clamp_(min=0).minimum(side - 1)

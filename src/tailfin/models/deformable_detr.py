@@ -80,7 +80,10 @@ class DeformableDETR(Detector):
         self.class_embed = _clones(nn.Linear(channels, loss.num_logits), heads)
         self.bbox_embed = _clones(DeformableDetrMLPPredictionHead(channels, channels, 4, 3), heads)
         if config.two_stage:
-            self.class_embed.append(nn.Linear(channels, 1))
+            # the last logit ranks proposals, those of classes come before it
+            self.class_embed.append(
+                nn.Linear(channels, 1 + (loss.num_classes if config.encoder_head == "classes" else 0))
+            )
             self.bbox_embed.append(copy.deepcopy(self.bbox_embed[0]))
             self.enc_output = nn.Linear(channels, channels)
             self.enc_output_norm = nn.LayerNorm(channels)
@@ -91,7 +94,7 @@ class DeformableDETR(Detector):
             self.reference_points = nn.Linear(channels, 2)
         self.criterion = SetCriterion(loss, config)
         self.queries, self.refine, self.two_stage = config.queries, config.refine, config.two_stage
-        self._reset(loss)
+        self._reset(loss, packed=config.attention_init == "packed")
 
     def losses(self, outputs: Outputs, targets: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
         """Named losses with their weights: `SetCriterion.forward`."""
@@ -129,16 +132,20 @@ class DeformableDETR(Detector):
         batch = self.batch(images)
         return self.from_maps(batch, list(self.backbone(batch.tensors).values()))
 
-    def from_maps(self, batch: ImageList, maps: list[Tensor]) -> Outputs:
-        """`outputs` from the backbone's feature maps of a batch on, for what has them already."""
+    def from_maps(self, batch: ImageList, maps: list[Tensor], sizes: Tensor | None = None) -> Outputs:
+        """`outputs` from the backbone's feature maps of a batch on, for what has them already, and `Outputs.sizes`."""
         full = batch.tensors.shape[-2:]
         device = batch.tensors.device
-        sizes = torch.tensor([[width, height] * 2 for height, width in batch.image_sizes], device=device).float()
-        padded = any(size != tuple(full) for size in batch.image_sizes)
+        if sizes is None:
+            sizes = torch.tensor([[width, height] * 2 for height, width in batch.image_sizes], device=device).float()
+        return self.from_sizes(full, sizes, any(size != tuple(full) for size in batch.image_sizes), maps)
 
+    def from_sizes(self, full: Sequence[int], sizes: Tensor, padded: bool, maps: list[Tensor]) -> Outputs:
+        """`from_maps` for a batch of `full` (H, W) pixels whose pictures have `sizes` [B, 4] (width, height, twice);
+        without padding the masks are left out."""
         maps = maps + [maps[-1]] * (len(self.input_proj) - len(maps))
         features = [project(level) for project, level in zip(self.input_proj, maps, strict=True)]
-        shapes: Shapes = [(int(level.shape[-2]), int(level.shape[-1])) for level in features]
+        shapes: Shapes = [(level.shape[-2], level.shape[-1]) for level in features]
         masks = [valid_mask(shape, full, sizes) for shape in shapes]
         mask = torch.cat([level.flatten(1) for level in masks], dim=1) if padded else None
         ratios = torch.stack([torch.stack([m[:, 0].float().mean(1), m[:, :, 0].float().mean(1)], 1) for m in masks], 1)
@@ -167,8 +174,8 @@ class DeformableDETR(Detector):
             encoder_boxes = raw.sigmoid()
             queries, content, reference = self._queries_of(encoder_logits, raw, mask)
         else:
-            queries, content = self.query_embed.weight.expand(len(sizes), -1, -1).chunk(2, dim=2)
-            reference = self.reference_points(queries).float().sigmoid()
+            queries, content = self.query_embed.weight.expand(sizes.shape[0], -1, -1).chunk(2, dim=2)
+            reference = in_float32(self.reference_points, queries).sigmoid()
         hidden, boxes = self._decode(queries, content, reference, memory, mask, ratios, shapes)
         return Outputs(self.classify(hidden), boxes, hidden, features, masks, sizes, encoder_logits, encoder_boxes)
 
@@ -208,21 +215,23 @@ class DeformableDETR(Detector):
         return torch.stack(hidden), torch.stack(boxes)
 
     def _proposals(self, memory: Tensor, mask: Tensor | None, centres: Tensor, shapes: Shapes) -> tuple[Tensor, Tensor]:
-        """Objectness [B, S, 1] and box logits [B, S, 4] of every token; infinite boxes where no proposal can be."""
+        """Class logits [B, S, E] of every token, the last one that of a proposal, and box logits [B, S, 4]; infinite
+        boxes where no proposal can be.
+        """
         sides = torch.cat(
             [centres.new_full((h * w, 2), PROPOSAL_SIDE * 2**level) for level, (h, w) in enumerate(shapes)]
         )
         anchors = torch.cat([centres, sides.expand_as(centres)], dim=2)
         valid = ((anchors > SMALLEST_PROPOSAL) & (anchors < LARGEST_PROPOSAL)).all(2, keepdim=True)
         if mask is not None:
-            valid &= mask[..., None]
+            valid = valid & mask[..., None]
         found = self.enc_output_norm(self.enc_output(memory * valid))
         delta = in_float32(self.bbox_embed[-1], found)
         return in_float32(self.class_embed[-1], found), delta + anchors.logit().masked_fill(~valid, math.inf)
 
     def _queries_of(self, logits: Tensor, raw: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """(position part, content part, boxes) of the queries: the best proposals, without a gradient to them."""
-        ranked = logits[..., 0].detach()
+        ranked = logits[..., -1].detach()
         if mask is not None:
             ranked = ranked.masked_fill(~mask, -math.inf)
         best = ranked.topk(min(self.queries, ranked.shape[1]), dim=1).indices
@@ -275,14 +284,14 @@ class DeformableDETR(Detector):
             # a frozen backbone is the same in both: the teacher takes what the student has computed
             trains = any(parameter.requires_grad for parameter in self.backbone.parameters())
             theirs = list(taught_by.backbone(batch.tensors).values()) if trains else maps
-            taught = taught_by.from_maps(batch, theirs)
+            taught = taught_by.from_maps(batch, theirs, outputs.sizes)
         logits = self.classify(taught.hidden) if shared else outputs.logits
         return Compared(losses, outputs.features, taught.features, outputs.masks, outputs.sizes, logits, taught.logits)
 
     # ---- initial weights -------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def _reset(self, loss: ClassificationLoss) -> None:
+    def _reset(self, loss: ClassificationLoss, *, packed: bool) -> None:
         """The published start: Xavier in the transformer, sampling in a star, priors in the class heads, boxes that
         stay where their reference is.
         """
@@ -291,7 +300,9 @@ class DeformableDETR(Detector):
         for part in transformer:
             for name, parameter in part.named_parameters():
                 if parameter.ndim > 1:
-                    nn.init.xavier_uniform_(parameter)
+                    # a matrix for queries, keys and values has three times the rows: a bound smaller by sqrt(2)
+                    joint = packed and name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight"))
+                    nn.init.xavier_uniform_(parameter, gain=math.sqrt(0.5) if joint else 1.0)
                 elif name.endswith(("proj.bias", "reference_points.bias")):
                     nn.init.zeros_(parameter)
         if not self.two_stage:
@@ -305,8 +316,9 @@ class DeformableDETR(Detector):
             nn.init.xavier_uniform_(convolution.get_parameter("weight"))
             nn.init.zeros_(convolution.get_parameter("bias"))
         bias = torch.full((loss.num_logits,), FOCAL_BIAS) if type(loss) is Focal else loss.prior_bias()
-        for own in (head.get_parameter("bias") for head in self.class_embed):
-            own.copy_(bias if len(own) == len(bias) else torch.full_like(own, FOCAL_BIAS))
+        decoder = len(self.class_embed) - self.two_stage
+        for number, own in enumerate(head.get_parameter("bias") for head in self.class_embed):
+            own.copy_(bias if number < decoder else torch.full_like(own, FOCAL_BIAS))
         for number, head in enumerate(self.bbox_embed):
             *_, last = head.get_submodule("layers").children()
             nn.init.zeros_(last.get_parameter("weight"))

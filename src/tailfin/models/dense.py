@@ -31,18 +31,26 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.detection.faster_rcnn import TwoMLPHead
 from torchvision.models.detection.image_list import ImageList
-from torchvision.ops import generalized_box_iou_loss
 
 from tailfin.collectives import sum_over_ranks
 from tailfin.losses.base import ClassificationLoss
-from tailfin.models.assigners import iou, pad_targets, paired_iou
+from tailfin.models.assigners import giou_loss, iou, pad_targets, paired_iou
 from tailfin.models.backbones import Backbone
 from tailfin.models.box_deltas import decode_deltas, encode_deltas
 from tailfin.models.dense_anchors import LevelAnchors
 from tailfin.models.dense_head import DenseHead
 from tailfin.models.dense_ops import flatten_map
 from tailfin.models.detections import best_detections
-from tailfin.models.detector import Compared, Detections, Detector, Limits, Targets, reported, valid_cells
+from tailfin.models.detector import (
+    Compared,
+    Detections,
+    Detector,
+    Limits,
+    Targets,
+    known_classes,
+    reported,
+    valid_cells,
+)
 from tailfin.models.precision import in_float32
 from tailfin.models.roi_align import PyramidRoIAlign
 
@@ -160,7 +168,7 @@ class DenseDetector(Detector):
         logits = flat(outputs.logits, self.class_loss.num_logits)
         facts = self.facts(matched, targets)
         if self.normalizer != "picture":
-            rows = {name: value.flatten() for name, value in facts.items()}
+            rows = {name: value.flatten(0, 1) for name, value in facts.items()}
             return self._class_term(logits.flatten(0, 1), matched.labels.flatten(), divisor[0], rows)
         terms = [
             self._class_term(own, labels, by, {name: value[number] for name, value in facts.items()})
@@ -174,16 +182,20 @@ class DenseDetector(Detector):
         return self.class_loss(logits, labels, **facts) * ((labels >= 0).sum() / divisor)
 
     def facts(self, matched: Matched, targets: Targets) -> dict[str, Tensor]:
-        """What the loss asks to know about its rows, [B, N] each."""
-        wanted: dict[str, Tensor] = {}
+        """What the loss asks to know about its rows, [B, N] each, and the picture's known classes, [B, N, C]."""
+        wanted = known_classes(targets, [matched.labels.shape[1]] * len(targets))
+        wanted = {name: value.unflatten(0, matched.labels.shape) for name, value in wanted.items()}
         at = (matched.picture, matched.place)
         if "quality" in self.class_loss.row_facts:
             quality = paired_iou(self.decoded(matched).detach(), matched.boxes)
             wanted["quality"] = quality.new_zeros(matched.labels.shape).index_put_(at, quality)
         if "gt_index" in self.class_loss.row_facts:
-            counts = torch.tensor([len(target["boxes"]) for target in targets], device=matched.labels.device)
+            counts = torch.tensor([len(target["boxes"]) for target in targets]).to(matched.labels.device)
             objects = matched.objects + (counts.cumsum(0) - counts)[matched.picture]
             wanted["gt_index"] = torch.full_like(matched.labels, -1).index_put_(at, objects)
+        if "picture" in self.class_loss.row_facts:
+            pictures = torch.arange(len(matched.labels), device=matched.labels.device)
+            wanted["picture"] = pictures[:, None].expand_as(matched.labels)
         if "memory" in self.class_loss.row_facts:
             wanted["memory"] = torch.zeros_like(matched.labels, dtype=torch.bool)
         return wanted
@@ -195,7 +207,7 @@ class DenseDetector(Detector):
     def box_losses(self, matched: Matched, kind: str, beta: float = 0.0) -> Tensor:
         """[P] of each positive anchor: "giou" of the box, "l1" or "smooth_l1" summed over the deltas."""
         if kind == "giou":
-            return generalized_box_iou_loss(self.decoded(matched), matched.boxes)
+            return giou_loss(self.decoded(matched), matched.boxes)
         wanted = encode_deltas(matched.anchors, matched.boxes, self.stds)
         if kind == "l1":
             return F.l1_loss(matched.deltas, wanted, reduction="none").sum(dim=1)

@@ -52,15 +52,15 @@ class DenseHead(nn.Module):
             cast(Tensor, self.classifier.bias).copy_(bias.repeat(anchors))
 
     def forward(self, levels: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """Logits, deltas and quality per level, float32 under autocast too."""
+        """Logits, deltas and quality per level, computed in float32 under autocast too."""
         logits = [in_float32(self.classifier, self.class_tower(level)) for level in levels]
         deltas, quality = [], []
         for number, level in enumerate(levels):
             tower = self.box_tower(level)
-            found = self.box(tower).float()
+            found = in_float32(self.box, tower)
             deltas.append(found if self.scales is None else found * self.scales[number])
             if self.quality is not None:
-                quality.append(self.quality(tower).float())
+                quality.append(in_float32(self.quality, tower))
         return logits, deltas, quality
 
 

@@ -44,6 +44,17 @@ class Limits(NamedTuple):
         return self._replace(**{name: value for name, value in given.items() if value is not None})
 
 
+def known_classes(targets: Targets, rows: Sequence[int]) -> dict[str, Tensor]:
+    """`known`, bool [N, C]: the classes that were looked for in each row's picture, as `ClassificationLoss` takes them.
+
+    Nothing where the targets do not say. `rows` are counts per picture, one after another.
+    """
+    if not targets or "known" not in targets[0]:
+        return {}
+    own = [target["known"].expand(count, -1) for target, count in zip(targets, rows, strict=True)]
+    return {"known": torch.cat(own)}
+
+
 class Compared(NamedTuple):
     """What knowledge transfer compares between a student and its teacher on the same pictures."""
 
@@ -172,6 +183,10 @@ class Detector(nn.Module, ABC):
         An annotation that nothing is matched with is left out. Exemplars of step-wise learning are chosen by it.
         """
         raise UserError(f"{type(self).__name__} cannot say how sure it is of an annotation")
+
+    def boxes_only(self, outputs: Any, limits: Limits) -> Detections:
+        """`detections` without their masks, for a caller that does not want them."""
+        return self.detections(outputs, limits)
 
     def proposals(self, images: Sequence[Tensor], top: int, nms_iou: float) -> Detections:
         """Boxes [n, 4] of any class and scores [n] per picture, best first, n at most `top`, after NMS at `nms_iou`.

@@ -4,9 +4,9 @@
 
 for every decoder layer and for the encoder's proposals, each with a matching of its own. Boxes are (centre x, centre y,
 width, height) in fractions of the picture; box losses are sums over matched pairs, divided by the number of objects of
-all processes per process. The classification loss is any `ClassificationLoss`: its rows are the queries of a layer, the
-unmatched ones are background. One with `normalizer` among its `row_facts` gets the number of objects, as in focal
-loss; others keep their own mean over rows.
+all processes per process (`normalizer: process`: at least one for each, as released). The classification loss is any
+`ClassificationLoss`: its rows are the queries of a layer, the unmatched ones are background. One with `normalizer`
+among its `row_facts` gets the number of objects, as in focal loss; others keep their own mean over rows.
 
 Everything is worked out for all layers at once on the device; the matching costs go to the host in one transfer, where
 scipy solves the assignments.
@@ -26,10 +26,12 @@ from torchvision.ops import box_convert
 from tailfin.collectives import sum_over_ranks
 from tailfin.losses.base import ClassificationLoss
 from tailfin.losses.focal import Focal
+from tailfin.models.detector import known_classes
 from tailfin.schema.detectors import DeformableDETRConfig
 from tailfin.stats import ClassStats
 
 FOCAL_ALPHA, FOCAL_GAMMA = 0.25, 2.0  # of the matching cost and of the proposals' loss
+WORST = 1e9  # cost in the place of one that is no finite number
 
 
 class Outputs(NamedTuple):
@@ -41,7 +43,7 @@ class Outputs(NamedTuple):
     features: list[Tensor]  # per level [B, d, h, w]: outputs of `input_proj`
     masks: list[Tensor]  # per level bool [B, h, w]: True where the picture is, False on its padding
     sizes: Tensor  # [B, 4] width, height, width, height of the pictures in pixels
-    encoder_logits: Tensor | None = None  # [B, S, 1], of a two-stage detector
+    encoder_logits: Tensor | None = None  # [B, S, E] of a two-stage detector: the last one is that of a proposal
     encoder_boxes: Tensor | None = None  # [B, S, 4]
 
 
@@ -51,7 +53,6 @@ class Objects(NamedTuple):
     boxes: Tensor  # [B, M, 4], fractions; (0.5, 0.5, 1, 1) where there is none
     labels: Tensor  # int64 [B, M]
     counts: list[int]
-    first: Tensor  # int64 [B]: index of a picture's first object over the batch
 
 
 class Pairs(NamedTuple):
@@ -80,7 +81,9 @@ class SetCriterion(nn.Module):
         )
         self.costs = (config.class_cost, config.box_cost, config.giou_cost)
         self.auxiliary = config.auxiliary
-        self.proposal_loss = Focal(_one_class(), focal_alpha=FOCAL_ALPHA, focal_gamma=FOCAL_GAMMA)
+        self.one_per_process = config.normalizer == "process"
+        logits = 1 + (loss.num_classes if config.encoder_head == "classes" else 0)
+        self.proposal_loss = Focal(_blank(logits), focal_alpha=FOCAL_ALPHA, focal_gamma=FOCAL_GAMMA)
 
     def forward(self, outputs: Outputs, targets: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
         """Weighted losses: `loss_classifier`, `loss_box_l1`, `loss_giou` of the last layer, `loss_auxiliary` of the
@@ -93,13 +96,13 @@ class SetCriterion(nn.Module):
         proposals = None
         if outputs.encoder_logits is not None and outputs.encoder_boxes is not None:
             proposals = outputs.encoder_logits[None], outputs.encoder_boxes[None]
-            one_class = objects._replace(labels=torch.zeros_like(objects.labels))
+            one_class = objects._replace(labels=torch.full_like(objects.labels, outputs.encoder_logits.shape[2] - 1))
             costs.append(self.matching_cost(proposals[0].sigmoid(), proposals[1], one_class))
         matched = assign(costs, objects.counts)
 
-        total, ranks = sum_over_ranks(boxes.new_tensor(float(sum(objects.counts))), boxes.new_ones(()))
-        normalizer = total.clamp(min=1) / ranks
-        classes = self.classification(logits, objects, matched[0], normalizer)
+        total, ranks = sum_over_ranks(boxes.new_full((), sum(objects.counts)), boxes.new_ones(()))
+        normalizer = (total / ranks).clamp(min=1) if self.one_per_process else total.clamp(min=1) / ranks
+        classes = self.classification(logits, objects, matched[0], normalizer, targets)
         l1, giou = box_losses(boxes, objects, matched[0])
         losses = {
             "loss_classifier": self.class_weight * classes[-1],
@@ -113,9 +116,11 @@ class SetCriterion(nn.Module):
             )
         if proposals is not None:
             pairs = matched[1]
-            labels = torch.ones(proposals[0].shape[1:3], dtype=torch.int64, device=logits.device)
-            labels[pairs.picture, pairs.query] = 0
-            own = self.proposal_loss(proposals[0].reshape(-1, 1), labels.flatten(), normalizer=normalizer)
+            width = proposals[0].shape[3]
+            labels = torch.full(proposals[0].shape[1:3], width, device=logits.device)
+            labels[pairs.picture, pairs.query] = width - 1
+            rows = proposals[0].reshape(-1, width)
+            own = self.proposal_loss(rows, labels.flatten(), normalizer=normalizer, every_row=True)
             l1, giou = box_losses(proposals[1], objects, pairs)
             box_term = (self.box_weight * l1[0] + self.giou_weight * giou[0]) / normalizer
             losses["loss_encoder"] = self.class_weight * own + box_term
@@ -123,24 +128,36 @@ class SetCriterion(nn.Module):
 
     def scores(self, logits: Tensor) -> Tensor:
         """[..., K] logits to [..., C] foreground scores."""
-        return self.loss.scores(logits.flatten(0, -2)).unflatten(0, logits.shape[:-1])
+        return self.loss.scores(logits.flatten(0, -2)).reshape(*logits.shape[:-1], self.loss.num_classes)
 
-    def classification(self, logits: Tensor, objects: Objects, pairs: Pairs, normalizer: Tensor) -> list[Tensor]:
+    def classification(
+        self,
+        logits: Tensor,
+        objects: Objects,
+        pairs: Pairs,
+        normalizer: Tensor,
+        targets: Sequence[dict[str, Tensor]],
+    ) -> list[Tensor]:
         """The classification loss of every layer, without its weight."""
         layers, pictures, queries = logits.shape[:3]
         labels = torch.full((layers, pictures, queries), self.loss.num_classes, device=logits.device)
         labels[pairs.layer, pairs.picture, pairs.query] = objects.labels[pairs.picture, pairs.object]
-        keywords: dict[str, Tensor] = {"normalizer": normalizer} if "normalizer" in self.loss.row_facts else {}
+        keywords = known_classes(targets, [queries] * pictures)
+        if "normalizer" in self.loss.row_facts:
+            keywords["normalizer"] = normalizer
+        if "picture" in self.loss.row_facts:
+            keywords["picture"] = torch.arange(pictures, device=logits.device).repeat_interleave(queries)
         if "gt_index" in self.loss.row_facts:
             index = torch.full_like(labels, -1)
-            index[pairs.layer, pairs.picture, pairs.query] = objects.first[pairs.picture] + pairs.object
+            first = torch.tensor(np.cumsum([0, *objects.counts[:-1]]), device=logits.device)  # object of each picture
+            index[pairs.layer, pairs.picture, pairs.query] = first[pairs.picture] + pairs.object
         losses = []
         training = self.loss.training
         for layer in range(layers):
             if "gt_index" in self.loss.row_facts:
                 keywords["gt_index"] = index[layer].flatten()
             self.loss.train(training and layer == layers - 1)
-            losses.append(self.loss(logits[layer].flatten(0, 1), labels[layer].flatten(), **keywords))
+            losses.append(self.loss(logits[layer].flatten(0, 1), labels[layer].flatten(), every_row=True, **keywords))
         self.loss.train(training)
         return losses
 
@@ -171,14 +188,14 @@ class SetCriterion(nn.Module):
 def pad_objects(targets: Sequence[dict[str, Tensor]], sizes: Tensor) -> Objects:
     """Targets with boxes in pixels (xyxy) to `Objects`; sizes [B, 4] as in `Outputs`."""
     counts = [len(target["labels"]) for target in targets]
-    boxes = sizes.new_tensor([0.5, 0.5, 1.0, 1.0]).repeat(len(counts), max(counts), 1)
+    boxes = sizes.new_full((len(counts), max(counts), 4), 0.5)
+    boxes[..., 2:] = 1.0
     labels = torch.zeros(boxes.shape[:2], dtype=torch.int64, device=sizes.device)
     for row, target in enumerate(targets):
         if counts[row]:
             boxes[row, : counts[row]] = box_convert(target["boxes"].float(), "xyxy", "cxcywh") / sizes[row]
             labels[row, : counts[row]] = target["labels"]
-    first = torch.tensor(np.cumsum([0, *counts[:-1]]), device=sizes.device)
-    return Objects(boxes, labels, counts, first)
+    return Objects(boxes, labels, counts)
 
 
 def assign(costs: Sequence[Tensor], counts: Sequence[int]) -> list[Pairs]:
@@ -186,7 +203,9 @@ def assign(costs: Sequence[Tensor], counts: Sequence[int]) -> list[Pairs]:
 
     Pairs are sorted by layer, picture and query. One transfer to the host serves all of them, and one goes back.
     """
+    # a network that has diverged: pairs of any kind, and losses that are not finite, which the engine explains
     flat = torch.cat([cost.flatten() for cost in costs]).cpu().numpy()
+    np.nan_to_num(flat, copy=False, nan=WORST, posinf=WORST, neginf=-WORST)
     found, offset = [], 0
     for cost in costs:
         layers, _, queries, width = cost.shape
@@ -224,5 +243,6 @@ def giou(boxes: Tensor, others: Tensor) -> Tensor:
     return inner / union.clamp(min=1e-12) - (outer - union) / outer.clamp(min=1e-12)
 
 
-def _one_class() -> ClassStats:
-    return ClassStats(image_count=np.ones(1), instance_count=np.ones(1), num_images=1)
+def _blank(classes: int) -> ClassStats:
+    """Counts that mean nothing, for a loss that does not look at them."""
+    return ClassStats(image_count=np.ones(classes), instance_count=np.ones(classes), num_images=1)

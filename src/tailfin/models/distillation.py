@@ -24,7 +24,11 @@ from tailfin.losses.base import at_least_float32
 
 
 def box_masks(
-    boxes: Sequence[Tensor], size: tuple[int, int] | torch.Size, valid: Tensor | None = None, rounding: str = "outer"
+    boxes: Sequence[Tensor],
+    size: tuple[int, int] | torch.Size,
+    valid: Tensor | None = None,
+    rounding: str = "outer",
+    wanted: Tensor | None = None,
 ) -> Tensor:
     """Union of each picture's boxes on a grid, bool [B, h, w].
 
@@ -34,12 +38,13 @@ def box_masks(
         valid: bool [B, h, w], cells of the picture itself; boxes are scaled to that part. None: the whole grid.
         rounding: "outer" covers every cell that a box touches. "released" is the released code's: the left edge and
             the right one are rounded down, the top and the bottom up, and boxes are scaled to the padded grid.
+        wanted: bool [sum M], which boxes count, pictures one after another; None: all.
     """
     height, width = int(size[0]), int(size[1])
     device = boxes[0].device
-    count = [len(own) for own in boxes]
-    image = torch.arange(len(boxes), device=device).repeat_interleave(torch.tensor(count, device=device))
-    scale = torch.tensor([width, height, width, height], device=device).expand(len(boxes), 4)
+    image = torch.cat([own.new_full((len(own),), row, dtype=torch.int64) for row, own in enumerate(boxes)])
+    scale = torch.full((len(boxes), 4), width, device=device)
+    scale[:, 1::2] = height
     if valid is not None and rounding != "released":
         across, down = valid.any(1).sum(1), valid.any(2).sum(1)
         scale = torch.stack([across, down, across, down], dim=1)
@@ -52,7 +57,8 @@ def box_masks(
     )
     left, right = left.clamp(0, width).long(), right.clamp(0, width).long()
     top, bottom = top.clamp(0, height).long(), bottom.clamp(0, height).long()
-    solid = ((right > left) & (bottom > top)).int()
+    solid = (right > left) & (bottom > top)
+    solid = (solid if wanted is None else solid & wanted).int()
     # each box adds one inside itself: +1 and -1 at its corners, summed along both axes
     corners = torch.zeros((len(boxes), height + 1, width + 1), dtype=torch.int32, device=device)
     for rows, columns, sign in ((top, left, 1), (top, right, -1), (bottom, left, -1), (bottom, right, 1)):

@@ -25,8 +25,10 @@ from tailfin.models.detector import Compared, Detections, Detector, Limits, Targ
 from tailfin.models.features.base import FeatureModule, Rows
 from tailfin.models.heads import box_heads
 from tailfin.models.heads.roi_heads import RoIHeads
+from tailfin.models.images import size_limits
 from tailfin.models.precision import in_float32
 from tailfin.models.roi_align import PyramidRoIAlign
+from tailfin.models.row_sampling import Proposals
 from tailfin.models.rpn import RPN, Float32Anchors, Float32RPNHead, ResamplingRPN, RPNOutputs
 from tailfin.samplers.nms_resampling import THRESHOLDS
 from tailfin.schema.detectors import FasterRCNNConfig
@@ -41,7 +43,7 @@ class Outputs(NamedTuple):
     image_sizes: list[tuple[int, int]]  # (height, width) without padding
     features: dict[str, Tensor]  # the pyramid's levels [B, channels, h, w]
     rpn: RPNOutputs
-    proposals: list[Tensor]  # per image [n, 4], best first
+    proposals: Proposals | list[Tensor]  # of the first stage; in evaluation the last boxes, per image [n, 4]
     logits: Tensor | None = None  # [N, num_logits], in evaluation: training samples among the proposals first
     deltas: Tensor | None = None  # [N, 4] or [N, 4 C]
 
@@ -79,10 +81,11 @@ class FasterRCNN(Detector):
 
     def from_features(self, features: dict[str, Tensor], batch: ImageList, targets: Targets | None = None) -> Outputs:
         """`outputs` from the pyramid's features of a batch on, for what has them already."""
-        raw, proposals, _ = self.rpn(batch, features, targets)
+        raw, proposals = self.rpn(batch, features, targets)
         if self.training:
             return Outputs(batch.image_sizes, features, raw, proposals)
-        return Outputs(batch.image_sizes, features, raw, *self.second_stage(features, proposals, batch.image_sizes))
+        boxes, _ = proposals.split()
+        return Outputs(batch.image_sizes, features, raw, *self.second_stage(features, boxes, batch.image_sizes))
 
     def second_stage(
         self, features: dict[str, Tensor], proposals: list[Tensor], image_sizes: list[tuple[int, int]]
@@ -111,7 +114,7 @@ class FasterRCNN(Detector):
         return {name: self.rpn_loss_weight * value for name, value in self.rpn.losses(raw, targets).items()}
 
     def detections(self, outputs: Outputs, limits: Limits) -> Detections:
-        if outputs.logits is None or outputs.deltas is None:
+        if outputs.logits is None or outputs.deltas is None or not isinstance(outputs.proposals, list):
             raise ValueError("detections are made of outputs in evaluation mode")
         scores = reported(self, self.loss.scores(outputs.logits))
         return self.roi_heads.detect(scores, outputs.deltas, outputs.proposals, outputs.image_sizes, limits)
@@ -157,9 +160,9 @@ class FasterRCNN(Detector):
         """Scores of the proposal that overlaps each annotation most."""
         batch = self.batch(images)
         features = self.backbone(batch.tensors)
-        _, proposals, _ = self.rpn(batch, features)
+        boxes, _ = self.rpn(batch, features)[1].split()
         chosen, place, start = [], [], 0
-        for own, target in zip(proposals, targets, strict=True):
+        for own, target in zip(boxes, targets, strict=True):
             count = len(target["boxes"]) if len(own) else 0
             best = box_iou(target["boxes"], own).argmax(1) if count else own.new_zeros(0, dtype=torch.int64)
             chosen.append(own[best])
@@ -172,7 +175,7 @@ class FasterRCNN(Detector):
         """Boxes and objectness of the RPN, after NMS over all levels; more of them than the recipe keeps, if asked."""
         batch = self.batch(images)
         raw = self.rpn.outputs(batch, self.backbone(batch.tensors))
-        boxes, scores = self.rpn.propose_more(raw, batch.image_sizes, 2 * top, nms_iou)
+        boxes, scores = self.rpn.propose_more(raw, batch.image_sizes, 2 * top, nms_iou).split()
         results = []
         for own, value in zip(boxes, scores, strict=True):
             keep = nms(own, value, nms_iou)[:top]
@@ -186,11 +189,11 @@ class FasterRCNN(Detector):
         batch = self.batch(images)
         features = self.backbone(batch.tensors)
         self.train(self.training)
-        raw, proposals, _ = self.rpn(batch, features, targets)
+        raw, proposals = self.rpn(batch, features, targets)
         self.rpn.losses(raw, targets)  # its draws come before those of the rows, as in a training step
         heads = self.roi_heads
         rows = heads.sample(proposals, targets)
-        return heads.head(heads.pool(features, rows.boxes, batch.image_sizes)), rows.labels
+        return heads.head(heads.pool(features, rows.boxes, batch.image_sizes, rows.places)), rows.labels
 
     def pooler(self, images: Sequence[Tensor]) -> tuple[Callable[[list[Tensor]], Tensor], list[tuple[int, int]]]:
         """A function from boxes per image to pooled features [N, channels, size, size], and the images' sizes."""
@@ -208,11 +211,11 @@ class FasterRCNN(Detector):
         teacher = cast(FasterRCNN, teacher)
         batch = self.batch(images)
         features = self.backbone(batch.tensors)
-        raw, proposals, _ = self.rpn(batch, features, targets)
+        raw, proposals = self.rpn(batch, features, targets)
         rpn = self.rpn_losses(raw, targets)
         heads, sizes = self.roi_heads, batch.image_sizes
         rows = heads.sample(proposals, targets)
-        own = heads.head(heads.pool(features, rows.boxes, sizes))
+        own = heads.head(heads.pool(features, rows.boxes, sizes, rows.places))
         losses = {**self.row_losses(features, rows, sizes, targets, own), **rpn}
         pyramid = any(p.requires_grad for p in self.backbone.parameters())
         trunk = pyramid or any(p.requires_grad for p in heads.head.parameters())
@@ -223,10 +226,10 @@ class FasterRCNN(Detector):
             # where nothing below the classifier trains, both have the same features
             theirs = own.detach()
             if trunk:
-                theirs = teacher.roi_heads.head(teacher.roi_heads.pool(taught, rows.boxes, sizes))
+                theirs = teacher.roi_heads.head(teacher.roi_heads.pool(taught, rows.boxes, sizes, rows.places))
             wanted = in_float32(teacher.roi_heads.predictor.cls_score, theirs)
         logits = in_float32(heads.predictor.cls_score, theirs if shared else own)
-        scale = torch.tensor([[size[1], size[0]] * 2 for size in sizes], device=own.device).float()
+        scale = size_limits(sizes, own.device)
         levels = list(features.values()) if pyramid else []
         valid = [valid_cells(level.shape[-2:], batch.tensors.shape[-2:], scale) for level in levels]
         maps = list(taught.values()) if pyramid else []
@@ -237,10 +240,8 @@ class FasterRCNN(Detector):
         head's; the same in every call."""
         batch = self.batch(images)
         features = self.backbone(batch.tensors)
-        raw, found, _ = self.rpn(batch, features)
-        drawn = [
-            random_boxes(self.num_proposals, size).to(own) for own, size in zip(found, batch.image_sizes, strict=True)
-        ]
+        raw, found = self.rpn(batch, features)
+        drawn = [random_boxes(self.num_proposals, size).to(found.boxes) for size in batch.image_sizes]
         boxes, logits, deltas = self.second_stage(features, drawn, batch.image_sizes)
         generator = torch.Generator().manual_seed(0)
         noise = LOGIT_SPREAD * torch.randn(logits.shape, generator=generator)
@@ -272,7 +273,7 @@ def build_faster_rcnn(
     channels_last: bool = False,
 ) -> FasterRCNN:
     """Assemble the detector; the classifier's width and bias come from `loss`."""
-    rpn = build_rpn(config, stats, backbone.out_channels)
+    rpn = build_rpn(config, stats, backbone)
     roi_heads = build_box_head(backbone, loss, config, limits, stats)
     return FasterRCNN(backbone, rpn, roi_heads, **options_of(config, limits, channels_last))
 
@@ -287,11 +288,14 @@ def options_of(config: FasterRCNNConfig, limits: Limits, channels_last: bool) ->
     }
 
 
-def build_rpn(config: FasterRCNNConfig, stats: ClassStats, channels: int) -> RPN:
-    """The region proposal network on levels of `channels`."""
+def build_rpn(config: FasterRCNNConfig, stats: ClassStats, backbone: Backbone) -> RPN:
+    """The region proposal network on the pyramid."""
+    exact = config.anchor_style == "exact"
     anchors = Float32Anchors(
         sizes=tuple((size,) for size in config.anchor_sizes),
         aspect_ratios=(tuple(config.anchor_ratios),) * len(config.anchor_sizes),
+        exact=exact,
+        strides=backbone.level_strides if exact else None,
     )
     rpn_kind: Callable[..., RPN] = RPN
     if config.rpn_nms_resampling != "none":
@@ -299,7 +303,7 @@ def build_rpn(config: FasterRCNNConfig, stats: ClassStats, channels: int) -> RPN
         rpn_kind = partial(ResamplingRPN, stats, scheme=config.rpn_nms_resampling, thresholds=thresholds)
     return rpn_kind(
         anchors,
-        Float32RPNHead(channels, anchors.num_anchors_per_location()[0]),
+        Float32RPNHead(backbone.out_channels, anchors.num_anchors_per_location()[0]),
         fg_iou_thresh=config.rpn_fg_iou,
         bg_iou_thresh=config.rpn_bg_iou,
         batch_size_per_image=config.rpn_batch,
@@ -307,6 +311,9 @@ def build_rpn(config: FasterRCNNConfig, stats: ClassStats, channels: int) -> RPN
         pre_nms_top_n=dict(zip(("training", "testing"), config.rpn_pre_nms, strict=True)),
         post_nms_top_n=dict(zip(("training", "testing"), config.rpn_post_nms, strict=True)),
         nms_thresh=config.rpn_nms,
+        box_loss=config.rpn_box_loss,
+        min_pos_iou=config.rpn_min_pos_iou,
+        low_quality=config.rpn_low_quality,
     )
 
 
@@ -328,11 +335,11 @@ def build_box_head(
         "box_loss_weight": config.box_loss_weight,
         "limits": limits,
     }
-    pool = pyramid_pool(backbone, config.roi_size, config.roi_sampling)
+    pool = pyramid_pool(backbone, config, config.roi_size)
     return box_heads(config, loss, stats, pool, backbone.out_channels, **{**own, **options})
 
 
-def pyramid_pool(backbone: Backbone, size: int, sampling: int) -> PyramidRoIAlign:
-    """RoIAlign on the levels of the pyramid that come from the body."""
+def pyramid_pool(backbone: Backbone, config: FasterRCNNConfig, size: int) -> PyramidRoIAlign:
+    """RoIAlign to `size` bins on the levels of the pyramid that come from the body."""
     strides = backbone.strides
-    return PyramidRoIAlign(list(strides), list(strides.values()), size, sampling)
+    return PyramidRoIAlign(list(strides), list(strides.values()), size, config.roi_sampling, config.roi_aligned)

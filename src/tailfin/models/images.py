@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torchvision.models.detection.image_list import ImageList
+
+from tailfin.models.constants import constant
 
 MEAN = (0.485, 0.456, 0.406)  # of ImageNet's pictures, RGB in 0..1
 STD = (0.229, 0.224, 0.225)
@@ -30,7 +33,7 @@ def batch_images(
     width = -(-max(size[1] for size in sizes) // divisor) * divisor
     device = images[0].device
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    own_mean, own_std = (torch.tensor(values, device=device)[:, None, None] for values in (mean, std))
+    own_mean, own_std = (constant(values, device)[:, None, None] for values in (mean, std))
     if all(size == (height, width) for size in sizes):
         batch = _normalise(torch.stack(list(images)), own_mean, own_std).contiguous(memory_format=layout)
     else:
@@ -38,6 +41,17 @@ def batch_images(
         for row, image in zip(batch, images, strict=True):
             row[:, : image.shape[-2], : image.shape[-1]] = _normalise(image, own_mean, own_std)
     return ImageList(batch, sizes)
+
+
+def size_limits(image_sizes: Sequence[tuple[int, int]], device: torch.device) -> Tensor:
+    """float32 [B, 4]: the largest x, y, x, y of boxes in pictures of (height, width)."""
+    return on_device([[width, height, width, height] for height, width in image_sizes], device)
+
+
+def on_device(values: Any, device: torch.device) -> Tensor:
+    """float32 numbers of the host as a tensor of `device`, without waiting for it."""
+    made = torch.tensor(values, dtype=torch.float32)
+    return (made.pin_memory() if device.type == "cuda" else made).to(device, non_blocking=True)
 
 
 def _normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:

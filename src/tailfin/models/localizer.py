@@ -15,17 +15,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.models.detection._utils import BoxCoder, Matcher
+from torchvision.models.detection._utils import BoxCoder
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import TwoMLPHead
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.rpn import RPNHead, concat_box_prediction_layers
-from torchvision.ops import box_iou, clip_boxes_to_image, generalized_box_iou_loss, nms
+from torchvision.ops import clip_boxes_to_image, nms
 
+from tailfin.models.assigners import BACKGROUND, giou_loss, max_iou_batch, pad_boxes, paired_iou
 from tailfin.models.backbones import Backbone
 from tailfin.models.detector import Detections, Detector, Limits, Targets
+from tailfin.models.images import size_limits
 from tailfin.models.precision import in_float32
-from tailfin.models.roi_align import PyramidRoIAlign
+from tailfin.models.roi_align import Places, PyramidRoIAlign
+from tailfin.models.row_sampling import Proposals, chosen_rows
 from tailfin.models.rpn import Float32Anchors, Float32RPNHead
 from tailfin.schema.detectors import LocalizerConfig
 
@@ -40,9 +43,8 @@ class Outputs(NamedTuple):
     features: dict[str, Tensor]
     logits: Tensor  # [B, A] centerness
     decoded: Tensor  # [B, A, 4] boxes
-    anchors: list[Tensor]  # per picture [A, 4]
-    boxes: list[Tensor]  # per picture the best [n, 4]
-    centerness: list[Tensor]  # and theirs, in 0..1 [n]
+    anchors: Tensor  # [A, 4]
+    best: Proposals  # per picture the boxes of highest centerness; its scores are theirs, in 0..1
 
 
 class Localizer(Detector):
@@ -71,16 +73,15 @@ class Localizer(Detector):
         batch = self.batch(images)
         features = self.backbone(batch.tensors)
         logits, decoded, anchors = self.rpn(batch, features)
-        boxes, centerness = self.rpn.best(logits, decoded, batch.image_sizes)
-        return Outputs(batch.image_sizes, features, logits, decoded, anchors, boxes, centerness)
+        best = self.rpn.best(logits, decoded, batch.image_sizes)
+        return Outputs(batch.image_sizes, features, logits, decoded, anchors, best)
 
     def losses(self, outputs: Outputs, targets: Targets) -> dict[str, Tensor]:
-        truth = [target["boxes"] for target in targets]
-        first = self.rpn.losses(outputs.logits, outputs.decoded, outputs.anchors, truth)
-        return {**first, **self.roi_heads.losses(outputs.features, outputs.boxes, truth, outputs.image_sizes)}
+        first = self.rpn.losses(outputs.logits, outputs.decoded, outputs.anchors, targets)
+        return {**first, **self.roi_heads.losses(outputs.features, outputs.best, targets, outputs.image_sizes)}
 
     def detections(self, outputs: Outputs, limits: Limits) -> Detections:
-        return self.roi_heads.detect(outputs.features, outputs.boxes, outputs.centerness, outputs.image_sizes, limits)
+        return self.roi_heads.detect(outputs.features, outputs.best, outputs.image_sizes, limits)
 
     def proposals(self, images: Sequence[Tensor], top: int, nms_iou: float) -> Detections:
         """Its detections are proposals."""
@@ -103,8 +104,7 @@ class Localizer(Detector):
 class CenternessRPN(nn.Module):
     """One anchor per cell, its centerness for the object it belongs to, and a box.
 
-    `rpn(batch, features)` returns the centerness logits [B, A] and boxes [B, A, 4] of all anchors, and these per
-    picture [A, 4].
+    `rpn(batch, features)` returns the centerness logits [B, A] and boxes [B, A, 4] of all anchors, and these [A, 4].
     """
 
     def __init__(
@@ -122,55 +122,54 @@ class CenternessRPN(nn.Module):
         super().__init__()
         self.head = head
         self.anchors = anchors
-        self.matcher = Matcher(fg_iou, min(fg_iou, BACKGROUND_IOU), allow_low_quality_matches=True)
+        self.fg_iou = fg_iou
         self.background = background
         self.coder = BoxCoder((1.0, 1.0, 1.0, 1.0))
         self.batch, self.proposals = batch, proposals
         self.centerness_weight, self.box_weight = centerness_weight, box_weight
 
-    def forward(self, images: ImageList, features: dict[str, Tensor]) -> tuple[Tensor, Tensor, list[Tensor]]:
+    def forward(self, images: ImageList, features: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         levels = list(features.values())
         logits, deltas = self.head(levels)
-        anchors = self.anchors(images, levels)
+        batch, anchors = len(levels[0]), self.anchors(images, levels)[0]
         logits, deltas = concat_box_prediction_layers(logits, deltas)  # [B * A, 1], [B * A, 4]
-        decoded = self.coder.decode_single(deltas, torch.cat(anchors)).view(len(anchors), -1, 4)
-        return logits.view(len(anchors), -1), decoded, anchors
+        decoded = self.coder.decode_single(deltas, anchors.repeat(batch, 1)).view(batch, -1, 4)
+        return logits.view(batch, -1), decoded, anchors
 
     @torch.no_grad()
-    def best(
-        self, logits: Tensor, decoded: Tensor, image_sizes: list[tuple[int, int]]
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """Per picture the boxes [n, 4] of highest centerness, without suppression, and their centerness in 0..1 [n]."""
-        boxes, scores = [], []
+    def best(self, logits: Tensor, decoded: Tensor, image_sizes: list[tuple[int, int]]) -> Proposals:
+        """The boxes of highest centerness of every picture, without suppression."""
         best, rows = logits.topk(min(self.proposals, logits.shape[1]), dim=1)
-        for own, row, value, size in zip(decoded, rows, best, image_sizes, strict=True):
-            found = clip_boxes_to_image(own[row], size)
-            solid = ((found[:, 2:] - found[:, :2]) >= MIN_SIDE).all(dim=1)
-            boxes.append(found[solid])
-            scores.append(value[solid].sigmoid())
-        return boxes, scores
+        boxes = decoded.gather(1, rows[..., None].expand(-1, -1, 4))
+        boxes = torch.minimum(boxes.clamp(min=0), size_limits(image_sizes, boxes.device)[:, None])
+        solid = ((boxes[..., 2:] - boxes[..., :2]) >= MIN_SIDE).all(dim=2)
+        return Proposals(boxes, best.sigmoid(), solid)
 
-    def losses(self, logits: Tensor, boxes: Tensor, anchors: list[Tensor], truth: list[Tensor]) -> dict[str, Tensor]:
+    def losses(self, logits: Tensor, boxes: Tensor, anchors: Tensor, targets: Targets) -> dict[str, Tensor]:
         """L1 on the centerness and the generalised-IoU loss on the box, over sampled anchors near an object.
 
         Args:
             logits: [B, A].
             boxes: decoded, [B, A, 4].
-            anchors, truth: per picture [A, 4] and [M, 4].
+            anchors: [A, 4].
         """
-        logits_near, boxes_near, wanted, centres, matched = [], [], [], [], []
-        for number, (own, objects) in enumerate(zip(anchors, truth, strict=True)):
-            rows, match = sampled_matches(own, objects, self.matcher, self.batch, self.background)
-            logits_near.append(logits[number, rows])
-            boxes_near.append(boxes[number, rows])
-            wanted.append(_objects(objects.to(own), match))
-            centres.append((own[rows, :2] + own[rows, 2:]) / 2)
-            matched.append(match >= 0)
-        foreground, objects = torch.cat(matched), torch.cat(wanted)
-        target = torch.where(foreground, centerness(torch.cat(centres), objects), 0.0)
-        centerness_loss = F.l1_loss(torch.cat(logits_near).sigmoid(), target, reduction="sum") / max(len(target), 1)
-        near = torch.cat(boxes_near)[foreground]
-        box_loss = generalized_box_iou_loss(near, objects[foreground], reduction="sum") / max(len(near), 1)
+        truth, real = pad_boxes([target["boxes"] for target in targets], anchors.device, anchors.dtype)
+        counts = [len(target["boxes"]) for target in targets]
+        lower = min(self.fg_iou, BACKGROUND_IOU)
+        assigned = max_iou_batch(anchors, truth, real, self.fg_iou, lower, keep_owner=True, counts=counts)
+        index, drawn = sample_near(assigned, real.any(dim=1), self.batch, self.background)
+        owner = assigned.gather(1, index)
+        corners = (-1, -1, 4)
+        objects = truth.gather(1, owner.clamp(min=0)[..., None].expand(corners))
+        foreground = drawn & (owner >= 0)
+        own = anchors[index]
+        target = torch.where(foreground, centerness((own[..., :2] + own[..., 2:]) / 2, objects), 0.0)
+        apart = (logits.gather(1, index).sigmoid() - target).abs()
+        near = boxes.gather(1, index[..., None].expand(corners))
+        near = torch.where(foreground[..., None], near, own)  # whatever has no object must not give NaN
+        objects = torch.where(foreground[..., None], objects, own)
+        box_loss = torch.where(foreground, giou_loss(near, objects), 0.0).sum() / foreground.sum().clamp(min=1)
+        centerness_loss = torch.where(drawn, apart, 0.0).sum() / drawn.sum().clamp(min=1)
         return {
             "loss_centerness": self.centerness_weight * centerness_loss,
             "loss_rpn_box_reg": self.box_weight * box_loss,
@@ -200,53 +199,66 @@ class IoUHead(nn.Module):
         for layer, deviation in ((self.iou, 0.01), (self.box, 0.001)):
             nn.init.normal_(layer.weight, std=deviation)
             nn.init.zeros_(layer.bias)
-        self.matcher = Matcher(fg_iou, fg_iou, allow_low_quality_matches=False)
+        self.fg_iou = fg_iou
         self.coder = BoxCoder((10.0, 10.0, 5.0, 5.0))
         self.background = background
         self.batch = batch
         self.iou_weight, self.box_weight = iou_weight, box_weight
 
     def predict(
-        self, features: dict[str, Tensor], boxes: list[Tensor], image_sizes: list[tuple[int, int]]
+        self,
+        features: dict[str, Tensor],
+        boxes: list[Tensor],
+        image_sizes: list[tuple[int, int]],
+        places: Places | None = None,
     ) -> tuple[Tensor, Tensor]:
         """IoU in 0..1 [N] and deltas [N, 4] of all boxes, images one after another, in float32."""
-        shared = self.head(self.pool(features, boxes, image_sizes))
+        shared = self.head(self.pool(features, boxes, image_sizes, places))
         return in_float32(self.iou, shared).sigmoid().squeeze(1), in_float32(self.box, shared)
 
     def losses(
         self,
         features: dict[str, Tensor],
-        boxes: list[Tensor],
-        truth: list[Tensor],
+        proposals: Proposals,
+        targets: Targets,
         image_sizes: list[tuple[int, int]],
     ) -> dict[str, Tensor]:
         """L1 on the IoU and on the deltas, over sampled proposals (and the objects themselves) near an object."""
-        near, wanted, matched = [], [], []
         with torch.no_grad():
-            for own, objects in zip(boxes, truth, strict=True):
-                objects = objects.to(own)
-                own = torch.cat([own, objects])
-                rows, match = sampled_matches(own, objects, self.matcher, self.batch, self.background)
-                near.append(own[rows])
-                wanted.append(_objects(objects, match))
-                matched.append(match >= 0)
-            every, found, foreground = torch.cat(near), torch.cat(wanted), torch.cat(matched)
-            overlap = torch.where(foreground, paired_iou(every, found), 0.0)
-            deltas_wanted = self.coder.encode_single(found[foreground], every[foreground])
-        scores, deltas = self.predict(features, near, image_sizes)
+            given = proposals.boxes
+            truth, real = pad_boxes([target["boxes"] for target in targets], given.device, given.dtype)
+            counts = [len(target["boxes"]) for target in targets]
+            boxes, there = torch.cat([given, truth], 1), torch.cat([proposals.valid, real], 1)
+            assigned = max_iou_batch(boxes, truth, real, self.fg_iou, self.fg_iou, low_quality=False, counts=counts)
+            assigned = torch.where(there, assigned, BACKGROUND - 1)
+            index, drawn = sample_near(assigned, real.any(dim=1), self.batch, self.background)
+            picture = torch.arange(len(boxes), device=boxes.device)[:, None].expand_as(index)
+            own = boxes.gather(1, index[..., None].expand(-1, -1, 4))
+            levels = len(self.pool.featmap_names)
+            chosen = chosen_rows(drawn, picture, len(boxes), self.pool.levels(own), levels)
+            every, picture = own.flatten(0, 1)[chosen.rows], picture.flatten()[chosen.rows]
+            owner = assigned[picture, index.flatten()[chosen.rows]]
+            foreground = owner >= 0
+            objects = torch.where(foreground[:, None], truth[picture, owner.clamp(min=0)], every)
+            overlap = torch.where(foreground, paired_iou(every, objects), 0.0)
+            wanted = self.coder.encode_single(objects, every)
+        near = list(every.split(chosen.per_picture))
+        scores, deltas = self.predict(features, near, image_sizes, Places(picture, chosen.per_level))
         iou_loss = F.l1_loss(scores, overlap, reduction="sum") / max(len(every), 1)
-        box_loss = F.l1_loss(deltas[foreground], deltas_wanted, reduction="sum") / max(len(deltas_wanted), 1)
+        distance = torch.where(foreground[:, None], (deltas - wanted).abs(), 0.0).sum()
+        box_loss = distance / foreground.sum().clamp(min=1)
         return {"loss_iou": self.iou_weight * iou_loss, "loss_box_reg": self.box_weight * box_loss}
 
     def detect(
         self,
         features: dict[str, Tensor],
-        boxes: list[Tensor],
-        centerness: list[Tensor],
+        proposals: Proposals,
         image_sizes: list[tuple[int, int]],
         limits: Limits,
     ) -> list[dict[str, Tensor]]:
         """Refined boxes, scored by sqrt(centerness x IoU), after NMS."""
+        boxes = [own[valid] for own, valid in zip(proposals.boxes, proposals.valid, strict=True)]
+        centerness = [own[valid] for own, valid in zip(proposals.scores, proposals.valid, strict=True)]
         scores, deltas = self.predict(features, boxes, image_sizes)
         counts = [len(own) for own in boxes]
         found = self.coder.decode_single(deltas, torch.cat(boxes)).split(counts)
@@ -262,50 +274,39 @@ class IoUHead(nn.Module):
         return results
 
 
-def sampled_matches(
-    boxes: Tensor, objects: Tensor, matcher: Matcher, most: int, background: float = 0.0
-) -> tuple[Tensor, Tensor]:
-    """At most `most` rows of `boxes`, drawn at random: those that match an object, and for every share 1 - `background`
-    of them a share `background` that match none. Returns rows and the object of each, -1 for none.
+@torch.no_grad()
+def sample_near(assigned: Tensor, some: Tensor, most: int, background: float = 0.0) -> tuple[Tensor, Tensor]:
+    """At most `most` rows of every picture, drawn at random: those that have an object, and for every share 1 -
+    `background` of them a share `background` that have none.
+
+    Args:
+        assigned: int64 [B, N], of each row the object, -1 for none, below for rows that are not drawn.
+        some: bool [B], whether the picture has objects.
+
+    Returns:
+        int64 [B, S] rows and bool [B, S], which of them are drawn.
     """
-    if len(objects):
-        match = matcher(box_iou(objects.to(boxes), boxes))
-    else:
-        match = torch.full((len(boxes),), Matcher.BELOW_LOW_THRESHOLD, dtype=torch.int64, device=boxes.device)
-    near = _some(torch.where(match >= 0)[0], most if background == 0 else round(most * (1 - background)))
+    keys = torch.rand(assigned.shape, device=assigned.device)
+    rows = assigned.shape[1]
+    near_most = min(rows, most if background == 0 else round(most * (1 - background)))
+    key, near = torch.where(assigned >= 0, keys, -1.0).topk(near_most, dim=1)
+    found = key >= 0
     if background == 0:
-        return near, match[near]
-    ratio = background / (1 - background)
-    count = round(min(ratio * len(near), most - len(near))) if len(objects) else round(most * background)
-    rows = torch.cat([near, _some(torch.where(match == Matcher.BELOW_LOW_THRESHOLD)[0], count)])
-    return rows, match[rows]
-
-
-def _some(rows: Tensor, most: int) -> Tensor:
-    return rows if len(rows) <= most else rows[torch.randperm(len(rows), device=rows.device)[:most]]
-
-
-def _objects(objects: Tensor, match: Tensor) -> Tensor:
-    """The object of each row [N, 4]; rows without one get any box."""
-    if len(objects) == 0:
-        return objects.new_zeros((len(match), 4))
-    return objects[match.clamp(min=0)]
+        return near, found
+    count = found.sum(1)
+    share = torch.minimum(background / (1 - background) * count, most - count).round()
+    share = torch.where(some, share, round(most * background))
+    key, far = torch.where(assigned == BACKGROUND, keys, -1.0).topk(min(rows, most), dim=1)
+    taken = (key >= 0) & (torch.arange(far.shape[1], device=far.device) < share[:, None])
+    return torch.cat([near, far], dim=1), torch.cat([found, taken], dim=1)
 
 
 def centerness(points: Tensor, boxes: Tensor) -> Tensor:
-    """1 in the middle of a box, 0 at its border and outside: sqrt of the ratios of opposite distances; [N] of [N, 2]
-    points and their boxes [N, 4]."""
-    before, after = (points - boxes[:, :2]).clamp(min=0), (boxes[:, 2:] - points).clamp(min=0)
+    """1 in the middle of a box, 0 at its border and outside: sqrt of the ratios of opposite distances; [...] of
+    [..., 2] points and their boxes [..., 4]."""
+    before, after = (points - boxes[..., :2]).clamp(min=0), (boxes[..., 2:] - points).clamp(min=0)
     ratio = torch.minimum(before, after) / torch.maximum(before, after).clamp(min=1e-6)
-    return ratio.prod(dim=1).sqrt()
-
-
-def paired_iou(first: Tensor, second: Tensor) -> Tensor:
-    """IoU [N] of boxes [N, 4] row by row."""
-    low, high = torch.maximum(first[:, :2], second[:, :2]), torch.minimum(first[:, 2:], second[:, 2:])
-    shared = (high - low).clamp(min=0).prod(dim=1)
-    areas = (first[:, 2:] - first[:, :2]).prod(dim=1) + (second[:, 2:] - second[:, :2]).prod(dim=1)
-    return shared / (areas - shared).clamp(min=1e-6)
+    return ratio.prod(dim=-1).sqrt()
 
 
 def build_localizer(backbone: Backbone, config: LocalizerConfig, *, channels_last: bool = False) -> Localizer:

@@ -166,7 +166,9 @@ def paste_masks(probs: Tensor, boxes: Tensor, image_size: tuple[int, int], style
 def clip_boxes(boxes: Tensor, image_size: tuple[int, ...]) -> Tensor:
     """[N, 4] xyxy boxes within [0, W] x [0, H], as a new tensor; `image_size` is (H, W)."""
     height, width = image_size
-    return torch.minimum(boxes.clamp(min=0), boxes.new_tensor([width, height, width, height]))
+    left, top, right, bottom = boxes.unbind(-1)  # numbers of the host: a device would wait for a tensor of them
+    left, right = left.clamp(0, width), right.clamp(0, width)
+    return torch.stack([left, top.clamp(0, height), right, bottom.clamp(0, height)], dim=-1)
 
 
 # ---- targets ---------------------------------------------------------------------------------------------------------

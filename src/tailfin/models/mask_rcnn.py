@@ -62,6 +62,9 @@ class MaskRCNN(FasterRCNN):
     def detections(self, outputs: Outputs, limits: Limits) -> Detections:
         return with_masks(super().detections(outputs, limits), [self.mask], outputs)
 
+    def boxes_only(self, outputs: Outputs, limits: Limits) -> Detections:
+        return super().detections(outputs, limits)
+
     def parts(self) -> dict[str, nn.Module]:
         return {**super().parts(), "mask": self.mask}
 
@@ -83,7 +86,7 @@ def with_masks(found: Detections, branches: Sequence[MaskBranch], outputs: Outpu
 
 def build_mask_branch(backbone: Backbone, config: MaskRCNNConfig, num_classes: int) -> MaskBranch:
     """The branch of a recipe on a pyramid."""
-    pool = pyramid_pool(backbone, config.mask_roi_size, config.roi_sampling)
+    pool = pyramid_pool(backbone, config, config.mask_roi_size)
     head = MaskHead(backbone.out_channels, config.mask_channels, config.mask_layers)
     filters = num_classes if config.masks_by_class == "class_specific" else 1
     temperature = config.mask_temperature if config.mask_predictor == "normed" else None
@@ -101,7 +104,7 @@ def build_mask_rcnn(
     channels_last: bool = False,
 ) -> MaskRCNN:
     """Assemble the detector; the classifier's width and bias come from `loss`."""
-    rpn = build_rpn(config, stats, backbone.out_channels)
+    rpn = build_rpn(config, stats, backbone)
     roi_heads = build_box_head(backbone, loss, config, limits, stats)
     mask = build_mask_branch(backbone, config, loss.num_classes)
     own = config.masks_by_class == "class_specific"

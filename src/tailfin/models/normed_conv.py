@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tailfin.losses.base import at_least_float32
+from tailfin.models.precision import in_float32
 
 
 class NormedConv2d(nn.Conv2d):
@@ -65,7 +66,7 @@ class NormedConv2d(nn.Conv2d):
 
     def forward(self, features: Tensor) -> Tensor:
         """[N, in_channels, H, W] to [N, out_channels, H', W']."""
-        return self._conv_forward(*self.directions(features), self.bias)
+        return in_float32(self._conv_forward, *self.directions(features), self.bias)
 
     def directions(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """What is convolved: the features' directions times the temperature, and the weights' directions."""

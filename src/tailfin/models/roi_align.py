@@ -7,11 +7,21 @@ kernels walk through the channels one by one and take 4 to 8 times as long (meas
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torchvision.ops import MultiScaleRoIAlign
+from torchvision.ops import MultiScaleRoIAlign, roi_align
 from torchvision.ops.poolers import LevelMapper
+
+
+class Places(NamedTuple):
+    """What the host knows of N boxes, so that pooling need not ask the device; see `row_sampling.chosen_rows`."""
+
+    picture: Tensor  # int64 [N], of each box
+    per_level: list[int]  # boxes of each pyramid level
 
 
 class PyramidRoIAlign(MultiScaleRoIAlign):
@@ -25,42 +35,99 @@ class PyramidRoIAlign(MultiScaleRoIAlign):
         strides: pixels per cell of each level, powers of two.
         output_size: bins per side.
         sampling_ratio: samples per bin and side; 0 = as many as the box has cells, left to torchvision.
+        aligned: cells have their values in their middles, so that a box is shifted by half a cell, and boxes smaller
+            than a cell keep their size (Mask R-CNN's "RoIAlign v2", mmdetection, detectron2); torchvision's detectors
+            have neither.
     """
 
-    def __init__(self, names: list[str], strides: list[int], output_size: int, sampling_ratio: int) -> None:
+    def __init__(
+        self, names: list[str], strides: list[int], output_size: int, sampling_ratio: int, aligned: bool = False
+    ) -> None:
         super().__init__(names, output_size, sampling_ratio)
         self.scales = [1 / stride for stride in strides]
         self.map_levels = LevelMapper(strides[0].bit_length() - 1, strides[-1].bit_length() - 1)
+        self.aligned = aligned
 
-    def forward(self, x: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]) -> Tensor:
+    def like(self, names: list[str], strides: list[int]) -> PyramidRoIAlign:
+        """The same pooling of other levels."""
+        return PyramidRoIAlign(names, strides, self.output_size[0], self.sampling_ratio, self.aligned)
+
+    def levels(self, boxes: Tensor) -> Tensor:
+        """int64 [..., K], the level (0 = finest) that boxes [..., K, 4] are pooled from."""
+        if len(self.featmap_names) == 1:
+            return torch.zeros_like(boxes[..., 0], dtype=torch.int64)
+        found: Tensor = self.map_levels([boxes.reshape(-1, 4)])
+        return found.clamp(0, len(self.featmap_names) - 1).view(boxes.shape[:-1])  # of a box of NaN too
+
+    def forward(
+        self,
+        x: dict[str, Tensor],
+        boxes: list[Tensor],
+        image_shapes: list[tuple[int, int]],
+        places: Places | None = None,
+    ) -> Tensor:
+        """`places` are those of the boxes, where they are known: without them an accelerator is asked once."""
         features = [x[name] for name in self.featmap_names]
         exporting = torch.jit.is_tracing() or torch.compiler.is_compiling()
-        if features[0].device.type != "cpu" or self.sampling_ratio < 1 or exporting:
+        if exporting and not self.aligned:
             return super().forward(x, boxes, image_shapes)
         every = torch.cat(boxes).detach()
-        images = torch.arange(len(boxes)).repeat_interleave(torch.tensor([len(own) for own in boxes]))
-        levels = self.map_levels(boxes) if len(features) > 1 else torch.zeros_like(images)
-        pooled, order = [], []
-        for level, (feature, scale) in enumerate(zip(features, self.scales, strict=True)):
-            rows = torch.where(levels == level)[0]
-            if len(rows):
-                pooled.append(
-                    _pool(feature, every[rows] * scale, images[rows], self.output_size[0], self.sampling_ratio)
-                )
-                order.append(rows)
-        if not pooled:
+        levels = self.levels(every)
+        if places is None:
+            places = Places(pictures_of([len(own) for own in boxes], every.device), _per_level(levels, len(features)))
+        if not len(every):
             return features[0].new_zeros((0, features[0].shape[1], *self.output_size))
+        order = levels.argsort(stable=True) if len(features) > 1 else None
+        sorted_boxes = every if order is None else every[order]
+        pictures = places.picture if order is None else places.picture[order]
+        pooled = [
+            self._pool(feature, own * scale, image)
+            for feature, scale, own, image in zip(
+                features,
+                self.scales,
+                sorted_boxes.split(places.per_level),
+                pictures.split(places.per_level),
+                strict=True,
+            )
+            if len(own)
+        ]
         if len(pooled) == 1:
-            return pooled[0]
-        return torch.cat(pooled).index_select(0, torch.cat(order).argsort())
+            return pooled[0] if order is None else pooled[0].index_select(0, order.argsort())
+        assert order is not None
+        return torch.cat(pooled).index_select(0, order.argsort())
+
+    def _pool(self, feature: Tensor, boxes: Tensor, images: Tensor) -> Tensor:
+        """Boxes [K, 4] in cells of one level [B, C, H, W] and their images [K] to [K, C, bins, bins]."""
+        bins, samples = self.output_size[0], self.sampling_ratio
+        if feature.device.type == "cpu" and samples > 0:
+            return _pool(feature, boxes, images, bins, samples, self.aligned)
+        rois = torch.cat([images.to(boxes.dtype)[:, None], boxes], dim=1)
+        return roi_align(feature, rois.to(feature.dtype), bins, 1.0, samples, self.aligned)
 
 
-def _pool(feature: Tensor, boxes: Tensor, images: Tensor, bins: int, samples: int) -> Tensor:
-    """Boxes [K, 4] in cells of one level [B, C, H, W] and their images [K] to [K, C, bins, bins]."""
+def pictures_of(counts: Sequence[int], device: torch.device) -> Tensor:
+    """int64 [sum of counts]: 0 as often as the first count says, then 1, ..."""
+    picture = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts, dtype=torch.int64))
+    return picture.to(device, non_blocking=True)
+
+
+def _per_level(levels: Tensor, count: int) -> list[int]:
+    """Boxes of each level; a read back to the host where there are several."""
+    if count == 1:
+        return [len(levels)]
+    found: list[int] = (levels == torch.arange(count, device=levels.device)[:, None]).sum(1).tolist()
+    return found
+
+
+def _pool(feature: Tensor, boxes: Tensor, images: Tensor, bins: int, samples: int, aligned: bool) -> Tensor:
     _, channels, height, width = feature.shape
-    sizes = (boxes[:, 2:] - boxes[:, :2]).clamp(min=1)
-    column, across = _bilinear(boxes[:, 0], sizes[:, 0], width, bins, samples)
-    row, down = _bilinear(boxes[:, 1], sizes[:, 1], height, bins, samples)
+    start, sizes = boxes[:, :2], boxes[:, 2:] - boxes[:, :2]
+    if aligned:
+        start = start - 0.5
+    else:
+        sizes = sizes.clamp(min=1)
+    column, across = _bilinear(start[:, 0], sizes[:, 0], width, bins, samples)
+    row, down = _bilinear(start[:, 1], sizes[:, 1], height, bins, samples)
     # [K, bins down, bins across, 2 samples down, 2 samples across]
     row = row + height * images.to(row.dtype)[:, None, None]
     cells = row[:, :, None, :, None] * width + column[:, None, :, None, :]
@@ -82,7 +149,7 @@ def _bilinear(start: Tensor, length: Tensor, cells: int, bins: int, samples: int
     steps = (torch.arange(bins * samples, dtype=start.dtype) + 0.5) / samples
     place = start[:, None] + steps * (length / bins)[:, None]
     weight = ((place >= -1) & (place <= cells)).to(place.dtype) / samples
-    place = place.clamp(0, cells - 1)
+    place = place.nan_to_num(0.0).clamp(0, cells - 1)  # a broken box counts as 0, its loss will tell of it
     low = place.floor()
     upper = (place - low) * weight
     neighbours = torch.stack([low, (low + 1).clamp(max=cells - 1)], 2).to(torch.int32)

@@ -71,13 +71,12 @@ class Transfer(nn.Module):
 
     def _masks(self, targets: Sequence[dict[str, Tensor]], seen: Compared) -> list[Tensor]:
         """Boxes of old classes on every level's grid."""
-        boxes = [
-            target["boxes"][self.old[target["labels"]]].float() / size
-            for target, size in zip(targets, seen.sizes, strict=True)
-        ]
+        boxes = [target["boxes"].float() / size for target, size in zip(targets, seen.sizes, strict=True)]
+        old = self.old[torch.cat([target["labels"] for target in targets])]
         rounding = self.config.mask_rounding
         return [
-            box_masks(boxes, level.shape[-2:], own, rounding) for level, own in zip(seen.maps, seen.valid, strict=True)
+            box_masks(boxes, level.shape[-2:], own, rounding, old)
+            for level, own in zip(seen.maps, seen.valid, strict=True)
         ]
 
 

@@ -12,11 +12,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-import torch.distributed
 from torch import Tensor, nn
 
-from tailfin.collectives import sum_over_ranks
-from tailfin.models.roi_align import PyramidRoIAlign
+from tailfin.collectives import sum_over_ranks, this_rank
+from tailfin.models.roi_align import Places, PyramidRoIAlign
+from tailfin.models.row_sampling import chosen_rows
 from tailfin.pretraining.contrast import ContrastHead, box_nt_xent
 from tailfin.pretraining.detection import as_objects
 from tailfin.pretraining.term import Contrastive, Iteration
@@ -53,10 +53,7 @@ class LocalContrast(Contrastive):
         if trunk is not None:
             self.reaches = self.averages = ("backbone", "fpn")
         each = [] if levels == "assigned" else list(zip(pool.featmap_names, pool.scales, strict=True))
-        self.level_pools = nn.ModuleList(
-            PyramidRoIAlign([name], [round(1 / scale)], pool.output_size[0], pool.sampling_ratio)
-            for name, scale in each
-        )
+        self.level_pools = nn.ModuleList(pool.like([name], [round(1 / scale)]) for name, scale in each)
 
     def followed(self, parts: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
         own = {} if self.trunk is None else {"trunk": self.trunk}
@@ -73,12 +70,14 @@ class LocalContrast(Contrastive):
         pools = self.level_pools or [self.pool]
         return shared(torch.cat([pool(levels, view.boxes, view.batch.image_sizes) for pool in pools]))
 
+    def labels(self, seen: Iteration) -> Tensor:
+        """The class of the object that each proposal lies on."""
+        return torch.cat([target["proposal_labels"] for target in seen.targets] * max(len(self.level_pools), 1))
+
     def rows(self, queries: Tensor) -> float:
         """What this process divides its sum over boxes by, so that the mean of the processes is that over all boxes."""
-        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-            return len(queries)
-        total = sum_over_ranks(torch.tensor([float(len(queries))], device=queries.device))[0]
-        return float(total) / torch.distributed.get_world_size()
+        (total,) = sum_over_ranks(torch.tensor([float(len(queries))], device=queries.device))
+        return float(total) / this_rank()[1]
 
     def forward(self, seen: Iteration) -> dict[str, Tensor]:
         losses = super().forward(seen)
@@ -106,9 +105,12 @@ class AssignedBoxContrast(LocalContrast):
         """Keys [M, dim] of the momentum network's foreground rows in view 2, and the proposal of each."""
         view, features, heads = seen.view(1), seen.keys(1), seen.box_head
         rpn = seen.average["rpn"].eval()  # as many proposals as in evaluation
-        _, proposals, _ = rpn(view.batch, features.pyramid)
+        _, proposals = rpn(view.batch, features.pyramid)
         rows = heads.sample(proposals, as_objects(view))
-        inside = [own >= 0 for own in rows.gt_index.split([len(boxes) for boxes in rows.boxes])]
-        boxes = [own[keep] for own, keep in zip(rows.boxes, inside, strict=True)]
-        vectors = seen.average["head"](heads.pool(features.pyramid, boxes, view.batch.image_sizes))
-        return self.head.keys(vectors, seen.average[self.head.average]), rows.gt_index[rows.gt_index >= 0]
+        every, count = torch.cat(rows.boxes), len(rows.boxes)
+        levels = heads.pool.levels(every)
+        chosen = chosen_rows(rows.gt_index >= 0, rows.places.picture, count, levels, len(heads.pool.featmap_names))
+        places = Places(rows.places.picture[chosen.rows], chosen.per_level)
+        boxes = list(every[chosen.rows].split(chosen.per_picture))
+        vectors = seen.average["head"](heads.pool(features.pyramid, boxes, view.batch.image_sizes, places))
+        return self.head.keys(vectors, seen.average[self.head.average]), rows.gt_index[chosen.rows]

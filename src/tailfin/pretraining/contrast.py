@@ -14,27 +14,41 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed
-import torch.distributed.nn.functional
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from tailfin.collectives import (
+    gather_over_ranks,
+    gather_with_gradients,
+    several_ranks,
+    sum_over_ranks,
+    sum_with_gradients,
+    this_rank,
+)
+from tailfin.losses.base import at_least_float32
 from tailfin.schema.pretraining import Contrast
 
 
 def info_nce(
-    queries: Tensor, keys: Tensor, negatives: Tensor, temperature: float, *, rows: float | None = None
+    queries: Tensor,
+    keys: Tensor,
+    negatives: Tensor,
+    temperature: float,
+    *,
+    rows: float | None = None,
+    left_out: Tensor | None = None,
 ) -> Tensor:
     """InfoNCE of queries [N, D] and their keys [N, D] against the negatives [K, D]: the mean over rows, a scalar.
 
     `rows` is what the sum is divided by instead of N (a process's share of all rows). No row gives 0 in the graph.
+    `left_out` bool [N, K]: pairs that are no negatives.
     Neither the [N, K] similarities nor the negatives are kept for the backward pass, so the negatives may be
     overwritten before it: the gradient to a query is the softmax-weighted sum of keys and negatives, [N, D].
     """
     with torch.autocast(queries.device.type, enabled=False):
         dtype = torch.promote_types(queries.dtype, torch.float32)
-        total = _InfoNCE.apply(queries.to(dtype), keys.to(dtype), negatives.to(dtype), temperature)
+        total = _InfoNCE.apply(queries.to(dtype), keys.to(dtype), negatives.to(dtype), temperature, left_out)
     return total / max(len(queries) if rows is None else rows, 1)
 
 
@@ -42,9 +56,13 @@ class _InfoNCE(torch.autograd.Function):
     """Sum over rows of InfoNCE."""
 
     @staticmethod
-    def forward(ctx: Any, queries: Tensor, keys: Tensor, negatives: Tensor, temperature: float) -> Tensor:
+    def forward(
+        ctx: Any, queries: Tensor, keys: Tensor, negatives: Tensor, temperature: float, left_out: Tensor | None
+    ) -> Tensor:
         positive = (queries * keys).sum(1, keepdim=True) / temperature
         weights = (queries @ negatives.T).div_(temperature)  # [N, K], turned into the softmax in place
+        if left_out is not None:
+            weights.masked_fill_(left_out, -torch.inf)
         top = torch.maximum(positive, weights.amax(1, keepdim=True)) if weights.shape[1] else positive
         weights = weights.sub_(top).exp_()
         own = (positive - top).exp()
@@ -58,7 +76,7 @@ class _InfoNCE(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         to_queries, to_keys = ctx.saved_tensors
-        return gradient * to_queries, None if to_keys is None else gradient * to_keys, None, None
+        return gradient * to_queries, None if to_keys is None else gradient * to_keys, None, None, None
 
 
 def nt_xent(first: Tensor, second: Tensor, temperature: float) -> Tensor:
@@ -68,10 +86,7 @@ def nt_xent(first: Tensor, second: Tensor, temperature: float) -> Tensor:
     """
     count = len(first)
     own = torch.cat([first, second]).float()
-    every, before = own, 0
-    if _processes() > 1:
-        every = torch.cat(torch.distributed.nn.functional.all_gather(own))
-        before = torch.distributed.get_rank() * len(own)
+    every, before = gather_with_gradients(own), this_rank()[0] * len(own)
     similarity = own @ every.T / temperature
     places = torch.arange(len(own), device=own.device)
     similarity = similarity.masked_fill(places[:, None] + before == torch.arange(len(every), device=own.device), -1e9)
@@ -81,20 +96,30 @@ def nt_xent(first: Tensor, second: Tensor, temperature: float) -> Tensor:
 def box_nt_xent(queries: Tensor, query_ids: Tensor, keys: Tensor, key_ids: Tensor, temperature: float) -> Tensor:
     """Contrast of RoIs that belong to boxes: rows of the same box in the other view against rows of other boxes.
 
-    Queries [N, D] and keys [M, D] with the box of each, int64. A pair of one box is weighed against all rows of other
-    boxes in both views; the mean over a query's pairs, then over the queries that have one.
+    Queries [N, D] and keys [M, D] with the box of each, int64, counted on this process. A pair of one box is weighed
+    against all rows of other boxes in both views and of all processes; the mean over a query's pairs, then over the
+    queries of all processes that have one. The mean of the processes' values is what one gives on the joined batch.
     """
+    rank, ranks = this_rank()
     with torch.autocast(queries.device.type, enabled=False):
         queries = queries.float()
-        every = torch.cat([keys.float(), queries])
-        ids = torch.cat([key_ids, query_ids])
+        query_ids, key_ids = query_ids * ranks + rank, key_ids * ranks + rank  # unlike those of other processes
+        keys, key_ids = gather_over_ranks(keys.float(), key_ids)
+        every = torch.cat([keys, gather_with_gradients(queries)])
+        ids = torch.cat([key_ids, *gather_over_ranks(query_ids)])
         similarity = queries @ every.T / temperature
         same = query_ids[:, None] == ids
         others = similarity.masked_fill(same, -1e9).logsumexp(1, keepdim=True)
         pairs = same[:, : len(keys)]
         each = F.softplus(others - similarity[:, : len(keys)]) * pairs
         found = pairs.sum(1)
-        return (each.sum(1) / found.clamp(min=1)).sum() / (found > 0).sum().clamp(min=1)
+        (matched,) = sum_over_ranks((found > 0).sum().to(queries.dtype))
+        return (each.sum(1) / found.clamp(min=1)).sum() * ranks / matched.clamp(min=1)
+
+
+def same_class(labels: Tensor, others: Tensor) -> Tensor:
+    """bool [N, K]: both are of one class; -1 is of none."""
+    return (labels[:, None] == others) & (labels >= 0)[:, None]
 
 
 def cosine_distance(queries: Tensor, keys: Tensor, *, rows: float | None = None) -> Tensor:
@@ -106,48 +131,85 @@ def cosine_distance(queries: Tensor, keys: Tensor, *, rows: float | None = None)
 class RingQueue(nn.Module):
     """The newest `size` keys, unit rows [size, dim] in float32; random directions before the first keys come.
 
-    `rows` and `place` are buffers, so a checkpoint has them. Any number of keys goes in, the end wraps to the start.
+    `rows`, `labels` (the class of each, -1 for none) and `place` are buffers, so a checkpoint has them. Any number of
+    keys goes in, the end wraps to the start.
     """
 
     rows: Tensor
+    labels: Tensor
     place: Tensor
 
     def __init__(self, size: int, dim: int) -> None:
         super().__init__()
         self.register_buffer("rows", F.normalize(torch.randn(size, dim), dim=1))
+        self.register_buffer("labels", torch.full((size,), -1))
         self.register_buffer("place", torch.zeros((), dtype=torch.int64))  # of the next key
 
     @torch.no_grad()
-    def enqueue(self, keys: Tensor) -> None:
-        """Store keys [n, dim] in their order, the newest in place of the oldest."""
+    def enqueue(self, keys: Tensor, labels: Tensor | None = None) -> None:
+        """Store keys [n, dim], and the class of each, in their order, the newest in place of the oldest."""
         size = len(self.rows)
         places = self.place + torch.arange(len(keys), device=self.rows.device)
         kept = keys[-size:] if len(keys) else keys  # of more than fit only the newest
-        self.rows.index_copy_(0, places[len(keys) - len(kept) :] % size, kept.to(self.rows))
+        places = places[len(keys) - len(kept) :] % size
+        self.rows.index_copy_(0, places, kept.to(self.rows))
+        self.labels[places] = -1 if labels is None else labels[-size:].to(self.labels)
         self.place.add_(len(keys)).remainder_(size)
 
 
-class ProjectionMLP(nn.Module):
-    """Linear, batch norm where asked, ReLU, linear: [N, in] to [N, out].
+class JoinedBatchNorm(nn.BatchNorm1d):
+    """Batch norm of rows [N, D] over the rows of all processes: what one process does with the joined batch.
 
-    With fewer than two rows, where batch statistics mean nothing, the running ones serve.
+    A process has few pictures, often two, and rows normalised by each other's values alone give each other away. Unlike
+    `SyncBatchNorm` it runs on any device, and processes may have different numbers of rows, also none. With fewer than
+    two rows in all, where batch statistics mean nothing, the running ones serve. In training every process has to call
+    it.
     """
 
-    def __init__(self, channels: int, hidden: int, dim: int, *, norm: bool = True) -> None:
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+
+    def forward(self, rows: Tensor) -> Tensor:
+        if not self.training or (not several_ranks() and len(rows) < 2):
+            return F.batch_norm(rows, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+        if not several_ranks():
+            return super().forward(rows)
+        with torch.autocast(rows.device.type, enabled=False):
+            exact = at_least_float32(rows)
+            summed = sum_with_gradients(torch.cat([exact.sum(0), exact.new_full((1,), len(rows))]))
+            count = summed[-1].detach()
+            mean = summed[:-1] / count.clamp(min=1)
+            variance = sum_with_gradients((exact - mean).square().sum(0)) / count.clamp(min=1)
+            enough = count > 1
+            self._move(mean.detach(), variance.detach(), count, enough)
+            mean = torch.where(enough, mean, self.running_mean)
+            variance = torch.where(enough, variance, self.running_var)
+            normed = (exact - mean) * (variance + self.eps).rsqrt() * self.weight + self.bias
+        return normed.to(rows.dtype)
+
+    def _move(self, mean: Tensor, variance: Tensor, count: Tensor, enough: Tensor) -> None:
+        """The running statistics, where there are rows to take them from."""
+        assert self.momentum is not None
+        share = self.momentum * enough.to(mean.dtype)
+        self.running_mean.lerp_(mean.to(self.running_mean), share.to(self.running_mean))
+        unbiased = variance * count / (count - 1).clamp(min=1)
+        self.running_var.lerp_(unbiased.to(self.running_var), share.to(self.running_var))
+        self.num_batches_tracked += enough
+
+
+class ProjectionMLP(nn.Module):
+    """Linear, norm, ReLU, linear: [N, in] to [N, out]; `norm` is "batch" (`JoinedBatchNorm`), "layer" or "none"."""
+
+    def __init__(self, channels: int, hidden: int, dim: int, *, norm: str = "batch") -> None:
         super().__init__()
         self.hidden = nn.Linear(channels, hidden)
-        self.norm = nn.BatchNorm1d(hidden) if norm else None
+        self.norm = {"batch": JoinedBatchNorm, "layer": nn.LayerNorm}[norm](hidden) if norm != "none" else None
         self.out = nn.Linear(hidden, dim)
 
     def forward(self, features: Tensor) -> Tensor:
         hidden = self.hidden(features)
-        if self.norm is not None:
-            if len(hidden) < 2:
-                norm = self.norm
-                hidden = F.batch_norm(hidden, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
-            else:
-                hidden = self.norm(hidden)
-        return self.out(F.relu(hidden))
+        return self.out(F.relu(hidden if self.norm is None else self.norm(hidden)))
 
 
 @dataclass(frozen=True)
@@ -175,16 +237,43 @@ class ContrastHead:
         """Unit rows float32 [N, dim] by the projector's momentum copy."""
         return F.normalize(projector(vectors).float(), dim=1)
 
-    def loss(self, queries: Tensor, keys: Tensor, *, rows: float | None = None) -> Tensor:
-        """Cosine distance, or InfoNCE against the queue as it is; `rows` as in `info_nce`."""
+    @property
+    def looks_at_classes(self) -> bool:
+        """Whether keys of a query's own class are no negatives."""
+        return self.queue is not None and self.config.same_class == "left_out"
+
+    def loss(self, queries: Tensor, keys: Tensor, *, rows: float | None = None, labels: Tensor | None = None) -> Tensor:
+        """Cosine distance, or InfoNCE against the queue as it is; `rows` as in `info_nce`. With the queries' `labels`
+        [N] keys of the same class (-1 is none) are left out."""
         if self.queue is None:
             return cosine_distance(queries, keys, rows=rows)
-        return info_nce(queries, keys, self.queue.rows, self.config.temperature, rows=rows)
+        same = None if labels is None else same_class(labels, self.queue.labels)
+        return info_nce(queries, keys, self.queue.rows, self.config.temperature, rows=rows, left_out=same)
 
-    def remember(self, keys: Sequence[Tensor]) -> None:
+    def remember(self, keys: Sequence[Tensor], labels: Sequence[Tensor] | None = None) -> None:
         """Keys of all processes into the queue, where there is one."""
+        if self.queue is None:
+            return
+        joined = torch.cat(list(keys))
+        if labels is None:
+            self.queue.enqueue(gather_over_ranks(joined.detach())[0])
+        else:  # a class is a small whole number: exact in float32
+            (both,) = gather_over_ranks(torch.cat([joined, torch.cat(list(labels))[:, None].to(joined)], dim=1))
+            self.queue.enqueue(both[:, :-1], both[:, -1].round().long())
+
+    @torch.no_grad()
+    def diagnosed(self, queries: Tensor, keys: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        """How the contrast goes: `accuracy`, the share of queries to which their own key is nearer than any negative;
+        `spread`, the deviation of queries per dimension over that of evenly spread ones: 0 is a collapse, 1 even."""
+        if not len(queries):
+            return {}
+        found = {"spread": queries.std(dim=0, correction=0).square().sum().sqrt()}
         if self.queue is not None:
-            self.queue.enqueue(gather_rows(torch.cat(list(keys))))
+            negatives = queries @ self.queue.rows.to(queries).T
+            if labels is not None:
+                negatives = negatives.masked_fill(same_class(labels, self.queue.labels), -torch.inf)
+            found["accuracy"] = ((queries * keys).sum(1) > negatives.amax(1)).float().mean()
+        return found
 
 
 class ContrastHeads(nn.Module):
@@ -215,25 +304,3 @@ class ContrastHeads(nn.Module):
 
 def _mlp(own: Contrast, channels: int) -> ProjectionMLP:
     return ProjectionMLP(channels, own.hidden, own.dim, norm=own.norm)
-
-
-@torch.no_grad()
-def gather_rows(rows: Tensor) -> Tensor:
-    """Rows [n, D] of all processes, in the order of ranks, the same everywhere; n may differ between them."""
-    processes = _processes()
-    if processes == 1:
-        return rows.detach()
-    counts = [torch.zeros(1, dtype=torch.int64, device=rows.device) for _ in range(processes)]
-    torch.distributed.all_gather(counts, torch.tensor([len(rows)], device=rows.device))
-    numbers = [int(count) for count in counts]
-    padded = rows.new_zeros((max(numbers), rows.shape[1]))
-    padded[: len(rows)] = rows
-    gathered = [torch.empty_like(padded) for _ in range(processes)]
-    torch.distributed.all_gather(gathered, padded)
-    return torch.cat([part[:number] for part, number in zip(gathered, numbers, strict=True)])
-
-
-def _processes() -> int:
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return 1
-    return torch.distributed.get_world_size()

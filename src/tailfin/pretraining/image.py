@@ -10,10 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor, nn
 
 from tailfin.pretraining.contrast import nt_xent
-from tailfin.pretraining.reconstruction import valid_pixels
+from tailfin.pretraining.reconstruction import real_cells
 from tailfin.pretraining.term import Contrastive, Features, Iteration, View
 
 
@@ -24,6 +25,10 @@ class HolisticContrast(Contrastive):
 
     def vectors(self, seen: Iteration, number: int, *, keys: bool = False) -> Tensor:
         return pooled(seen.keys(number) if keys else seen.features(number), seen.view(number))
+
+    def labels(self, seen: Iteration) -> Tensor:
+        """The rarest class of each picture."""
+        return torch.stack([target["rarest"] for target in seen.targets])
 
 
 class BatchContrast(HolisticContrast):
@@ -43,10 +48,7 @@ class BatchContrast(HolisticContrast):
 def pooled(features: Features, view: View) -> Tensor:
     """Mean of the deepest layer over each picture's own cells, [B, C]."""
     feature = features.deepest
-    height, width = feature.shape[-2:]
-    down = view.batch.tensors.shape[-2] // height
-    cells = [(-(-h // down), -(-w // down)) for h, w in view.batch.image_sizes]
-    valid = valid_pixels(cells, height, width, feature.device)
-    if valid is None:
+    if all(tuple(size) == tuple(view.batch.tensors.shape[-2:]) for size in view.batch.image_sizes):
         return feature.mean((2, 3))
+    valid = real_cells(view, feature)
     return (feature * valid).sum((2, 3)) / valid.sum((2, 3)).to(feature.dtype)

@@ -2,9 +2,11 @@
 
     x^ = g(f(x))                                AR = mean (x - x^)^2 over real pixels            (eq. 5)
     z^ = f(mask(x^)), part of a box masked      SR = sum over layers of mean (f(x) - z^)^2       (eq. 6)
+                                                     divided by the layer's mean f(x)^2, over real cells
 
 The generator's four transposed convolutions are the paper's; how they reach the backbone's stride, where exactly the
-mask lies and how the layers' differences are reduced it leaves open.
+mask lies and how the layers' differences are reduced it leaves open. Without the division SR is as large as the
+backbone's features happen to be: 98 with ImageNet weights of an EfficientNet-Lite0, where the detector's losses are 2.
 """
 
 from __future__ import annotations
@@ -19,10 +21,11 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from tailfin.pretraining.term import Iteration, Term
+from tailfin.pretraining.term import Iteration, Term, View
 from tailfin.schema.pretraining import Reconstruction
 
 BATCH_NORM = nn.modules.batchnorm._BatchNorm
+LEAST = 1e-6  # of a layer's energy: a layer that is all zero has no unit
 
 
 class DualReconstruction(Term):
@@ -93,6 +96,8 @@ class DualReconstruction(Term):
             [layers[name][taken] for name in names],
             [again[name] for name in names],
             stop_gradient=config.stop_gradient,
+            unit=config.sr_unit,
+            valid=None if valid is None else [real_cells(view, layers[name])[taken] for name in names],
         )
 
 
@@ -127,7 +132,7 @@ class Generator(nn.Module):
         channels: int,
         *,
         stride: int = 32,
-        bridge: str = "first_stride4",
+        bridge: str = "bilinear",
         widths: Sequence[int] = (512, 256, 64),
     ) -> None:
         super().__init__()
@@ -170,13 +175,41 @@ def appearance_loss(pictures: Tensor, made: Tensor, valid: Tensor | None) -> Ten
     return F.mse_loss(made.float(), pictures, reduction="sum") / (valid.sum() * pictures.shape[1])
 
 
-def semantic_loss(features: Sequence[Tensor], again: Sequence[Tensor], *, stop_gradient: bool = False) -> Tensor:
-    """Sum over layers of the mean squared difference; `stop_gradient` makes `features` a fixed target."""
-    terms = [
-        _MeanSquare.apply(found, wanted.detach() if stop_gradient else wanted)
-        for wanted, found in zip(features, again, strict=True)
-    ]
+def semantic_loss(
+    features: Sequence[Tensor],
+    again: Sequence[Tensor],
+    *,
+    stop_gradient: bool = False,
+    unit: str = "raw",
+    valid: Sequence[Tensor] | None = None,
+) -> Tensor:
+    """Sum over layers of the mean squared difference of features [B, C, h, w]; `stop_gradient` makes the first ones a
+    fixed target.
+
+    Args:
+        unit: "energy" divides a layer's mean by that of `features` squared, without a gradient: 1 is as far as nothing
+            at all is; "raw" does not.
+        valid: per layer bool [B, 1, h, w], the cells that count; all if not given.
+    """
+    terms = []
+    for number, (wanted, found) in enumerate(zip(features, again, strict=True)):
+        cells = None if valid is None else valid[number]
+        term = _MeanSquare.apply(found, wanted.detach() if stop_gradient else wanted, cells)
+        if unit == "energy":
+            with torch.no_grad():
+                energy = _MeanSquare.apply(wanted, torch.zeros_like(wanted), cells)
+            term = term / energy.clamp(min=LEAST)
+        terms.append(term)
     return torch.stack(terms).sum()
+
+
+def real_cells(view: View, feature: Tensor) -> Tensor:
+    """bool [B, 1, h, w]: cells of a layer [B, C, h, w] that each picture reaches into; the others are padding's."""
+    height, width = feature.shape[-2:]
+    down = view.batch.tensors.shape[-2] // height
+    cells = [(-(-h // down), -(-w // down)) for h, w in view.batch.image_sizes]
+    found = valid_pixels(cells, height, width, feature.device)
+    return torch.ones_like(feature[:, :1], dtype=torch.bool) if found is None else found
 
 
 def mask_rectangles(
@@ -225,18 +258,36 @@ def _one_of(boxes: Tensor, generator: torch.Generator | None) -> Tensor:
 
 
 class _MeanSquare(torch.autograd.Function):
-    """Mean squared difference in float32 of features in any precision, of which nothing but themselves is kept."""
+    """Mean squared difference in float32 of features in any precision, of which nothing but themselves is kept.
+
+    `valid` bool [B, 1, h, w] or none: the cells that the mean is over.
+    """
 
     @staticmethod
-    def forward(ctx: Any, first: Tensor, second: Tensor) -> Tensor:
-        ctx.save_for_backward(first, second)
+    def forward(ctx: Any, first: Tensor, second: Tensor, valid: Tensor | None) -> Tensor:
+        ctx.save_for_backward(first, second, valid)
         exact = torch.promote_types(first.dtype, torch.float32)
-        sums = [(one.to(exact) - two.to(exact)).square_().sum() for one, two in zip(first, second, strict=True)]
-        return torch.stack(sums).sum() / first.numel()
+        pairs = zip(first, second, [None] * len(first) if valid is None else valid, strict=True)
+        sums = [_square(one.to(exact) - two.to(exact), cells) for one, two, cells in pairs]
+        return torch.stack(sums).sum() / _number(first, valid)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        first, second = ctx.saved_tensors
-        slope = (first - second).mul_((2 / first.numel() * gradient).to(first.dtype))
-        return slope if ctx.needs_input_grad[0] else None, -slope if ctx.needs_input_grad[1] else None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        first, second, valid = ctx.saved_tensors
+        slope = (first - second).mul_((2 / _number(first, valid) * gradient).to(first.dtype))
+        if valid is not None:
+            slope = slope.mul_(valid)
+        wanted = ctx.needs_input_grad
+        return slope if wanted[0] else None, -slope if wanted[1] else None, None
+
+
+def _square(difference: Tensor, cells: Tensor | None) -> Tensor:
+    """Sum of squares of one picture's difference [C, h, w], in place."""
+    difference = difference.square_()
+    return (difference if cells is None else difference.mul_(cells)).sum()
+
+
+def _number(feature: Tensor, valid: Tensor | None) -> Tensor | int:
+    """How many values of `feature` count, at least one."""
+    return feature.numel() if valid is None else (valid.sum() * feature.shape[1]).clamp(min=1)

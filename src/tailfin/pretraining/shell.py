@@ -4,7 +4,7 @@ One iteration, in this order (2DRCL, NeurIPS'24):
 
     the momentum network follows the trained one
     view 1 -> backbone -> pyramid                      trained; all terms share these features
-           -> detection losses                         detection.py
+           -> detection losses                         detection.py; of a view of their own, by default
     view 2 -> momentum network -> keys                 no gradients
     queries of view 1, keys, queues -> contrast        of pictures: image.py, of boxes: box.py, of cells: dense.py;
                                                        a term's keys enter its queue when its loss is done
@@ -17,7 +17,7 @@ for their gradients.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -44,24 +44,37 @@ class PreTrainer(nn.Module):
 
     Images are the first views (uint8 or float in 0..1, [3, H, W]). Targets hold boxes, labels (objects in view 1),
     `view` (the second view), `proposals` and `view_proposals` (float32 [P, 4], pairwise in both views; P may be 0), and
-    with `third_view` also `third` and `third_proposals`.
+    with `third_view` also `third` and `third_proposals`. Where they hold `weak`, boxes and labels are that picture's.
 
     Args:
         detector: trained in place; what is in it afterwards is the result.
         config: terms and networks.
-        iterations: optimiser steps of the stage, for momentum that rises.
+        iterations: optimiser steps of the stage, for the momentum; 0: not known.
         accumulation: calls per optimiser step.
+        diagnose_every: calls in training from one look at how the terms fare to the next, `diagnostics`; 0: never.
     """
 
     step: Tensor
 
     def __init__(
-        self, detector: FasterRCNN | DenseDetector, config: Pretraining, *, iterations: int = 1, accumulation: int = 1
+        self,
+        detector: FasterRCNN | DenseDetector,
+        config: Pretraining,
+        *,
+        iterations: int = 0,
+        accumulation: int = 1,
+        diagnose_every: int = 0,
     ) -> None:
         super().__init__()
         self.detector = detector
         self.config = config
         self.iterations, self.accumulation = iterations, accumulation
+        self.momentum = momentum_of(config, iterations)
+        self.diagnose_every = diagnose_every
+        self.calls = -1  # `step` as a plain number, known at the first call
+        # of the call just made: accuracy and spread of each contrast (`ContrastHead.diagnosed`), and `gradient_*`, see
+        # `gradient_ratios`; empty where it was not looked at
+        self.diagnostics: dict[str, Tensor] = {}
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))  # calls so far
         self.heads = contrast_heads(detector, config)
         terms = build_terms(detector, config, self.heads)
@@ -81,12 +94,21 @@ class PreTrainer(nn.Module):
         self.train(self.training)
 
     def forward(self, images: Sequence[Tensor], targets: Targets) -> dict[str, Tensor]:
+        if self.calls < 0:
+            self.calls = int(self.step)
+        looks = self.training and self.diagnose_every > 0 and self.calls % self.diagnose_every == 0
         if self.training:
             self._follow()
+            self.calls += 1
         seen = self.look_at(images, targets)
+        if looks:
+            seen.diagnosed = {}
         losses: dict[str, Tensor] = {}
         for term in self.terms.values():
             losses |= term(seen)
+        self.diagnostics = {}
+        if looks and seen.diagnosed is not None:
+            self.diagnostics = seen.diagnosed | gradient_ratios(losses, self.detector)
         return losses
 
     def shown(self, seen: Iteration) -> dict[str, Tensor]:
@@ -100,7 +122,7 @@ class PreTrainer(nn.Module):
 
     def _follow(self) -> None:
         """The momentum network's step, before any key is computed."""
-        momentum, config = self.config.momentum, self.config
+        momentum, config = self.momentum, self.config
         if config.momentum_schedule == "cosine" or self.accumulation > 1:
             call = int(self.step)
             if call % self.accumulation:
@@ -112,7 +134,39 @@ class PreTrainer(nn.Module):
         self.step += 1
 
 
+def gradient_ratios(losses: Mapping[str, Tensor], detector: Any) -> dict[str, Tensor]:
+    """`gradient_hcl`, ...: the length of a term's gradient over that of the detection losses (without them: over that
+    of all terms together), on the last weights of the backbone that train, which all terms share.
+
+    It costs a backward pass of each term down to these weights.
+    """
+    shared = [own for own in detector.backbone.body.parameters() if own.requires_grad and own.ndim > 1]
+    shared = shared or [own for own in detector.backbone.parameters() if own.requires_grad and own.ndim > 1]
+    own = {name: value for name, value in losses.items() if name in OWN_LOSSES and value.requires_grad}
+    detection = [value for name, value in losses.items() if name not in OWN_LOSSES and value.requires_grad]
+    if not shared or not own:
+        return {}
+    weights = shared[-1]
+
+    def length(values: Sequence[Tensor]) -> Tensor:
+        total = torch.stack([value.float() for value in values]).sum()
+        (gradient,) = torch.autograd.grad(total, [weights], retain_graph=True, allow_unused=True)
+        return weights.new_zeros(()) if gradient is None else gradient.detach().float().norm()
+
+    whole = length(detection or list(own.values())).clamp(min=1e-12)
+    return {f"gradient_{name.removeprefix('loss_')}": length([value]) / whole for name, value in own.items()}
+
+
+def momentum_of(config: Pretraining, iterations: int) -> float:
+    """`momentum`, or less where a stage of so many iterations is too short for it: the average then remembers the share
+    `momentum_horizon` of them, and not mostly the start. 0.999 keeps 0.37 of the start after 1,000 iterations."""
+    if not config.momentum_horizon or not iterations:
+        return config.momentum
+    return min(config.momentum, 1 - 1 / max(config.momentum_horizon * iterations, 1))
+
+
 # Detection comes first: it leaves rows for the contrast of assigned boxes
+OWN_LOSSES = ("loss_hcl", "loss_lcl", "loss_dense", "loss_ar", "loss_sr")  # all others are the detector's
 ORDER = ("detection", "image", "box", "dense", "reconstruction")
 
 

@@ -24,6 +24,7 @@ from tailfin.pretraining.contrast import ContrastHead
 from tailfin.pretraining.momentum import MomentumNetwork
 
 SHOWN = 256  # rows of a queue, at most, that the report has
+WEAK = 3  # number of the view that only the detector's own losses look at
 
 
 class View(NamedTuple):
@@ -52,8 +53,8 @@ class Iteration:
         detector: the trained network.
         average: the momentum network.
         images: the first views, [3, H, W] each.
-        targets: per image boxes and labels of view 1, `proposals`, and for contrast `view`, `view_proposals`, `third`
-            and `third_proposals`.
+        targets: per image boxes and labels of view 1, or of the picture `weak` where there is one, `proposals`, and for
+            contrast `view`, `view_proposals`, `third` and `third_proposals`.
         pyramid: whether a term needs the pyramid.
         pairs: (view of the queries, view of the keys), which contrastive terms compare.
     """
@@ -70,6 +71,7 @@ class Iteration:
     ) -> None:
         self.detector, self.average, self.targets, self.pairs = detector, average, targets, pairs
         self.assigned: tuple[Tensor, Tensor] | None = None  # detection leaves it: foreground rows, the box of each
+        self.diagnosed: dict[str, Tensor] | None = None  # terms add figures for the log, where it is a dictionary
         self._images, self._pyramid = images, pyramid
         self._views: dict[int, View] = {}
         self._features: dict[int, Features] = {}
@@ -80,12 +82,20 @@ class Iteration:
         """Of a detector that has one."""
         return cast(FasterRCNN, self.detector).roi_heads
 
+    @property
+    def detected(self) -> int:
+        """The view whose objects `targets` has as `boxes` and `labels`."""
+        return WEAK if self.targets and "weak" in self.targets[0] else 0
+
     def view(self, number: int) -> View:
-        """View 0 is the one that the detector trains on, 1 the second, 2 the third."""
+        """View 0 is the first, 1 the second, 2 the third, 3 (`WEAK`) the one for detection alone, without proposals."""
         if number not in self._views:
-            name = ("", "view", "third")[number]
+            name = ("", "view", "third", "weak")[number]
             pictures = [target[name] for target in self.targets] if name else self._images
-            boxes = [target[f"{name}_proposals" if name else "proposals"] for target in self.targets]
+            if number == WEAK:
+                boxes = [target["proposals"][:0] for target in self.targets]
+            else:
+                boxes = [target[f"{name}_proposals" if name else "proposals"] for target in self.targets]
             self._views[number] = View(self.detector.batch(pictures), boxes)
         return self._views[number]
 
@@ -155,6 +165,10 @@ class Contrastive(Term, ABC):
         """Unit rows float32 [N, dim] of the momentum network."""
         return self.head.keys(self.vectors(seen, number, keys=True), seen.average[self.head.average])
 
+    def labels(self, seen: Iteration) -> Tensor:
+        """int64 [N]: the class of each row, the same in all views; -1 where it has none."""
+        raise ValueError(f"{type(self).__name__} knows no classes of its rows")
+
     def rows(self, queries: Tensor) -> float | None:
         """What sums over queries are divided by; none is their number."""
         return None
@@ -163,9 +177,14 @@ class Contrastive(Term, ABC):
         queries = {number: self.queries(seen, number) for number in sorted({one for one, _ in seen.pairs})}
         keys = {number: self.keys(seen, number) for number in sorted({other for _, other in seen.pairs})}
         rows = self.rows(queries[0])
-        each = [self.head.loss(queries[one], keys[other], rows=rows) for one, other in seen.pairs]
+        labels = self.labels(seen) if self.head.looks_at_classes else None
+        each = [self.head.loss(queries[one], keys[other], rows=rows, labels=labels) for one, other in seen.pairs]
+        if seen.diagnosed is not None:
+            found = self.head.diagnosed(queries[0], keys[seen.pairs[0][1]], labels)
+            name = self.loss_name.removeprefix("loss_")
+            seen.diagnosed |= {f"{kind}_{name}": value for kind, value in found.items()}
         if self.training:
-            self.head.remember(list(keys.values()))
+            self.head.remember(list(keys.values()), None if labels is None else [labels] * len(keys))
         return {self.loss_name: self.weight * torch.stack(each).mean()}
 
     def shown(self, seen: Iteration) -> dict[str, Tensor]:

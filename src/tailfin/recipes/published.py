@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
 
+import msgspec
+
 from tailfin.recipe_values import split_override
 from tailfin.recipes import catalog
 from tailfin.recipes.rows import Row, papers, published_row
@@ -83,6 +85,19 @@ DENSE = {"focal": Method("", "focal")}  # method_key -> what a one-stage detecto
 EFL_METHODS = {"focal": Method(":efl_baseline", "focal"), "efl": Method(":efl", "efl")}
 NO_CODE = {"ahrl": "AHRL", "self_emd": "Self-EMD"}  # announced or described, but no public code exists
 
+# What step-wise learning leaves open of the methods that it compares with
+_V05 = (
+    {"detector": "mask_rcnn", "schedule": "2x"},
+    "Assumed: Mask R-CNN, on which these methods report box AP on LVIS v0.5, and 2x.",
+)
+_EFL = ({"detector": "faster_rcnn", "schedule": "2x"}, "Assumed: Faster R-CNN, 2x.")
+ASSUMED: dict[tuple[str, str, str], tuple[dict[str, str], str]] = {  # paper/table, data set, method -> fields, sentence
+    **{("stepwise/1", "lvis_v0.5", method): _V05 for method in ("droploss", "eqlv2")},
+    **{("stepwise/1", "lvis_v1", method): _EFL for method in ("bags", "eqlv2", "seesaw")},
+    ("stepwise/1", "lvis_v1", "efl"): ({"detector": "retinanet"}, "Assumed: the detector of the R50 row."),
+    ("stepwise/2", "lvis_v0.5", "softmax"): ({"schedule": "2x"}, "Assumed: 2x."),
+}
+
 DETECTORS = {
     "faster_rcnn": "Faster R-CNN",
     "mask_rcnn": "Mask R-CNN",
@@ -95,7 +110,13 @@ ONE_STAGE = ("atss", "retinanet")
 DATASETS = {"lvis_v1": "LVIS v1", "lvis_v0.5": "LVIS v0.5", "coco": "COCO", "coco_lt": "COCO-LT"}
 BACKBONES = {"r50": ("backbone=resnet50",), "r101": ("backbone=resnet101",)}
 # not stated: the one of the method's recipe, plain in all but ECM's and RIO's; see also OWN_RUNS
-SAMPLERS = {None: (), "random": ("sampler=plain",), "rfs": ("sampler=rfs",), "irfs": ("sampler=irfs",)}
+# and the factors are rounded up once, as mmdetection does, which the papers' code bases are built on.
+SAMPLERS = {
+    None: (),
+    "random": ("sampler=plain",),
+    "rfs": ("sampler=rfs", "sampler.rounding=ceil"),
+    "irfs": ("sampler=irfs", "sampler.rounding=ceil"),
+}
 # Rows of 2DRCL on LVIS whose numbers no other paper prints are runs of its own code base, whose default sampler is RFS;
 # a method of two stages keeps that of its recipe.
 OWN_RUNS = {"2drcl": "rfs"}
@@ -126,13 +147,13 @@ SCHEDULES: dict[int, dict[str | None, tuple[str, ...]]] = {  # stages of the met
     # states none, and each further part has the 2 epochs of step 2
     3: {"50+1+2": (), "50+1": (), "50+2": (), None: ()},
 }
-# pre-training -> overrides. Those that contrast boxes take them from DATA/proposals.json (`tailfin data proposals`)
+# pre-training -> overrides. Those that contrast boxes take them from DATA/proposals.npz (`tailfin data proposals`)
 PRETRAINING: dict[str | None, tuple[str, ...]] = {
     None: ("weights=imagenet",),
     "imagenet": ("weights=imagenet",),
-    "2drcl": ("weights=imagenet", "pretraining={preset: drcl, proposals: {file: proposals.json}}"),
+    "2drcl": ("weights=imagenet", "pretraining={preset: drcl, proposals: {file: proposals.npz}}"),
     **{
-        preset: ("weights=imagenet", f"pretraining={{preset: {preset}, proposals: {{file: proposals.json}}}}")
+        preset: ("weights=imagenet", f"pretraining={{preset: {preset}, proposals: {{file: proposals.npz}}}}")
         for preset in ("aligndet", "soco")
     },
     **{
@@ -163,7 +184,7 @@ SWITCHES: dict[str, dict[Any, tuple[str, ...]]] = {
         False: (),
         True: (  # BACL IV-B: 1280 x 1280 instead of multi-scale; tested at 1333 x 800 like all others
             *("data.copy_paste=true", "data.resize=jitter", "data.sizes=[1280]", "data.jitter_scale=[0.8, 1.25]"),
-            *("data.test_size=800", "data.test_max_size=1333"),
+            *("data.canvas=true", "data.test_size=800", "data.test_max_size=1333"),
         ),
     },
     "mg": {False: ("second.loss.alpha=0",), True: ()},  # BACL III: margin, weight term, feature hallucination
@@ -210,6 +231,7 @@ SWITCH_KEYS = {
 def resolve(row: Row | str) -> Runnable | Blocked:
     """The recipe and overrides that run a row, or the reason why there are none. An unknown id is a `UserError`."""
     row = published_row(row) if isinstance(row, str) else row
+    row = assumed(row)[0]
     if row.values == "dash":
         return Blocked("never", "the paper prints a dash")
     if row.method_key in NO_CODE:
@@ -220,6 +242,13 @@ def resolve(row: Row | str) -> Runnable | Blocked:
     if missing:
         return Blocked("not yet", "needs " + ", ".join(missing))
     return Runnable(recipe, _effective(recipe, overrides))
+
+
+def assumed(row: Row) -> tuple[Row, str]:
+    """The row with what it leaves open filled in, and the sentence that says what was assumed ("": nothing)."""
+    fields, sentence = ASSUMED.get((f"{row.paper}/{row.table}", row.dataset, row.method_key), ({}, ""))
+    missing = {name: value for name, value in fields.items() if getattr(row, name) is None}
+    return (msgspec.structs.replace(row, **missing), sentence) if missing else (row, "")
 
 
 def about_overrides(row: Row, recipe: str) -> list[str]:
@@ -235,8 +264,9 @@ def about_overrides(row: Row, recipe: str) -> list[str]:
         if "gflops" in row.metrics
         else f"torchrun --nproc-per-node 8 -m tailfin train {row.id} data.root=DATA",
     }
-    if row.doubt:
-        facts["notes"] = f"{row.doubt} {_resolved(recipe)['about']['notes']}".strip()
+    said = " ".join(filter(None, (row.doubt, assumed(row)[1])))
+    if said:
+        facts["notes"] = f"{said} {_resolved(recipe)['about']['notes']}".strip()
     return [f"about.{key}={json.dumps(value, ensure_ascii=False)}" for key, value in facts.items()]
 
 

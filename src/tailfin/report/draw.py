@@ -9,8 +9,10 @@ boxes crowd they move to the corner of the box that covers the fewest other labe
 
 from __future__ import annotations
 
+import base64
 import colorsys
 import functools
+import io
 import zlib
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -129,6 +131,13 @@ def draw_detections(
         origin = (left + plate.pad, top + plate.pad)
         draw.text(origin, plate.text, font=plate.font, fill=_ink(paint[index]), anchor="la")
     return picture
+
+
+def data_uri(picture: Image.Image) -> str:
+    """A picture as text for the `src` of an image."""
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG", quality=84, optimize=True)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def class_color(name: str) -> Color:

@@ -26,6 +26,7 @@ from tailfin.schema.recipe import Recipe
 NOT_LOSSES = frozenset(
     {"iteration", "epoch", "lr", "loss", "images_per_second", "seconds", "memory_gib", "grad_norm", "images", "scale"}
 )
+DIAGNOSTICS = ("accuracy_", "spread_", "gradient_")  # of a pre-training's terms, also none
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Stage:
     @property
     def parts(self) -> list[str]:
         """Names of the parts of the loss, in the order of their first appearance."""
-        return [name for name in self.training if name not in NOT_LOSSES]
+        return [name for name in self.training if name not in NOT_LOSSES and not name.startswith(DIAGNOSTICS)]
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,8 @@ def check_backbone(backbone: str, weights: str, norm: str) -> None:
     if weights == "packaged" and backbone.partition(".")[0] != PACKAGED:
         raise ValueError(f"weights: packaged is for backbone {PACKAGED}, not {backbone}")
     if norm == "own" and not timm:
-        raise ValueError(f'detector.norm "own" is for timm backbones; {backbone} takes frozen_bn, bn or gn')
+        raise ValueError(
+            f'detector.norm "own" is for timm backbones; {backbone} takes frozen_bn, frozen_stats, bn or gn'
+        )
     if norm == "gn" and timm:
         raise ValueError(f'detector.norm "gn" does not fit {backbone}, which has norms of its own: use "own"')

@@ -35,7 +35,7 @@ class Section(BaseModel):
             if value is False and "no" in get_args(kind):  # `precision: no` without quotes
                 values[key] = "no"
             elif isinstance(value, bool):
-                if kind is not None and kind is not bool:
+                if kind is not None and kind is not bool and bool not in get_args(kind):
                     raise ValueError(f"{key} cannot be {str(value).lower()}")
             elif kind is str and isinstance(value, int | float):
                 values[key] = str(value)

@@ -31,18 +31,28 @@ class Data(Section):
     sizes: tuple[Size, ...] = (640, 672, 704, 736, 768, 800)
     max_size: Size = 1333
     jitter_scale: tuple[Positive, Positive] = (0.1, 2.0)
+    canvas: bool = False  # of jitter: smaller pictures are filled up to the window with black, as mmdetection pads them
     crop_resize: Annotated[tuple[Size, ...], Field(min_length=1)] = (400, 500, 600)
     crop: tuple[Size, Size] = (384, 600)
     flip: Fraction = 0.5
     color_jitter: Annotated[float, Field(ge=0, lt=1)] = 0.0  # strength of brightness, contrast and saturation changes
     photometric: bool = False  # jitter of colours (p .8), grey (.2), blur (.5), as contrastive learning does
+    # what they change: the picture as the detector sees it, or that of the file, before it is resized (released code of
+    # step-wise learning; a blur is then one of the file's pixels)
+    photometric_on: Literal["resized", "file"] = "resized"
+    # a crop without an object: a picture of background, or the next training picture takes its place (released code of
+    # step-wise learning)
+    empty_crop: Literal["keep", "next"] = "keep"
     copy_paste: bool = False  # simple copy-paste: objects of a second picture, with their masks where the file has them
     # test pictures: short side and bound of the long side; 0 takes the largest training size
     test_size: Annotated[int, Field(ge=0)] = 0
     test_max_size: Annotated[int, Field(ge=0)] = 0
 
     group_by_aspect: bool = True  # batches hold only upright or only wide pictures
-    keep_empty: bool = False  # train on images without annotations too
+    keep_empty: bool = False  # train on images without annotations too (not on those whose annotations a step hides)
+    # where a file has neg_category_ids (LVIS), a class that nobody looked for in a picture: a negative there, as
+    # released, or without a part in the classification loss
+    unchecked_classes: Literal["negative", "ignore"] = "negative"
     workers: Annotated[int, Field(ge=0)] = 2
     max_pixels: Count = 64_000_000  # a larger picture is refused
     # values of 16-bit pictures that become 0 and 255; none: 0 and what the bits of the picture's largest value hold

@@ -26,9 +26,26 @@ class DetectorSection(Section):
     CASCADE: ClassVar[bool] = False  # several box heads, one after another
     CLASSES: ClassVar[bool] = True  # it tells classes apart
     name: str
-    # of the backbone; a random start needs another than "frozen_bn"; "own": those of a timm backbone, trained
-    norm: Literal["frozen_bn", "bn", "gn", "own"] = "frozen_bn"
+    # of the backbone; "frozen_bn" fixes statistics, scale and shift, "frozen_stats" the statistics alone (mmdetection);
+    # a random start needs another than these; "own": those of a timm backbone, trained
+    norm: Literal["frozen_bn", "frozen_stats", "bn", "gn", "own"] = "frozen_bn"
     frozen_layers: Annotated[int, Field(ge=0, le=5)] = 2  # of stem, layer1..layer4, from below; 2 = stem and layer1
+
+
+# `detector.style`: what the two-stage detectors of two libraries do differently, by key; a key that is given counts
+STYLES: dict[str, dict[str, Any]] = {
+    "torchvision": {},  # the defaults
+    "mmdetection": {
+        "norm": "frozen_stats",
+        "anchor_style": "exact",
+        "rpn_box_loss": "l1",
+        "rpn_min_pos_iou": 0.3,
+        "rpn_low_quality": "take",
+        "roi_aligned": True,
+        "roi_sampling": 0,
+        "init": "xavier",
+    },
+}
 
 
 class FasterRCNNConfig(DetectorSection):
@@ -37,6 +54,18 @@ class FasterRCNNConfig(DetectorSection):
     PARTS: ClassVar[tuple[str, ...]] = ("classifier", "box", "head", "rpn", "fpn", "backbone")
     BOX_HEAD: ClassVar[bool] = True
     name: Literal["faster_rcnn"] = "faster_rcnn"
+    # ---- `style` sets these and `norm` where they are not given (`STYLES`) ----
+    style: Literal["torchvision", "mmdetection"] = "torchvision"
+    anchor_style: Literal["torchvision", "exact"] = "torchvision"  # torchvision: whole pixels, strides guessed
+    rpn_box_loss: Literal["smooth_l1", "l1"] = "smooth_l1"  # smooth_l1: with beta 1/9
+    # objects whose anchors all overlap them little: from which IoU on the best of them are positive, and whether these
+    # learn that object ("take") or the one that they overlap most ("keep_owner")
+    rpn_min_pos_iou: Fraction = 0.0
+    rpn_low_quality: Literal["keep_owner", "take", "none"] = "keep_owner"
+    roi_aligned: bool = False  # half-pixel correction
+    roi_sampling: Annotated[int, Field(ge=0)] = 2  # samples per bin and side; 0 = as many as the box has cells
+    init: Literal["torchvision", "xavier"] = "torchvision"  # first weights of the pyramid and the shared layers
+    # ---- the same in every style ----
     fpn_channels: Count = 256
     fpn_layers: Annotated[tuple[Annotated[int, Field(ge=1, le=4)], ...], Field(min_length=1)] = (1, 2, 3, 4)
     fpn_pool: bool = True  # one more level, pooled from the last
@@ -52,7 +81,6 @@ class FasterRCNNConfig(DetectorSection):
     rpn_pre_nms: tuple[Count, Count] = (2000, 1000)  # per level, training and test
     rpn_post_nms: tuple[Count, Count] = (1000, 1000)  # per image, training and test
     roi_size: Count = 7
-    roi_sampling: int = 2  # samples per bin and side; 0 = adaptive
     roi_batch: Count = 512
     roi_fg_fraction: Fraction = 0.25
     roi_fg_iou: Fraction = 0.5
@@ -63,6 +91,12 @@ class FasterRCNNConfig(DetectorSection):
     box_loss_beta: Positive = 1 / 9  # of smooth_l1, below which it is quadratic
     box_loss_weight: NotNegative = 1.0
     rpn_loss_weight: NotNegative = 1.0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_style(cls, values: Any) -> Any:
+        style = values.get("style") if isinstance(values, dict) else None
+        return {**STYLES.get(style, {}), **values} if isinstance(style, str) else values
 
     @model_validator(mode="after")
     def _check(self) -> FasterRCNNConfig:
@@ -157,6 +191,15 @@ class DeformableDETRConfig(DetectorSection):
     class_cost: NotNegative = 2.0  # of the matching
     box_cost: NotNegative = 5.0
     giou_cost: NotNegative = 2.0
+    # what the encoder's class head is: one logit that ranks proposals, or as released one for every class beside it,
+    # which learn that nothing is theirs
+    encoder_head: Literal["one", "classes"] = "one"
+    # Xavier start of the decoder's queries, keys and values: each for itself, or as released for the one matrix that
+    # they are in there, smaller by sqrt(2)
+    attention_init: Literal["separate", "packed"] = "separate"
+    # losses are divided by the objects of all processes per process: at least one in the batch, or as released at least
+    # one for every process
+    normalizer: Literal["batch", "process"] = "batch"
 
     @model_validator(mode="after")
     def _check(self) -> DeformableDETRConfig:
@@ -220,6 +263,7 @@ class RetinaNetConfig(DetectorSection):
     fpn_channels: Count = 256
     fpn_layers: Annotated[tuple[Annotated[int, Field(ge=1, le=4)], ...], Field(min_length=1)] = (2, 3, 4)
     fpn_convs: Literal["none", "body", "pyramid"] = "body"  # two more levels, from C5 or from P5 (torchvision)
+    init: Literal["torchvision", "xavier"] = "torchvision"  # first weights of the pyramid; xavier: mmdetection's
     head_convs: Annotated[int, Field(ge=0)] = 4  # layers of each tower
     head_norm: Literal["none", "gn"] = "none"
     anchor_scale: Positive = 4.0  # side of the smallest anchor in strides
@@ -255,6 +299,7 @@ class ATSSConfig(DetectorSection):
     fpn_channels: Count = 256
     fpn_layers: Annotated[tuple[Annotated[int, Field(ge=1, le=4)], ...], Field(min_length=1)] = (2, 3, 4)
     fpn_convs: Literal["none", "body", "pyramid"] = "pyramid"  # two more levels, from C5 or from P5
+    init: Literal["torchvision", "xavier"] = "torchvision"  # first weights of the pyramid; xavier: mmdetection's
     head_convs: Annotated[int, Field(ge=0)] = 4  # layers of each tower
     head_norm: Literal["none", "gn"] = "gn"
     anchor_scales: Annotated[tuple[Positive, ...], Field(min_length=1)] = (8.0,)  # sides of the squares in strides

@@ -11,6 +11,10 @@ from pydantic import Discriminator, Field, Tag
 
 from tailfin.schema.base import Count, NotNegative, Positive, Section
 
+# What draws are counted by. batch: the pictures, as many for each as in the published runs of 8 processes with 2, so
+# that an optimiser batch has the same however it is split; process, as released: each process and accumulation step
+Per = Literal["batch", "process"]
+
 
 class Hallucination(Section):
     """BACL's feature hallucination (III-E): made-up rows for the classifier, from running statistics per class."""
@@ -18,7 +22,8 @@ class Hallucination(Section):
     ONE_BOX_HEAD: ClassVar[bool] = False  # whether it cannot stand beside each of a cascade's
     name: Literal["hallucination"] = "hallucination"
     beta: Annotated[float, Field(ge=0, lt=1)] = 0.9  # momentum of the statistics
-    sampled_num_classes: Count = 8  # c, classes drawn per iteration
+    per: Per = "batch"
+    sampled_num_classes: Count = 8  # c, classes drawn for every two pictures, or by every process
     sampled_num_features: Count = 12  # m, features per drawn class
     spread: Literal["deviation", "variance"] = "deviation"  # what the noise is multiplied with: released code, or text
     independent_boxes: bool = False  # draw the 16 boxes' shifts independently (text), not once per image (released)
@@ -31,7 +36,8 @@ class FeatureMemory(Section):
     ONE_BOX_HEAD: ClassVar[bool] = True
     name: Literal["feature_memory"] = "feature_memory"
     size: Count = 80  # rows kept per class
-    sampled_num_classes: Count = 8  # classes drawn per iteration
+    per: Per = "batch"
+    sampled_num_classes: Count = 8  # classes drawn for every two pictures, or by every process
     sampled_num_features: Count = 4  # rows per drawn class
     stores: Literal["shared", "pooled"] = "shared"  # behind the shared layers; before them where they train
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"  # of the stored features
@@ -52,6 +58,7 @@ class FASA(Section):
     dynamic_down: Positive = 0.9  # and where it rose
     clustering: Literal["released", "negated"] = "released"  # squared distances taken for similarities, or negated
     start_epoch: Annotated[int, Field(ge=0)] = 1  # first epoch with made-up features
+    per: Per = "batch"  # a draw for every two pictures, or one by every process
     across_ranks: bool = True  # statistics over all processes; false, as released: each process has its own
 
 
@@ -61,7 +68,8 @@ class RIO(Section):
     ONE_BOX_HEAD: ClassVar[bool] = False
     name: Literal["rio"] = "rio"
     size: Count = 60  # rows kept per class
-    cache: Count = 20  # rows that join per class in the batch
+    cache: Count = 20  # rows that join per class in a picture, or in a process's pictures
+    per: Per = "batch"
     max_images: Count = 30  # classes with at most so many training images have a bank
 
 

@@ -18,6 +18,7 @@ _MOCO_VIEWS = {
     "resize": "square",
     "sizes": (224,),
     "min_valid": 0,
+    "keep_rarest": False,
     "solarise_p": (0.0, 0.0),
 }
 _BYOL_VIEWS = {**_MOCO_VIEWS, "jitter": (0.4, 0.4, 0.2, 0.1), "blur_p": (1.0, 0.1), "solarise_p": (0.0, 0.2)}
@@ -31,7 +32,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "weights": {"hcl": 1.0},
         "proposals": {"source": "gt"},
         "views": _MOCO_VIEWS,
-        "image": {"hidden": 2048, "dim": 128, "norm": False, "predictor": False},
+        "image": {"hidden": 2048, "dim": 128, "norm": "none", "predictor": False},
         "det_loss": "none",
         "sampler": {"name": "plain"},
     },
@@ -81,7 +82,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "weights": {"hcl": 0.5, "dense": 0.5},
         "proposals": {"source": "gt"},
         "views": _MOCO_VIEWS,
-        "image": {"hidden": 2048, "dim": 128, "norm": False, "predictor": False},
+        "image": {"hidden": 2048, "dim": 128, "norm": "none", "predictor": False},
         "det_loss": "none",
         "sampler": {"name": "plain"},
     },

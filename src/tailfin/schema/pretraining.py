@@ -17,6 +17,8 @@ from tailfin.schema.base import Count, Fraction, NotNegative, Positive, Section,
 from tailfin.schema.presets import OWNERS, PRESETS, TERMS, merged, terms
 from tailfin.schema.training import Loss, Sampler, Schedule
 
+Norm = Literal["batch", "layer", "none"]
+FEW = 16  # rows, the published batch
 Preset = Literal["drcl", "moco_v2", "simclr", "byol", "soco", "aligndet", "densecl"]
 
 
@@ -39,7 +41,11 @@ class Views(Section):
     min_kept: Fraction = 0.5  # a box is valid where a view keeps this share of its area ...
     min_side: NotNegative = 8.0  # ... and both sides have so many pixels of the view
     min_valid: Annotated[int, Field(ge=0)] = 2  # fewer pairs that are valid in both views: the crops are drawn again
+    keep_rarest: bool = True  # so are they where the first view loses the picture's rarest class, by `min_kept`
     redraws: Annotated[int, Field(ge=0)] = 10  # as often as that; then neither view is cropped
+    # what the losses of det_loss class_aware look at. weak: a picture of its own, by `data` as in fine-tuning: it loses
+    # no object, and costs one more pass of the detector; first: the first view, whose cut objects are ignored
+    detection: Literal["weak", "first"] = "weak"
     box_jitter: Annotated[float, Field(ge=0, lt=0.5)] = 0.0  # shift and scale of a proposal in a view, share of it
     box_jitter_p: Fraction = 0.5
 
@@ -64,7 +70,7 @@ class Proposals(Section):
     fallback: Literal["gt_jitter", "gt", "none"] = "gt_jitter"  # takes the place of fewer than `fallback_below` boxes
     fallback_below: Annotated[int, Field(ge=0)] = 1
     per_image: Count = 8  # drawn at random for every sample
-    top: Annotated[int, Field(ge=0)] = 0  # draw from so many of the best boxes; 0: from all
+    top: Annotated[int, Field(ge=0)] = 100  # draw from so many of the best boxes; 0: from all
     min_side: NotNegative = 0.0  # pixels of the picture
     max_aspect: Annotated[float, Field(ge=0)] = 0.0  # longer over shorter side; 0: any
     size: tuple[Fraction, Fraction] = (0.0, 1.0)  # bounds of the square root of a box's share of the picture
@@ -97,11 +103,21 @@ class Contrast(Section):
     # info_nce: against a queue of earlier keys; nt_xent: against the rest of the batch; cosine: no negatives
     loss: Literal["info_nce", "nt_xent", "cosine"] = "info_nce"
     temperature: Positive = 0.2
+    same_class: Literal["negative", "left_out"] = "negative"  # keys of the query's own class in the queue
     queue: Count = 65536  # keys remembered, for info_nce; should not exceed the keys of one epoch
     hidden: Count = 256  # width of the projector's hidden layer
     dim: Count = 256
-    norm: bool = True  # batch norm in projector and predictor
+    # of projector and predictor. batch: over the rows of all processes; layer: every row by itself, for small batches
+    norm: Norm = "batch"
     predictor: bool = True  # one more such network, on the trained side only
+
+    @model_validator(mode="before")
+    @classmethod
+    def _former(cls, values: Any) -> Any:
+        """`norm` was `true` or `false` before."""
+        if isinstance(values, dict) and isinstance(values.get("norm"), bool):
+            return {**values, "norm": "batch" if values["norm"] else "none"}
+        return values
 
 
 class BoxContrast(Contrast):
@@ -116,7 +132,7 @@ class DenseContrast(Contrast):
 
     hidden: Count = 2048
     dim: Count = 128
-    norm: bool = False
+    norm: Norm = "none"
     predictor: bool = False
 
 
@@ -124,14 +140,16 @@ class Reconstruction(Section):
     """The generator on the backbone's last layer, and what its pictures are compared on."""
 
     widths: tuple[Count, Count, Count] = (512, 256, 64)  # between the four transposed convolutions
-    # how four doublings reach the backbone's stride of 32: the first one quadruples, the result is enlarged, or the
-    # target is shrunk
-    bridge: Literal["first_stride4", "bilinear", "half_target"] = "first_stride4"
+    # how four doublings reach the backbone's stride of 32: the result is enlarged, the first one quadruples (a larger
+    # error and a pattern of squares: docs/results.md), or the target is shrunk
+    bridge: Literal["bilinear", "first_stride4", "half_target"] = "bilinear"
     mask_fraction: Fraction = 0.25  # of a proposal's area
     mask_proposals: Literal["one", "all"] = "one"  # per picture
     mask_fill: Literal["zero", "noise"] = "zero"  # zero is the mean colour
     layers: tuple[Annotated[int, Field(ge=1, le=4)], ...] = (1, 2, 3, 4)  # backbone layers that SR compares
     stop_gradient: bool = False  # the real picture's features are a fixed target of SR
+    # of SR per layer: its features' own mean square, or raw, where SR is as large as the backbone's features are
+    sr_unit: Literal["energy", "raw"] = "energy"
     share: Annotated[float, Field(gt=0, le=1)] = 1.0  # of the pictures that SR encodes again: its mean is over these
 
 
@@ -157,13 +175,20 @@ class Pretraining(Section):
     det_loss: Literal["class_aware", "class_agnostic", "none"] = "class_aware"
     loss: Annotated[Loss, BeforeValidator(by_name)] = Loss()  # the classification loss of class_aware
     momentum: Fraction = 0.999  # of the momentum network
+    # iterations that the momentum network remembers at most, share of the stage's: 0.999 needs 20,000 to mean 0.999 at
+    # 0.05, less is used before; 0: `momentum` in a stage of any length
+    momentum_horizon: Fraction = 0.05
     momentum_schedule: Literal["constant", "cosine"] = "constant"  # cosine: rises to 1 at the end of the stage
     symmetric: bool = False  # contrast both ways; costs another pass of both networks
     third_view: bool = False  # the second view at half size, as one more target of the box term
     freeze_backbone: bool = False
-    keep_predictor: bool = False  # go on with classifier and box layer too, where they fit
+    # go on with classifier and box layer too; none: where det_loss is class_aware and `loss` that of what follows
+    keep_predictor: bool | None = None
     sampler: Annotated[ProposalSampler, BeforeValidator(by_name)] = ProposalSampler(name="dynamic")
     schedule: Schedule = Schedule()
+    # the learning rate goes on where the pre-training leaves it, in one curve over the epochs of both: that of the
+    # recipe's `schedule`, whose milestones then count from the start of the pre-training; the optimiser starts anew
+    one_curve: bool = False
 
     @model_validator(mode="before")
     @classmethod
@@ -196,6 +221,14 @@ class Pretraining(Section):
             and not (weights.lcl or self.detects)
         ):
             raise ValueError("freeze_backbone leaves nothing to train: its terms train the backbone alone")
+        for name in ("image", "box", "dense"):
+            own = getattr(self, name)
+            if own.same_class == "left_out" and (own.loss != "info_nce" or name == "dense"):
+                raise ValueError(
+                    f"{name}.same_class left_out needs negatives with classes: image or box, loss info_nce"
+                )
+        if self.box.same_class == "left_out" and self.box.rois == "assigned":
+            raise ValueError("box.same_class left_out needs box.rois proposals")
         if self.sampler.instance_source == "proposal":
             self._check_proposal_counts()
         if list(self.reconstruction.layers) != sorted(set(self.reconstruction.layers)):
@@ -237,6 +270,27 @@ class Pretraining(Section):
                 'data proposals selective_search` and take proposals.source "file"'
             )
 
+    def normed_by_few(self, pictures: int) -> str:
+        """What to know about batch norm over `pictures`, those of all processes at a time; empty where they suffice.
+
+        In a batch of n rows the others' mean cosine with a row is -1/(n - 1) behind the norm, whatever the pictures
+        are, and gradients grow: with 2 rows they are twenty times those of 16.
+        """
+        rows = {
+            "image": (self.weights.hcl, self.image.norm, pictures),
+            "box": (self.weights.lcl, self.box.norm, pictures * self.proposals.per_image),
+        }
+        few = [
+            f"pretraining.{name}.norm" for name, (own, norm, n) in rows.items() if own and norm == "batch" and n < FEW
+        ]
+        return (
+            f"{' and '.join(few)} batch: projector and predictor normalise over the {pictures} pictures that all "
+            f"processes have at a time; fewer than {FEW} rows tell each other apart by the norm alone. Take a larger "
+            f"batch, or {few[0]}=layer"
+            if few
+            else ""
+        )
+
     def described(self) -> str:
         """The terms with their weights, on one line."""
         given = {term: getattr(self.weights, term) for term in terms(self.preset)}
@@ -246,6 +300,11 @@ class Pretraining(Section):
     def detects(self) -> bool:
         """Whether the detector's own losses take part."""
         return self.weights.det > 0 and self.det_loss != "none"
+
+    @property
+    def weak_view(self) -> bool:
+        """Whether the detector's own losses have a picture of their own."""
+        return self.detects and self.det_loss == "class_aware" and self.views.detection == "weak"
 
     @property
     def uses_proposals(self) -> bool:

@@ -92,9 +92,10 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _check(self) -> Recipe:
         check_backbone(self.backbone, self.weights, self.detector.norm)
-        if self.weights == "none" and self.detector.norm == "frozen_bn":
+        if self.weights == "none" and self.detector.norm in ("frozen_bn", "frozen_stats"):
             raise ValueError(
-                'a random start (weights: none) cannot train with detector.norm "frozen_bn": use "bn" or "gn"'
+                f'a random start (weights: none) cannot train with detector.norm "{self.detector.norm}": use "bn" or '
+                '"gn"'
             )
         if not self.detector.CLASSES and self.data.val.annotations:
             raise ValueError(
@@ -131,6 +132,8 @@ class Recipe(Section):
                 f"a random start (weights: none) cannot freeze the backbone, as pretraining.preset "
                 f"{pretraining.preset} does: set pretraining.freeze_backbone=false"
             )
+        if pretraining.one_curve and self.method == "stepwise":
+            raise ValueError("pretraining.one_curve: the steps of method stepwise have rates of their own")
         one_precision(self, "pretraining")
         reconstructs = pretraining.weights.ar > 0 or pretraining.weights.sr > 0
         if reconstructs and max(getattr(self.detector, "fpn_layers", (4,))) < 3:

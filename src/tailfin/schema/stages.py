@@ -21,6 +21,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 from pydantic import ValidationError
 
+from tailfin import plugins
 from tailfin.errors import nearest
 from tailfin.schema.data import Data
 from tailfin.schema.problems import explain
@@ -52,6 +53,7 @@ class Stage(Generic[R]):
     hands_on: tuple[str, ...] = ("detector",)  # to later stages
     # files of the run folder that follow from the stage -> the further keys that they depend on
     files: Mapping[str, Inputs] = field(default_factory=dict)
+    reads: Mapping[str, Path] = field(default_factory=dict)  # keys -> files from outside that the stage follows from
 
     @property
     def folder(self) -> str:
@@ -65,8 +67,9 @@ def stages(recipe: R) -> list[Stage[R]]:
     own: list[Stage[R]] = METHODS[whole.method].stages(whole)
     if whole.pretraining is None:
         return own
-    parts = ("backbone", "fpn", "rpn", "head", *(("classifier", "box") if whole.pretraining.keep_predictor else ()))
-    kept = {"pretraining.keep_predictor": whole.pretraining.keep_predictor}
+    keeps = keeps_predictor(whole)
+    parts = ("backbone", "fpn", "rpn", "head", *(("classifier", "box") if keeps else ()))
+    kept = {"pretraining.keep_predictor": keeps}
     before = Stage(PRETRAIN, pretraining_recipe(recipe), _pretraining_inputs(whole), hands_on=parts)
     follower, *rest = (replace(stage, number=stage.number + 1) for stage in own)
     follower = replace(follower, starts_from=PRETRAIN, inputs={**follower.inputs, **kept})
@@ -90,8 +93,14 @@ def check_stages(recipe: Any) -> None:
 
 def known_method(name: str) -> str:
     """`name` if it is a method, else a `ValueError`."""
+    if name not in METHODS and (own := plugins.load(plugins.METHODS, name)) is not None:
+        if not isinstance(getattr(own, "METHOD", None), Method) or not callable(getattr(own, "train", None)):
+            raise ValueError(
+                f'the method "{name}" of an installed package lacks METHOD (a stages.Method) or train(run)'
+            )
+        METHODS[name] = own.METHOD
     if name not in METHODS:
-        raise ValueError(f'"{name}" is not a choice{nearest(name, METHODS)}')
+        raise ValueError(f'"{name}" is not a choice{nearest(name, [*METHODS, *plugins.names(plugins.METHODS)])}')
     return name
 
 
@@ -107,12 +116,26 @@ def pretraining_recipe(recipe: R) -> R:
     return whole.model_copy(update={**own, **without, "evaluation": evaluation})
 
 
+def keeps_predictor(recipe: Any) -> bool:
+    """Whether the method goes on with the classifier and the box layer of the pre-training.
+
+    Its classes are the recipe's; but a classifier learnt with one loss says something else to another.
+    """
+    own = recipe.pretraining
+    if own.keep_predictor is not None:
+        return bool(own.keep_predictor)
+    return bool(own.detects and own.det_loss == "class_aware" and own.loss == recipe.loss)
+
+
 def _pretraining_inputs(recipe: Any) -> dict[str, Any]:
     """Of the recipe's own keys those of detector, start and data; the method's loss, sampler and rates come later."""
     later = ("loss", "sampler", "schedule", "evaluation", "features")
     own = {key: value for key, value in own_inputs(recipe).items() if key.partition(".")[0] not in later}
     own |= _section(recipe, "pretraining")
     del own["pretraining.keep_predictor"]
+    if recipe.pretraining.one_curve:  # the rates are those of `schedule`, over its epochs too
+        keys = ("epochs", "lr", "warmup", "warmup_ratio", "decay", "milestones", "gamma")
+        own |= flat(_dumped(recipe.schedule, *keys), "schedule.")
     if recipe.pretraining.proposals.file:  # relative to the data's root, which may differ
         own["pretraining.proposals.file"] = str(Path(recipe.data.root) / recipe.pretraining.proposals.file)
     return own
@@ -214,6 +237,9 @@ def _steps(recipe: Any) -> list[Stage[Any]]:
     seen = _dumped(recipe.data, "test_size", "test_max_size")  # the pictures that step 0 scores annotations in
     exemplars = settings.exemplars.model_dump(mode="json", exclude={"shard"})
     given = settings.base == "given"
+    planned = steps(settings)
+    selected = not settings.exemplars.file and any(not step.annotations for _, _, step in planned)
+    shown = {**flat(seen, "data."), **parted, **flat(exemplars, "stepwise.exemplars.")}
     found = [
         Stage(
             "base",
@@ -221,22 +247,36 @@ def _steps(recipe: Any) -> list[Stage[Any]]:
             inputs,
             number=0 if given else 1,
             hands_on=("detector", "exemplars"),
-            files={"exemplars.json": {**flat(seen, "data."), **parted, **flat(exemplars, "stepwise.exemplars.")}},
+            files={"exemplars.json": shown} if selected else {},
         )
     ]
-    for name, part, step in steps(settings):
+    for name, part, step in planned:
         section = "head" if part == 0 else "both" if part < 0 else "tail"
+        reads = {key: Path(recipe.data.root) / file for key, file in outside(settings, section, part).items()}
         found.append(
             Stage(
                 name,
                 step_recipe(recipe, step),
-                {**parted, **flat(step.model_dump(mode="json"), f"stepwise.{section}.")},
+                {**parted, **flat(step.model_dump(mode="json"), f"stepwise.{section}."), **_names(reads)},
                 number=found[-1].number + 1,
                 starts_from=found[-1].name,
                 trains=() if EVERYTHING in step.trains else tuple(step.trains) or (CLASS_SPECIFIC,),
+                reads=reads,
             )
         )
     return found
+
+
+def outside(settings: Stepwise, section: str, part: int) -> dict[str, str]:
+    """Key and name of the file that says which annotations a step keeps; none where the run's own selection does."""
+    step = getattr(settings, section)
+    if step.annotations:
+        return {f"stepwise.{section}.annotations": step.annotations[max(part - 1, 0)]}
+    return {"stepwise.exemplars.file": settings.exemplars.file} if settings.exemplars.file else {}
+
+
+def _names(reads: Mapping[str, Path]) -> dict[str, str]:
+    return {key: str(path) for key, path in reads.items()}
 
 
 def base_recipe(recipe: R) -> R:

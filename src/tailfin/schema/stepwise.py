@@ -17,9 +17,16 @@ Rates = Literal["multistep", "cosine", "constant"]
 EVERYTHING = "all"  # in `trains`: every part
 
 
+def _one_or_several(value: Any) -> Any:
+    return ([value] if value else []) if isinstance(value, str) else value
+
+
 class ExemplarSelection(Section):
     """Which annotations stand for their class (3.1): those that the step-0 model is sure of, from different images."""
 
+    # an exemplars.json of these annotations, or a run that has one, in the place of a selection by step 0; the keys
+    # below are then those of that selection
+    file: str = ""
     score: Literal["max", "gt_class"] = "max"  # of the matched query: over all classes (released), or of its own class
     threshold: Fraction = 0.5  # first come scores above it ...
     distinct_images: bool = True  # ... from images that the class has none of yet; then plain order of scores
@@ -69,6 +76,11 @@ class Step(Section):
 
     per_head_class: Kept  # annotations of each class of the parts before this step's own (step 1: of the head)
     per_tail_class: Kept  # of each class of its own part (step 1: of all others)
+    # COCO files with the annotations that the step keeps, as `tailfin data smooth-tail` writes them, in the place of
+    # the two counts: one for each step of the section
+    annotations: Annotated[tuple[str, ...], BeforeValidator(_one_or_several)] = ()
+    # "all": a control, the step's rates and number of iterations on all annotations in the place of those that it keeps
+    shows: Literal["exemplars", "all"] = "exemplars"
     trains: tuple[str, ...] = ()  # parts of the detector that train, or "all"; empty: the class-specific ones
     distillation: Distillation | None = None
     rfs: Annotated[StepSampler, BeforeValidator(by_name)] = StepSampler()
@@ -125,8 +137,12 @@ class Stepwise(Section):
         for name in ("head", "tail", "both"):
             step = getattr(self, name)
             counts = () if step is None else (step.per_head_class, step.per_tail_class)
-            if any(count != "all" and count > self.exemplars.length for count in counts):
+            few = not self.exemplars.file and (step is None or not step.annotations)
+            if few and any(count != "all" and count > self.exemplars.length for count in counts):
                 raise ValueError(
                     f"{name} wants more annotations of a class than exemplars.length, {self.exemplars.length}"
                 )
+            needed = len(self.division) if name == "tail" else 1
+            if step is not None and len(step.annotations) not in (0, needed):
+                raise ValueError(f"{name}.annotations names {len(step.annotations)} files, {needed} are needed")
         return self

@@ -18,7 +18,7 @@ from tailfin.data.dataset import TrainingDataset, open_source
 from tailfin.errors import UserError
 from tailfin.methods.stepwise import _copy
 from tailfin.models import build_detector
-from tailfin.models.features.base import ExtraRows, FeatureModule
+from tailfin.models.features.base import ExtraRows, FeatureModule, Rows
 from tailfin.models.features.fasa import FASA, AugmentedFeatures
 from tailfin.models.features.feature_memory import FeatureMemory
 from tailfin.models.features.meta_reweighting import PartneredDataset
@@ -245,17 +245,19 @@ def test_rows_with_boxes_train_the_boxes_too(heads):
 
 
 def test_facts_of_the_rows(heads):
-    heads.loss.row_facts = ("gt_index", "memory", "quality")
+    heads.loss.row_facts = ("gt_index", "memory", "quality", "picture")
     boxes = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 10], [2, 2, 8, 8], [0, 0, 10, 10]])
     matched = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 20], [5, 5, 6, 6], [50, 50, 60, 60]])
     labels, gt_index = torch.tensor([0, 2, 3, 1]), torch.tensor([0, 1, -1])
     deltas = torch.zeros(4, 12)
     deltas[1, 4 * 2 + 3] = 5 * np.log(2)  # of its own class: twice as high, about the same centre
-    facts = heads.facts(deltas, boxes, torch.cat([labels, torch.tensor([1])]), matched, gt_index, memory=True)
+    rows = Rows([boxes[:1], boxes[1:3]], labels[:3], matched[:3], gt_index, torch.zeros(3, dtype=torch.bool))
+    facts = heads.facts(deltas, boxes, torch.cat([labels, torch.tensor([1])]), matched, rows, memory=True)
     assert facts["gt_index"].tolist() == [0, 1, -1, -1, -1]
+    assert facts["picture"].tolist() == [0, 1, 1, 2, 2]  # rows of no picture are together
     assert facts["memory"].tolist() == [False] * 3 + [True] * 2
     torch.testing.assert_close(facts["quality"], torch.tensor([1.0, 15 * 10 / (200 + 200 - 150), 0, 0, 1]))
-    assert not heads.facts(deltas, boxes, labels, matched, gt_index)["memory"].any()
+    assert not heads.facts(deltas, boxes, labels, matched, rows)["memory"].any()
 
 
 def test_eqfl_is_told_the_quality(heads):
@@ -264,7 +266,7 @@ def test_eqfl_is_told_the_quality(heads):
     given = []
     heads.loss.register_forward_pre_hook(lambda module, args, kwargs: given.append(kwargs), with_kwargs=True)
     heads(*batch())[1]["loss_classifier"].backward()
-    assert set(given[0]) == {"quality"} and given[0]["quality"].max() > 0.5
+    assert set(given[0]) == {"quality", "every_row"} and given[0]["quality"].max() > 0.5
     assert heads.predictor.bbox_pred.weight.grad is None, "the quality is a constant"
 
 

@@ -171,3 +171,19 @@ def test_mistakes():
         FeatureHallucination(2, 2, beta=1.0)
     with pytest.raises(ValueError, match=r"features must be \[n, 2\]"):
         FeatureHallucination(2, 2).update(torch.zeros(3, 4), torch.zeros(3, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("cuts", [(3, 5), (0, 8), (4, 4, 4), (11,)])
+def test_accumulation_steps_are_one_batch(cuts):
+    """Statistics of a batch in pieces are those of the whole one, whichever classes a piece has."""
+    generator = torch.Generator().manual_seed(0)
+    whole, pieces = (FeatureStatistics(6, 3) for _ in range(2))
+    for _ in range(4):
+        features = torch.randn(12, 3, generator=generator) + 5
+        labels = torch.randint(-1, 7, (12,), generator=generator)
+        whole.update(features, labels)
+        for number, part in enumerate(torch.tensor_split(torch.arange(12), cuts)):
+            pieces.update(features[part], labels[part], again=number > 0)
+    assert whole.used.any()
+    for key, value in whole.state_dict().items():
+        torch.testing.assert_close(pieces.state_dict()[key], value, rtol=1e-5, atol=1e-5)

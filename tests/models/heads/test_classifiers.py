@@ -1,4 +1,4 @@
-"""The classifiers of a recipe: each trains, loads, predicts; second stages; what does not go together; calibration."""
+"""The classifiers of a recipe: each trains, loads, predicts; second stages; what does not go together."""
 
 from __future__ import annotations
 
@@ -10,14 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from typer.testing import CliRunner
 
 import tailfin
 from tailfin import ClassStats, api, losses
-from tailfin.calibration import norcal_foreground
-from tailfin.calibration_search import calibrate
 from tailfin.checkpoint import load_model_file
-from tailfin.cli.main import app
 from tailfin.config import load_recipe
 from tailfin.data.dataset import TrainingDataset
 from tailfin.data.index import open_index
@@ -31,7 +27,6 @@ from tailfin.models.heads.forest import GrownForest, class_company, class_name_p
 from tailfin.models.heads.pcb import STEP_WEIGHTS
 from tailfin.models.heads.roi_heads import BoxPredictor
 from tailfin.models.heads.tde import TDEHead
-from tailfin.models.rescoring import NorCal
 from tailfin.models.rpn import ResamplingRPN
 from tailfin.samplers.episodes import EpisodeDataset, EpisodePlan
 from tailfin.schema.heads import CLASSIFIERS, Classifier
@@ -328,7 +323,6 @@ def test_refused_recipe(tiny_recipe, overrides, message):
         (["detector.classifier={name: forest, parents: [2, 9, 2]}"], "parents must lie in 1..3"),
         (["detector.classifier={name: pcb, step_weights: [1, 1]}", "loss=pcb"], "the loss expects 3 passes"),
         (["detector.classifier=pcb", "features=fasa"], "cannot join it"),
-        (["calibration=norcal", "loss=sigmoid"], "Sigmoid add up to more than 1"),
     ],
 )  # fmt: skip
 def test_refused_detector(tmp_path, tiny_set, tiny_recipe, overrides, message):
@@ -389,75 +383,3 @@ def test_bare_names_and_overrides(tiny_recipe):
     assert again.detector.classifier.options == {}
     model, _ = build_detector(recipe, STATS, start=False)
     assert model.roi_heads.predictor.cls_score.temperature == 10
-
-
-# ---- calibration -----------------------------------------------------------------------------------------------------
-
-
-def test_norcal_in_a_recipe(tiny_recipe):
-    stats = ClassStats(image_count=[400, 20, 0], instance_count=[400, 20, 0], num_images=420)
-    torch.manual_seed(0)
-    plain, _ = build_detector(load_recipe(tiny_recipe), stats, start=False)
-    model, _ = build_detector(load_recipe(tiny_recipe, ["calibration={name: norcal, gamma: 0.7}"]), stats, start=False)
-    model.load_state_dict(plain.state_dict())  # it has no state of its own
-    scores = torch.randn((5, 4)).softmax(1)[:, :3]
-    torch.testing.assert_close(model.rescore(scores), norcal_foreground(scores, [400, 20, 0], 0.7))
-    pictures = [torch.rand(3, 64, 64)]
-    before, after = plain.eval()(pictures)[0], model.eval()(pictures)[0]
-    assert (after["labels"] == 2).float().mean() > (before["labels"] == 2).float().mean()  # the rarest
-    for name in ("softmax", "seesaw", "balanced_softmax", "ldam"):
-        NorCal(stats, losses.build(name, stats), gamma=0.5)
-    for name in ("sigmoid", "objectness", "eqlv2", "focal"):
-        with pytest.raises(UserError, match="add up to more than 1"):
-            NorCal(stats, losses.build(name, stats), gamma=0.5)
-
-
-@pytest.fixture(scope="module")
-def softmax_run(tmp_path_factory, tiny_set, tiny_recipe) -> Path:
-    changes = ["schedule.optimizer=adamw", "schedule.lr=0.004", "schedule.epochs=3", "detector.roi_batch=64"]
-    out = tmp_path_factory.mktemp("softmax") / "run"
-    return tailfin.train(tiny_recipe, train=tiny_set[0], out=out, overrides=changes)
-
-
-def test_calibrate_by_hand_and_by_training_pictures(softmax_run, tmp_path, tiny_set):
-    out = tmp_path / "calibrated.safetensors"
-    assert calibrate(softmax_run, out, gamma=0.4) == (0.4, {})
-    detector = tailfin.load(out)
-    assert detector.recipe.calibration.gamma == 0.4
-    weights, before = load_file(out), load_file(softmax_run / "model.safetensors")
-    assert all(torch.equal(weights[key], before[key]) for key in before)
-    gamma, tried = calibrate(softmax_run, out, train=tiny_set[0], overwrite=True, device="cpu")
-    assert len(tried) == 11 and tried[gamma] == max(tried.values()) > 0
-    assert len(set(tried.values())) > 1
-    # what was measured is what the written model gives
-    for value in (0.0, 0.5):
-        calibrate(softmax_run, out, gamma=value, overwrite=True)
-        results = api.predict_to_results(out, tiny_set[0], None, tmp_path / "found", device="cpu")
-        counts = api.train_counts(out, tiny_set[0])
-        metrics = tailfin.evaluate(tiny_set[0], results["bbox"], "lvis", max_dets=20, train_counts=counts)
-        assert metrics["bbox"]["AP"] == pytest.approx(tried[value], abs=1e-4)
-    few, _ = calibrate(softmax_run, out, train=tiny_set[0], max_images=6, overwrite=True, device="cpu")
-    assert 0 <= few <= 1
-
-
-def test_calibrate_command(softmax_run, tmp_path, tiny_set):
-    out = tmp_path / "calibrated.safetensors"
-    words = ["calibrate", str(softmax_run), "--out", str(out), "--device", "cpu"]
-    shown = CliRunner().invoke(app, [*words, "--train", str(tiny_set[0]), "--max-images", "5"])
-    assert shown.exit_code == 0, shown.output
-    gamma = tailfin.load(out).recipe.calibration.gamma
-    assert f"gamma {gamma:g}: " in shown.output and "│ 0.5   │" in shown.output
-    again = CliRunner().invoke(app, [*words, "--gamma", "0.3", "--overwrite"])
-    assert again.exit_code == 0 and tailfin.load(out).recipe.calibration.gamma == 0.3
-
-
-def test_calibrate_refuses(softmax_run, tmp_path, tiny_set):
-    out = tmp_path / "calibrated.safetensors"
-    assert "--gamma" in refusal(calibrate, softmax_run, out)
-    assert "must not be negative" in refusal(calibrate, softmax_run, out, gamma=-1)
-    assert "ends in .safetensors" in refusal(calibrate, softmax_run, tmp_path / "x.json", gamma=1)
-    assert "does not exist" in refusal(calibrate, tmp_path / "no.safetensors", out, gamma=1)
-    assert not out.exists()
-    out.write_text("mine")
-    assert "add --overwrite" in refusal(calibrate, softmax_run, out, gamma=1)
-    assert out.read_text() == "mine"

@@ -1,4 +1,7 @@
-"""What a box head and a feature module say to each other, and what a stage tells a feature module about itself."""
+"""What a box head and a feature module say to each other, and what a stage tells a feature module about itself.
+
+What is drawn is drawn for the pictures, not for the process that happens to have them: `FeatureModule.share`.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,10 @@ from typing import Any, NamedTuple
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from tailfin.collectives import this_rank
 from tailfin.data.dataset import Source, TrainingDataset
+from tailfin.losses.base import PICTURES
+from tailfin.models.roi_align import Places
 from tailfin.samplers.plan import BatchPlan
 from tailfin.schema.recipe import Recipe
 from tailfin.stats import ClassStats
@@ -24,6 +30,8 @@ class Rows(NamedTuple):
     matched: Tensor  # [N, 4] the ground-truth box of each row; of no meaning on background rows
     gt_index: Tensor  # int64 [N] the object of each row, counted over the batch; -1 on background rows
     added: Tensor  # bool [N] rows that are an object's own box, joined to the proposals
+    places: Places  # for pooling: the picture of each row, and how many rows each level has
+    known: Tensor | None = None  # bool [N, C] classes that were looked for in the row's picture; none: all
 
 
 class ExtraRows(NamedTuple):
@@ -46,7 +54,7 @@ class Seen(NamedTuple):
     shared: Tensor  # [N, D] features of the sampled rows
     targets: Targets
     image_sizes: list[tuple[int, int]]  # (height, width) without padding
-    pool: Callable[[list[Tensor]], Tensor]  # boxes per image [M, 4] to pooled features [N, channels, size, size]
+    pool: Callable[..., Tensor]  # boxes per image [M, 4] (and places) to pooled features [N, channels, size, size]
     head: nn.Module  # pooled to shared features
     classifier: nn.Module  # shared features to logits
 
@@ -67,8 +75,28 @@ class StageFacts(NamedTuple):
 class FeatureModule(nn.Module):
     """Takes part in the training of a box head beside its sampled rows; each method has what it needs of this.
 
-    State is in buffers and the same on every process. One with a method `at_epoch` is told the time.
+    State is in buffers and the same on every process. `at_epoch` tells it the time before every iteration.
     """
+
+    calls = 0  # of `share` in the iteration
+
+    def at_epoch(self, epoch: float) -> None:
+        """An iteration begins, at this point of the stage in epochs."""
+        self.calls = 0
+
+    def share(self, each: int, pictures: int, per: str = "batch") -> int:
+        """How many draws this call makes for its `pictures`; once per call of `rows` or `losses`.
+
+        per "batch": `each` for every two pictures (`PICTURES`), so that a batch has as many however it is split over
+        processes and accumulation steps; what does not divide is shared out by the pictures' places in the batch.
+        "process": `each`, whatever the number of pictures. All processes have as many pictures.
+        """
+        rank, ranks = this_rank()
+        before = (self.calls * ranks + rank) * pictures
+        self.calls += 1
+        if per == "process":
+            return each
+        return (before + pictures) * each // PICTURES - before * each // PICTURES
 
     def rows(self, seen: Seen) -> ExtraRows | None:
         """Rows that join the sampled ones; called once per iteration, before the losses."""

@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tailfin.collectives import sum_over_ranks
-from tailfin.losses.base import ClassificationLoss, ExactBuffers
+from tailfin.losses.base import PICTURES, ClassificationLoss, ExactBuffers
 from tailfin.models.features.base import FeatureModule, Seen
 from tailfin.models.features.hallucination import FeatureStatistics
 from tailfin.models.precision import in_float32
@@ -95,9 +95,10 @@ class FASA(ExactBuffers):
         self.register_exact("last_losses", torch.zeros(len(counts)))  # of the phase before
         self.register_buffer("adapted", torch.zeros((), dtype=torch.int64))  # phases so far
 
-    def update(self, features: Tensor, labels: Tensor) -> None:
-        """Take the foreground rows of `features` [n, D] into the statistics; only in train mode."""
-        self.statistics.update(features, labels)
+    def update(self, features: Tensor, labels: Tensor, *, again: bool = False) -> None:
+        """Take the foreground rows of `features` [n, D] into the statistics; only in train mode. `again` as for
+        `FeatureStatistics.update`."""
+        self.statistics.update(features, labels, again=again)
 
     @torch.no_grad()
     def sample(
@@ -107,18 +108,39 @@ class FASA(ExactBuffers):
 
         `draws` takes the place of random numbers: uniforms [C] and normals [R, D].
         """
-        if draws is None:
-            uniform = torch.rand(self.prob.shape, generator=generator, device=self.prob.device)
-        else:
-            uniform = draws[0].to(self.prob.device)
-        labels = torch.where((uniform < self.prob) & self.statistics.used)[0]
-        noise = self.statistics.noise(len(labels), generator) if draws is None else draws[1]
-        return self.statistics.draw(labels, noise), labels
+        features, labels, _ = self.sample_often(1, generator=generator, draws=draws)
+        return features, labels
 
-    def augmentation_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """`loss_aug_weight` times the mean softmax cross-entropy; 0, attached to the graph, without rows."""
-        total = F.cross_entropy(logits.float() if logits.dtype.itemsize < 4 else logits, labels, reduction="sum")
-        return self.loss_aug_weight * total / max(len(labels), 1)
+    @torch.no_grad()
+    def sample_often(
+        self, times: int, *, generator: torch.Generator | None = None, draws: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`sample`, `times` times: features [R, D], labels [R] and the number of each row's draw, int64 [R] ascending.
+
+        `draws`: uniforms [C] or [times, C], and normals [R, D].
+        """
+        shape = (times, len(self.prob))
+        if draws is None:
+            uniform = torch.rand(shape, generator=generator, device=self.prob.device)
+        else:
+            uniform = draws[0].to(self.prob.device).view(shape)
+        draw, labels = torch.where((uniform < self.prob) & self.statistics.used)
+        noise = self.statistics.noise(len(labels), generator) if draws is None else draws[1]
+        return self.statistics.draw(labels, noise), labels, draw
+
+    def augmentation_loss(
+        self, logits: Tensor, labels: Tensor, draw: Tensor | None = None, draws: float = 1.0
+    ) -> Tensor:
+        """`loss_aug_weight` times the mean softmax cross-entropy; 0, attached to the graph, without rows.
+
+        With `draw` int64 [R], the draw of each row: the sum over the draws of their means, divided by `draws`. A draw
+        without rows counts 0, as the published run has it on a process without any.
+        """
+        logits = logits.float() if logits.dtype.itemsize < 4 else logits
+        if draw is None:
+            return self.loss_aug_weight * F.cross_entropy(logits, labels, reduction="sum") / max(len(labels), 1)
+        each = F.cross_entropy(logits, labels, reduction="none")
+        return self.loss_aug_weight * (each / torch.bincount(draw)[draw]).sum() / draws
 
     @torch.no_grad()
     def observe(self, losses: Tensor, labels: Tensor) -> None:
@@ -163,39 +185,45 @@ class AugmentedFeatures(FeatureModule):
     """FASA: the statistics of the sampled foreground rows give made-up features, whose loss is a term of its own.
 
     The probabilities adapt at the end of each epoch, to the losses of the epoch's own rows (the released code measures
-    them on the validation set). From epoch `start` on there are made-up features.
+    them on the validation set). From epoch `start` on there are made-up features: a draw and its loss for every two
+    pictures, or with `per` "process" one on every process (`FeatureModule.share`).
     """
 
     epoch: Tensor
 
-    def __init__(self, fasa: FASA, start: int = 1) -> None:
+    def __init__(self, fasa: FASA, start: int = 1, *, per: str = "batch") -> None:
         super().__init__()
         self.fasa = fasa
+        self.per = per
         self.start = start
         self.register_buffer("epoch", torch.zeros((), dtype=torch.int64))  # the one that runs
 
     def at_epoch(self, epoch: float) -> None:
         """Close the epoch before where a new one begins."""
+        super().at_epoch(epoch)
         if math.floor(epoch) > int(self.epoch):
             self.fasa.adapt()
             self.epoch.fill_(math.floor(epoch))
 
     def losses(self, seen: Seen, logits: Tensor) -> dict[str, Tensor]:
         labels = seen.rows.labels
-        self.fasa.update(seen.shared.detach().float(), labels)
+        self.fasa.update(seen.shared.detach().float(), labels, again=self.calls > 0)
         self.fasa.observe(F.cross_entropy(logits.detach(), labels, reduction="none"), labels)
+        pictures = len(seen.targets)
+        times = self.share(1, pictures, self.per)
         if int(self.epoch) < self.start:
             return {}
-        features, labels = self.fasa.sample()
+        features, labels, draw = self.fasa.sample_often(times)
         logits = in_float32(seen.classifier, features)
-        return {"loss_augmented": self.fasa.augmentation_loss(logits, labels)}
+        draws = 1.0 if self.per == "process" else pictures / PICTURES
+        return {"loss_augmented": self.fasa.augmentation_loss(logits, labels, draw, draws)}
 
 
 def build(config: FASAConfig, detector: FasterRCNNConfig, stats: ClassStats, loss: ClassificationLoss) -> FeatureModule:
     """The module of a recipe."""
     options = config.model_dump(exclude={"name"})
-    start = options.pop("start_epoch")
-    return AugmentedFeatures(FASA(stats.instance_count, detector.head_channels, **options), start)
+    start, per = options.pop("start_epoch"), options.pop("per")
+    return AugmentedFeatures(FASA(stats.instance_count, detector.head_channels, **options), start, per=per)
 
 
 def affinity_propagation(

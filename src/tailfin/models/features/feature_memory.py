@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from tailfin.collectives import gather_over_ranks
 from tailfin.data.dataset import TrainingDataset, training_loader
 from tailfin.errors import UserError
-from tailfin.losses.base import ClassificationLoss
+from tailfin.losses.base import ClassificationLoss, counts_of
 from tailfin.losses.ebl import EBL
 from tailfin.models.features.base import ExtraRows, FeatureModule, Seen, StageFacts, Targets
 from tailfin.models.features.box_generator import COPIES, shifted_boxes
@@ -99,41 +99,43 @@ class FeatureMemory(nn.Module):
         features, labels, boxes, gt_boxes = gather_over_ranks(
             features.to(self.features.dtype), labels, boxes.to(self.boxes.dtype), gt_boxes.to(self.boxes.dtype)
         )
-        inside = torch.where((labels >= 0) & (labels < len(self.written)))[0]
-        labels = labels[inside]
-        kept, slot = ring_slots(labels, self.written, self.size)
-        row, label = inside[kept], labels[kept]
+        classes = len(self.written)
+        labels = torch.where((labels >= 0) & (labels < classes), labels, classes)  # the last ring is not there
+        row, slot = ring_slots(labels, self.written, self.size)
+        label = labels[row]
         self.boxes[label, slot] = boxes[row].to(self.boxes)
         self.gt_boxes[label, slot] = gt_boxes[row].to(self.gt_boxes)
         at = (label.to(self.features.device), slot.to(self.features.device))
         self.features[at] = features[row].to(self.features)
-        self.written += torch.bincount(labels, minlength=len(self.written))
+        self.written += counts_of(labels, classes + 1, torch.int64)[:-1]
 
     @torch.no_grad()
     def sample(
         self,
         mean_score: Tensor,
+        classes: int | None = None,
         *,
         generator: torch.Generator | None = None,
         draws: tuple[Tensor, Tensor] | None = None,
     ) -> StoredRows:
-        """Stored rows of the classes drawn against `mean_score` [C] >= 0; classes without any give none.
+        """Stored rows of the classes drawn against `mean_score` [C] >= 0; classes without any give none. `classes`
+        takes the place of `sampled_num_classes`.
 
         `draws` takes the place of random numbers: uniforms [sampled_num_classes] for the classes and
         [sampled_num_classes, sampled_num_features] for the rows of each.
         """
         device = self.written.device
         if draws is None:
-            shape = (self.sampled_num_classes, self.sampled_num_features)
+            shape = (self.sampled_num_classes if classes is None else classes, self.sampled_num_features)
             uniform = torch.rand(shape[0], generator=generator, device=device).sort().values
             draws = uniform, torch.rand(shape, generator=generator, device=device)
         chosen = inverse_cdf(1 / (mean_score + 1e-7), draws[0]).to(device)
         held = self.written[chosen].clamp(max=self.size)
         # a float32 uniform times a count can round up to the count
         slot = torch.minimum((draws[1].to(device) * held[:, None]).long(), (held - 1).clamp(min=0)[:, None])
-        filled = held > 0
+        filled = torch.where(held > 0)[0]
         slot = slot[filled].flatten()
-        labels = chosen[filled].repeat_interleave(draws[1].shape[1])
+        labels = chosen[filled, None].expand(-1, draws[1].shape[1]).flatten()
         at = (labels.to(self.features.device), slot.to(self.features.device))
         return StoredRows(self.features[at].to(device), labels, self.boxes[labels, slot], self.gt_boxes[labels, slot])
 
@@ -151,11 +153,17 @@ class RememberedRows(FeatureModule):
     Every iteration: store the features of 16 shifted boxes around each object, draw classes against the loss's mean
     score, and train classifier and boxes with stored rows of them. `pooled`: features are stored before the shared
     layers, which the drawn ones then pass anew. `prefill`: before a second stage the memory is filled, class by class,
-    with features of the frozen detector.
+    with features of the frozen detector. `per` as for `FeatureModule.share`.
     """
 
     def __init__(
-        self, memory: FeatureMemory, loss: ClassificationLoss, *, pooled: bool = False, prefill: bool = False
+        self,
+        memory: FeatureMemory,
+        loss: ClassificationLoss,
+        *,
+        pooled: bool = False,
+        prefill: bool = False,
+        per: str = "batch",
     ) -> None:
         super().__init__()
         if not isinstance(loss, EBL):
@@ -163,11 +171,13 @@ class RememberedRows(FeatureModule):
         self.memory = memory
         self.pooled = pooled
         self.prefill = prefill
+        self.per = per
         self._loss = (loss,)
 
     def rows(self, seen: Seen) -> ExtraRows:
         self.remember(seen.pool, seen.head, seen.targets, seen.image_sizes)
-        drawn = self.memory.sample(self._loss[0].mean_score[:-1])
+        classes = self.share(self.memory.sampled_num_classes, len(seen.targets), self.per)
+        drawn = self.memory.sample(self._loss[0].mean_score[:-1], classes)
         features = drawn.features.to(seen.shared.dtype)
         return ExtraRows(
             seen.head(features) if self.pooled else features, drawn.labels, drawn.boxes, drawn.gt_boxes, memory=True
@@ -236,20 +246,20 @@ def build(
     """The module of a recipe."""
     pooled = config.stores == "pooled"
     shape = (detector.fpn_channels, detector.roi_size, detector.roi_size) if pooled else (detector.head_channels,)
-    options = config.model_dump(exclude={"name", "stores", "prefill"})
+    options = config.model_dump(exclude={"name", "stores", "prefill", "per"})
     memory = FeatureMemory(stats.num_classes, shape, **{**options, "dtype": getattr(torch, config.dtype)})
-    return RememberedRows(memory, loss, pooled=pooled, prefill=config.prefill)
+    return RememberedRows(memory, loss, pooled=pooled, prefill=config.prefill, per=config.per)
 
 
 def ring_slots(index: Tensor, written: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """Where rows go in rings of `size` places, in their order: (rows to store [k], place of each [k]).
 
-    `index` int64 [n] names each row's ring, `written` [rings] counts the rows that each has ever got. Of rows that
-    would overwrite each other only the newest are stored.
+    `index` int64 [n] names each row's ring, `written` [rings] counts the rows that each has ever got; rows of ring
+    number [rings] are not stored. Of rows that would overwrite each other only the newest are stored. One read back.
     """
-    count = torch.bincount(index, minlength=len(written))
+    count = counts_of(index, len(written) + 1, torch.int64)
     order = torch.argsort(index, stable=True)
     nth = torch.empty_like(index)  # of its ring, among the new rows
     nth[order] = torch.arange(len(index), device=index.device) - (count.cumsum(0) - count)[index[order]]
-    kept = torch.where(nth >= count[index] - size)[0]
+    kept = torch.where((nth >= count[index] - size) & (index < len(written)))[0]
     return kept, (written[index[kept]] + nth[kept]) % size

@@ -16,10 +16,12 @@ All state is in buffers, so a checkpoint has it. `HallucinatedRows` is what a bo
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
-from tailfin.collectives import several_ranks, sum_over_ranks
+from tailfin.collectives import sum_over_ranks
 from tailfin.errors import UserError
 from tailfin.losses.base import ClassificationLoss
 from tailfin.losses.fcbl import FCBL
@@ -68,26 +70,30 @@ class FeatureHallucination(nn.Module):
         self.spread = spread
         self.statistics = FeatureStatistics(num_classes, channels, momentum=beta, across_ranks=across_ranks)
 
-    def update(self, features: Tensor, labels: Tensor) -> None:
-        """Move the statistics of the classes in `labels` [n] towards `features` [n, D]; only in train mode."""
-        self.statistics.update(features, labels)
+    def update(self, features: Tensor, labels: Tensor, *, again: bool = False) -> None:
+        """Move the statistics of the classes in `labels` [n] towards `features` [n, D]; only in train mode. `again` as
+        for `FeatureStatistics.update`."""
+        self.statistics.update(features, labels, again=again)
 
     @torch.no_grad()
     def sample(
         self,
         indicator: Tensor,
+        classes: int | None = None,
         *,
         generator: torch.Generator | None = None,
         draws: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Features [R, D] and their labels [R], R <= c m: classes without statistics give none.
+        """Features [R, D] and their labels [R], R <= c m: classes without statistics give none. `classes` takes the
+        place of c.
 
         `indicator` [C] in 0..1 is 1 for a class that needs nothing. `draws` takes the place of random numbers: c
         uniforms and [R, D] normals.
         """
         statistics = self.statistics
         if draws is None:
-            uniform = torch.rand(self.sampled_num_classes, generator=generator, device=indicator.device)
+            number = self.sampled_num_classes if classes is None else classes
+            uniform = torch.rand(number, generator=generator, device=indicator.device)
             uniform = uniform.sort().values
         else:
             uniform = draws[0]
@@ -117,10 +123,15 @@ class FeatureStatistics(nn.Module):
         self.register_buffer("mean", torch.zeros(num_classes, channels))
         self.register_buffer("variance", torch.zeros(num_classes, channels))
         self.register_buffer("used", torch.zeros(num_classes, dtype=torch.bool))
+        self._batch: Gathered | None = None  # of the newest optimiser batch; of no use between two of them
 
     @torch.no_grad()
-    def update(self, features: Tensor, labels: Tensor) -> None:
+    def update(self, features: Tensor, labels: Tensor, *, again: bool = False) -> None:
         """Take in `features` [n, D] of any float dtype; rows whose label is no foreground class are left out.
+
+        `again`: they belong to the batch of the call before, as another accumulation step of it. The statistics then
+        move from where that batch found them to the mean and variance of all its rows so far: after the last step they
+        are those of one call with all rows.
 
         Nothing changes in evaluation mode. With `across_ranks` every process has to call it, also with no rows.
         """
@@ -132,24 +143,25 @@ class FeatureStatistics(nn.Module):
                 f"features must be [n, {self.mean.shape[1]}] with labels [n], these are {list(features.shape)} and "
                 f"{list(labels.shape)}"
             )
-        inside = (labels >= 0) & (labels < classes)
-        features, labels = features[inside].to(self.mean.dtype), labels[inside]
-        if self.across_ranks and several_ranks():  # other processes may have other classes
-            present, group = torch.arange(classes, device=labels.device), labels
-        else:
-            present, group = torch.unique(labels, return_inverse=True)
-
-        count, total = self._summed(torch.ones_like(features[:, :1]), features, group=group, length=len(present))
+        # every class has a place, and rows of no class the one behind them: nothing is looked up on the device
+        group = torch.where((labels >= 0) & (labels < classes), labels, classes)
+        features = features.to(self.mean.dtype)
+        count, total = self._summed(torch.ones_like(features[:, :1]), features, group=group, length=classes + 1)
         mean = total / count.clamp(min=1)
-        (squares,) = self._summed((features - mean[group]).square(), group=group, length=len(present))
-        variance = squares / (count - 1).clamp(min=1)
+        (squares,) = self._summed((features - mean[group]).square(), group=group, length=classes + 1)
+        count, mean, squares = count[:-1], mean[:-1], squares[:-1]
+        if again and self._batch is not None:
+            count, mean, squares = self._batch.joined(count, mean, squares)
+            self._batch.restore(self)
+        old = self.mean.clone(), self.variance.clone(), self.used.clone()
+        self._batch = Gathered(count, mean, squares, *old)
 
-        seen = count[:, 0] > 0
-        present, mean, variance = present[seen], mean[seen], variance[seen]
-        keep = self.momentum * self.used[present].to(mean.dtype)[:, None]
-        self.mean[present] = keep * self.mean[present] + (1 - keep) * mean
-        self.variance[present] = keep * self.variance[present] + (1 - keep) * variance
-        self.used[present] = True
+        seen = count > 0
+        variance = squares / (count - 1).clamp(min=1)
+        keep = torch.where(seen, self.momentum * self.used.to(mean.dtype)[:, None], 1.0)
+        self.mean.copy_(torch.where(seen, keep * self.mean + (1 - keep) * mean, self.mean))
+        self.variance.copy_(torch.where(seen, keep * self.variance + (1 - keep) * variance, self.variance))
+        self.used |= seen[:, 0]
 
     def noise(self, rows: int, generator: torch.Generator | None = None) -> Tensor:
         """[rows, D] standard normals in the statistics' dtype and on their device."""
@@ -171,6 +183,29 @@ class FeatureStatistics(nn.Module):
         return sum_over_ranks(*sums) if self.across_ranks else sums
 
 
+class Gathered(NamedTuple):
+    """What an optimiser batch has brought so far, of every class."""
+
+    number: Tensor  # [C, 1] rows, their mean [C, D] and the sum of squared distances from it
+    mean: Tensor
+    squares: Tensor
+    old_mean: Tensor  # [C, D] the statistics before the batch
+    old_variance: Tensor
+    old_used: Tensor
+
+    def joined(self, count: Tensor, mean: Tensor, squares: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Count, mean and squares of these rows and more, [C, 1], [C, D] and [C, D]."""
+        total, shift = self.number + count, mean - self.mean
+        share = count / total.clamp(min=1)
+        return total, self.mean + shift * share, self.squares + squares + shift.square() * self.number * share
+
+    def restore(self, statistics: FeatureStatistics) -> None:
+        """The statistics as they were before the batch."""
+        statistics.mean.copy_(self.old_mean)
+        statistics.variance.copy_(self.old_variance)
+        statistics.used.copy_(self.old_used)
+
+
 def inverse_cdf(weights: Tensor, uniform: Tensor) -> Tensor:
     """int64 indices drawn in proportion to `weights` [C] >= 0: the first whose cumulative share reaches `uniform`.
 
@@ -188,24 +223,31 @@ class HallucinatedRows(FeatureModule):
     """BACL's feature hallucination (III-E).
 
     Every iteration: collect the features of 16 shifted boxes around each object, move the class statistics, and draw
-    made-up features of classes that the loss's long-term indicator finds weak.
+    made-up features of classes that the loss's long-term indicator finds weak. `per` as for `FeatureModule.share`.
     """
 
     def __init__(
-        self, hallucination: FeatureHallucination, loss: ClassificationLoss, *, independent_boxes: bool = False
+        self,
+        hallucination: FeatureHallucination,
+        loss: ClassificationLoss,
+        *,
+        independent_boxes: bool = False,
+        per: str = "batch",
     ) -> None:
         super().__init__()
         if not isinstance(loss, FCBL):
             raise UserError("hallucination draws classes by the indicator of fcbl: set loss=fcbl")
         self.hallucination = hallucination
         self.independent_boxes = independent_boxes
+        self.per = per
         self._loss = (loss,)  # in a tuple: the box head owns it, its state is not stored twice
 
     @torch.no_grad()
     def rows(self, seen: Seen) -> ExtraRows:
         boxes, labels, _ = shifted_boxes(seen.targets, seen.image_sizes, independent=self.independent_boxes)
-        self.hallucination.update(seen.head(seen.pool(boxes)).float(), labels)
-        return ExtraRows(*self.hallucination.sample(self._loss[0].indicator_diagonal()))
+        self.hallucination.update(seen.head(seen.pool(boxes)).float(), labels, again=self.calls > 0)
+        classes = self.share(self.hallucination.sampled_num_classes, len(seen.targets), self.per)
+        return ExtraRows(*self.hallucination.sample(self._loss[0].indicator_diagonal(), classes))
 
 
 def build(
@@ -213,6 +255,6 @@ def build(
 ) -> FeatureModule:
     """The module of a recipe."""
     options = config.model_dump(exclude={"name"})
-    independent = options.pop("independent_boxes")
+    own = {key: options.pop(key) for key in ("independent_boxes", "per")}
     made_up = FeatureHallucination(stats.num_classes, detector.head_channels, **options)
-    return HallucinatedRows(made_up, loss, independent_boxes=independent)
+    return HallucinatedRows(made_up, loss, **own)

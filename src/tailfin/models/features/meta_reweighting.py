@@ -66,6 +66,7 @@ class MetaReweighter(BalancedSigmoid):
 
     def __init__(self, stats: ClassStats, *, lr: float = 0.01) -> None:
         super().__init__(stats)
+        self._gathered: list[Tensor] = []  # outer gradients of the optimiser batch so far; empty between two of them
         if not 0 < lr < math.inf:
             raise ValueError(f"lr must be positive (given: {lr})")
         self.lr = float(lr)
@@ -94,15 +95,22 @@ class MetaReweighter(BalancedSigmoid):
         balanced_labels: Tensor,
         *,
         inner_lr: float,
+        last: bool = True,
+        every_row: bool = False,
     ) -> Tensor:
         """One step of the class weights; returns the plain sigmoid loss after the inner step, detached.
 
+        Without `last` the gradient is kept for the call that has it, whose step takes the mean: a step per optimiser
+        batch, whatever its accumulation.
+
         `classifier` maps features [N, D] to logits [N, C]; it gets no gradient and no change. Labels are as for a loss.
         With several processes the outer gradient is the mean over them: call it on all of them. Both sets of rows may
-        be empty.
+        be empty. `every_row`: no label is -1, so that nothing need be looked for.
         """
-        features, labels = known_rows(features, labels)
-        balanced_features, balanced_labels = known_rows(balanced_features, balanced_labels)
+        if not every_row:
+            features, labels = known_rows(features, labels)
+            balanced_features, balanced_labels = known_rows(balanced_features, balanced_labels)
+        features, balanced_features = (at_least_float32(rows.detach()) for rows in (features, balanced_features))
         theta = {
             name: value.detach().requires_grad_()
             for name, value in classifier.named_parameters()
@@ -117,9 +125,14 @@ class MetaReweighter(BalancedSigmoid):
             outer = rows.sum() / max(len(balanced_labels), 1)
             (gradient,) = torch.autograd.grad(outer, class_weight)
         gradient, ranks = sum_over_ranks(gradient, gradient.new_ones(1))
+        self._gathered.append(gradient / ranks)
+        if not last:
+            return outer.detach()
+        mean = torch.stack(self._gathered).mean(0)
+        self._gathered.clear()
         adam(
             [self.class_weight],
-            [gradient / ranks],
+            [mean],
             [self.exp_avg],
             [self.exp_avg_sq],
             [],
@@ -143,9 +156,9 @@ def bce_rows(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def known_rows(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows whose label is not ignored (-1), detached and in float32 at least."""
-    keep = labels >= 0
-    return at_least_float32(features.detach()[keep]), labels[keep]
+    """Rows whose label is not ignored (-1)."""
+    keep = torch.where(labels >= 0)[0]
+    return features[keep], labels[keep]
 
 
 # ---- in a box head ---------------------------------------------------------------------------------------------------
@@ -160,6 +173,7 @@ class LearntWeights(FeatureModule):
     """
 
     rate: Callable[[float], float]
+    accumulation = 1  # calls per optimiser batch
 
     def __init__(self, loss: ClassificationLoss, inner_lr: float | None = None) -> None:
         super().__init__()
@@ -169,13 +183,17 @@ class LearntWeights(FeatureModule):
         self._loss = (loss,)
 
     def at_epoch(self, epoch: float) -> None:
+        super().at_epoch(epoch)
         self.epoch = epoch
 
     def rows(self, seen: Seen) -> None:
         if "balanced_features" in (target := seen.targets[0]):
             rate = self.inner_lr if self.inner_lr is not None else self.rate(self.epoch)
             balanced = target["balanced_features"], target["balanced_labels"]
-            self._loss[0].learn(seen.classifier, seen.shared, seen.rows.labels, *balanced, inner_lr=rate)
+            rows = seen.shared, seen.rows.labels, *balanced
+            self.calls += 1
+            last = self.calls % self.accumulation == 0
+            self._loss[0].learn(seen.classifier, *rows, inner_lr=rate, last=last, every_row=True)
 
     def around(self, model: Any, stage: StageFacts) -> dict[str, Any]:
         """Partners for the pictures, and a step that hands their rows on."""
@@ -193,7 +211,7 @@ class LearntWeights(FeatureModule):
             losses: dict[str, Tensor] = model(images, [{**targets[0], **rows}, *targets[1:]])
             return losses
 
-        self.rate = rate
+        self.rate, self.accumulation = rate, recipe.schedule.accumulation
         return {"dataset": dataset, "plan": plan, "step": step}
 
 

@@ -9,7 +9,7 @@ alike, and only then is the bank updated with the batch's own. Meant for use wit
     rows, row_labels = bank(features, labels)      # both in one, for a classifier alone
 
 All state is in buffers, so a checkpoint has it, and the same on every process: each stores the rows of all, in the
-order of the processes, which is what one process stores of the joined batch. What a process recalls follows its own
+order of the processes, which is what one process stores of the joined batch. What a picture recalls follows its own
 classes.
 """
 
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from tailfin.collectives import gather_over_ranks
-from tailfin.losses.base import ClassificationLoss
+from tailfin.losses.base import ClassificationLoss, counts_of
 from tailfin.models.features.base import ExtraRows, FeatureModule, Seen
 from tailfin.models.features.feature_memory import StoredRows, ring_slots
 from tailfin.schema.detectors import FasterRCNNConfig
@@ -75,14 +75,20 @@ class FeatureBank(nn.Module):
         return torch.cat([features, stored.features.to(features.dtype)]), torch.cat([labels, stored.labels])
 
     @torch.no_grad()
-    def recall(self, labels: Tensor) -> StoredRows:
-        """The newest rows, at most `cache`, of each target class in `labels` [N]: class by class, newest first."""
-        present = torch.unique(self._targets(labels)[1])
+    def recall(self, labels: Tensor, pictures: Tensor | None = None, batch: int = 1) -> StoredRows:
+        """The newest rows, at most `cache`, of each target class in `labels` [N]: class by class, newest first.
+
+        With `pictures` int64 [N], the picture of each row among `batch` ones: of each target class in each picture,
+        picture by picture.
+        """
+        width = len(self.written) + 1
+        ring = self._ring(labels) if pictures is None else self._ring(labels) + pictures * width
+        present = counts_of(ring, batch * width, torch.int64).view(batch, width)[:, :-1, None] > 0
         age = torch.arange(self.cache, device=labels.device)
-        place = (present[:, None], (self.written[present, None] - 1 - age) % self.size)
-        held = age < self.written[present, None].clamp(max=self.size)
-        own = self.target_classes[present, None].expand_as(held)
-        return StoredRows(self.features[place][held], own[held], self.boxes[place][held], self.gt_boxes[place][held])
+        held = present & (age < self.written[:, None].clamp(max=self.size))
+        _, ring, back = torch.where(held)
+        place = (ring, (self.written[ring] - 1 - back) % self.size)
+        return StoredRows(self.features[place], self.target_classes[ring], self.boxes[place], self.gt_boxes[place])
 
     @torch.no_grad()
     def push(self, features: Tensor, labels: Tensor, boxes: Tensor, gt_boxes: Tensor) -> None:
@@ -92,7 +98,9 @@ class FeatureBank(nn.Module):
         """
         if not self.training:
             return
-        row, target = self._targets(labels)
+        ring = self._ring(labels)
+        row = torch.where(ring < len(self.written))[0]
+        target = ring[row]
         features, target, boxes, gt_boxes = gather_over_ranks(
             features[row].to(self.features.dtype), target, boxes[row].to(self.boxes), gt_boxes[row].to(self.boxes)
         )
@@ -100,27 +108,33 @@ class FeatureBank(nn.Module):
         self.features[target[kept], slot] = features[kept]
         self.boxes[target[kept], slot] = boxes[kept]
         self.gt_boxes[target[kept], slot] = gt_boxes[kept]
-        self.written += torch.bincount(target, minlength=len(self.written))
+        self.written += counts_of(target, len(self.written), torch.int64)
 
-    def _targets(self, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows of target classes and the place of each one's class in `target_classes`."""
-        if not len(self.target_classes):
-            return labels.new_zeros(0), labels.new_zeros(0)
-        place = torch.searchsorted(self.target_classes, labels).clamp(max=len(self.target_classes) - 1)
-        row = torch.where(self.target_classes[place] == labels)[0]
-        return row, place[row]
+    def _ring(self, labels: Tensor) -> Tensor:
+        """The place of each row's class in `target_classes` [T]; T where it is none of them."""
+        rings = len(self.target_classes)
+        if not rings:
+            return torch.zeros_like(labels)
+        place = torch.searchsorted(self.target_classes, labels).clamp(max=rings - 1)
+        return torch.where(self.target_classes[place] == labels, place, rings)
 
 
 class RecalledRows(FeatureModule):
-    """RIO: the newest stored rows of the rare classes in the batch join it, then the batch's own are stored."""
+    """RIO: the newest stored rows of the rare classes in the batch join it, then the batch's own are stored.
 
-    def __init__(self, bank: FeatureBank) -> None:
+    Each picture recalls for its own classes, so that a batch recalls as much however it is split; with `per` "process",
+    as released, the pictures of a process do so together.
+    """
+
+    def __init__(self, bank: FeatureBank, *, per: str = "batch") -> None:
         super().__init__()
         self.bank = bank
+        self.per = per
 
     def rows(self, seen: Seen) -> ExtraRows:
         rows = seen.rows
-        stored = self.bank.recall(rows.labels)
+        each = (rows.places.picture, len(seen.targets)) if self.per == "batch" else ()
+        stored = self.bank.recall(rows.labels, *each)
         self.bank.push(seen.shared.detach(), rows.labels, torch.cat(rows.boxes), rows.matched)
         return ExtraRows(stored.features.to(seen.shared.dtype), stored.labels, stored.boxes, stored.gt_boxes)
 
@@ -129,4 +143,5 @@ def build(config: RIO, detector: FasterRCNNConfig, stats: ClassStats, loss: Clas
     """The module of a recipe."""
     images = torch.from_numpy(stats.image_count)
     rare = torch.where((images > 0) & (images <= config.max_images))[0]
-    return RecalledRows(FeatureBank(rare, detector.head_channels, size=config.size, cache=config.cache))
+    bank = FeatureBank(rare, detector.head_channels, size=config.size, cache=config.cache)
+    return RecalledRows(bank, per=config.per)

@@ -22,7 +22,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from torch import nn
-from torchvision.ops import MultiScaleRoIAlign
 
 from tailfin.data.dataset import Source
 from tailfin.errors import UserError
@@ -33,6 +32,7 @@ from tailfin.models.heads.cosine import NormedLinear, WeightNormCosine
 from tailfin.models.heads.roi_heads import RoIHeads
 from tailfin.models.heads.spec import HeadSpec, plain_box_head
 from tailfin.models.heads.tde import TDEHead
+from tailfin.models.roi_align import PyramidRoIAlign
 from tailfin.schema.detectors import FasterRCNNConfig
 from tailfin.schema.heads import Classifier
 from tailfin.schema.recipe import Recipe
@@ -65,7 +65,7 @@ def box_heads(
     config: FasterRCNNConfig,
     loss: ClassificationLoss,
     stats: ClassStats,
-    pool: MultiScaleRoIAlign,
+    pool: PyramidRoIAlign,
     channels: int,
     **options: Any,
 ) -> RoIHeads:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tailfin.losses.base import ClassificationLoss, at_least_float32
+from tailfin.models.precision import in_float32
 
 
 class NormedLinear(nn.Linear):
@@ -67,7 +68,7 @@ class NormedLinear(nn.Linear):
     def forward(self, features: Tensor) -> Tensor:
         """[N, D] to logits [N, out_features]."""
         weight = self._over_length(self.weight)
-        return F.linear(self._over_length(features) * self.temperature, weight, self.bias)
+        return in_float32(F.linear, self._over_length(features) * self.temperature, weight, self.bias)
 
     def _over_length(self, vectors: Tensor) -> Tensor:
         vectors = at_least_float32(vectors)
@@ -112,7 +113,7 @@ class WeightNormCosine(nn.Module):
         """[N, D] to logits [N, out_features]."""
         features, direction = at_least_float32(features), at_least_float32(self.weight_v)
         features = features / (length(features) + self.eps)
-        return F.linear(features * self.temperature, self.weight_g * direction / length(direction))
+        return in_float32(F.linear, features * self.temperature, self.weight_g * direction / length(direction))
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, temperature={self.temperature}"

@@ -27,6 +27,7 @@ from torch.nn import functional as F
 
 from tailfin.losses.base import ClassificationLoss, at_least_float32
 from tailfin.models.heads.roi_heads import RoIHeads
+from tailfin.models.precision import in_float32
 from tailfin.stats import ClassStats
 
 
@@ -67,10 +68,10 @@ class DisAlign(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """[N, D] to aligned logits [N, C + 1]."""
-        logits = at_least_float32(self.classifier(features))
+        logits = in_float32(self.classifier, features)
         if logits.shape[1] != self.num_classes + 1:
             raise ValueError(f"the classifier must give {self.num_classes + 1} logits, it gives {logits.shape[1]}")
-        confidence = at_least_float32(self.confidence(features)).sigmoid()  # [N, 1]
+        confidence = in_float32(self.confidence, features).sigmoid()  # [N, 1]
         foreground = logits[:, :-1]
         change = foreground * (self.logit_scale - 1) + self.logit_bias
         return torch.cat((foreground + confidence * change, logits[:, -1:]), dim=1)

@@ -54,6 +54,7 @@ class Forest(ClassificationLoss):
     `parts`: "tree0", ..., "classes". State: `parents` int64 [T, C + 1], so that a stored model knows its trees.
     """
 
+    classes_first = False  # they are last
     parents: Tensor
 
     def __init__(self, stats: ClassStats, trees: Sequence[ArrayLike]) -> None:

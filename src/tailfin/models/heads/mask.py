@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torchvision.ops import MultiScaleRoIAlign
 
 from tailfin.losses.base import at_least_float32
 from tailfin.models.features.base import Rows, Targets
 from tailfin.models.mask_ops import TargetStyle, mask_loss, mask_targets
 from tailfin.models.normed_conv import NormedConv2d
+from tailfin.models.precision import in_float32
+from tailfin.models.roi_align import Places, PyramidRoIAlign
+from tailfin.models.row_sampling import chosen_rows
 
 CHUNK = 256  # boxes whose masks are computed at a time in evaluation: 28 x 28 cells of 256 channels are 0.8 MB each
 
@@ -60,8 +62,8 @@ class MaskPredictor(nn.Module):
             nn.init.zeros_(self.conv.bias)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Logits of all filters, [N, num_masks, m, m]."""
-        return self.conv(features)
+        """Logits of all filters, [N, num_masks, m, m], computed in float32 at least."""
+        return in_float32(self.conv, features)
 
     def own(self, features: Tensor, labels: Tensor) -> Tensor:
         """Logits of each row's own class, [N, m, m], float32 at least; labels int64 [N], which a single filter
@@ -72,9 +74,10 @@ class MaskPredictor(nn.Module):
         bias = self.conv.bias
         assert bias is not None
         rows = labels if len(weight) > 1 else torch.zeros_like(labels)
-        chosen = weight[rows, :, 0, 0].to(features.dtype)  # [N, channels]
-        logits = torch.bmm(chosen[:, None], features.flatten(2)).view(len(features), *features.shape[2:])
-        return at_least_float32(logits) + at_least_float32(bias)[rows, None, None]
+        chosen = at_least_float32(weight)[rows, None, :, 0, 0]  # [N, 1, channels]
+        logits = in_float32(torch.bmm, chosen, at_least_float32(features).flatten(2))
+        logits = logits[:, 0].unflatten(1, features.shape[2:])
+        return logits + at_least_float32(bias)[rows, None, None]
 
 
 class MaskBranch(nn.Module):
@@ -90,7 +93,7 @@ class MaskBranch(nn.Module):
 
     def __init__(
         self,
-        pool: MultiScaleRoIAlign,
+        pool: PyramidRoIAlign,
         head: nn.Module,
         predictor: MaskPredictor,
         *,
@@ -105,10 +108,15 @@ class MaskBranch(nn.Module):
         self.weight = weight
 
     def logits(
-        self, features: dict[str, Tensor], boxes: list[Tensor], labels: Tensor, image_sizes: list[tuple[int, int]]
+        self,
+        features: dict[str, Tensor],
+        boxes: list[Tensor],
+        labels: Tensor,
+        image_sizes: list[tuple[int, int]],
+        places: Places | None = None,
     ) -> Tensor:
         """[N, m, m] of the boxes [n, 4] of each image and their classes int64 [N]."""
-        return self.predictor.own(self.head(self.pool(features, boxes, image_sizes)), labels)
+        return self.predictor.own(self.head(self.pool(features, boxes, image_sizes, places)), labels)
 
     def losses(
         self,
@@ -124,23 +132,26 @@ class MaskBranch(nn.Module):
         """
         if not any(value.requires_grad for value in (*self.parameters(), *features.values())):
             return {}
-        counts = [len(own) for own in rows.boxes]
-        image_of = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)).to(rows.labels.device)
         learnt = rows.labels < num_classes
         if all("mask_valid" in target for target in targets):
             valid = torch.cat([target["mask_valid"] for target in targets])
             if len(valid):
                 learnt = learnt & valid[rows.gt_index.clamp(min=0)]
-        chosen = torch.where(learnt)[0]
-        image_of, labels = image_of[chosen], rows.labels[chosen]
-        per_image: list[int] = torch.bincount(image_of, minlength=len(counts)).tolist()
-        boxes = list(torch.cat(rows.boxes)[chosen].split(per_image))
+        every = torch.cat(rows.boxes)
+        levels, count = self.pool.levels(every), len(self.pool.featmap_names)
+        chosen = chosen_rows(learnt, rows.places.picture, len(targets), levels, count)
+        places = Places(rows.places.picture[chosen.rows], chosen.per_level)
+        labels = rows.labels[chosen.rows]
+        boxes = list(every[chosen.rows].split(chosen.per_picture))
         size = 2 * int(self.pool.output_size[0])
         wanted, before = [], 0
-        for own, index, target in zip(boxes, rows.gt_index[chosen].split(per_image), targets, strict=True):
+        # the masks of a picture have its size, so each picture has a computation of its own
+        for own, index, target in zip(
+            boxes, rows.gt_index[chosen.rows].split(chosen.per_picture), targets, strict=True
+        ):
             wanted.append(mask_targets(target["masks"], own, size, self.style, matched=index - before))
             before += len(target["masks"])
-        logits = self.logits(features, boxes, labels, image_sizes)
+        logits = self.logits(features, boxes, labels, image_sizes, places)
         return {"loss_mask": self.weight * mask_loss(logits[:, None], torch.cat(wanted), labels)}
 
     @torch.no_grad()

@@ -18,12 +18,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchvision.ops import MultiScaleRoIAlign
 
 from tailfin.losses.base import ClassificationLoss
 from tailfin.models.features.base import Rows, Targets
 from tailfin.models.heads.roi_heads import BoxPredictor, RoIHeads, Trained
 from tailfin.models.heads.spec import HeadSpec
+from tailfin.models.roi_align import Places, PyramidRoIAlign
 
 STEP_WEIGHTS = (0.2, 0.2, 0.6)
 
@@ -57,7 +57,7 @@ class IterativeRoIHeads(RoIHeads):
 
     def __init__(
         self,
-        pool: MultiScaleRoIAlign,
+        pool: PyramidRoIAlign,
         head: nn.Module,
         predictor: BoxPredictor,
         loss: ClassificationLoss,
@@ -89,14 +89,16 @@ class IterativeRoIHeads(RoIHeads):
         """Losses of all passes on the sampled rows; logits and deltas are the last pass's."""
         if self.extra_rows is not None:
             raise ValueError("the iterative head takes no extra rows: they have no pooled features to refine")
-        passes = self.passes(features, rows.boxes, image_sizes)
+        passes = self.passes(features, rows.boxes, image_sizes, rows.places)
         deltas = passes[-1][1]
-        facts: dict[str, Any] = self.facts(deltas, torch.cat(rows.boxes), rows.labels, rows.matched, rows.gt_index)
+        facts: dict[str, Any] = self.facts(deltas, torch.cat(rows.boxes), rows.labels, rows.matched, rows)
+        if rows.known is not None:
+            facts["known"] = rows.known
         classifier = passes[0][0].new_zeros(())
         for step, (weight, (logits, _)) in enumerate(zip(self.step_weights, passes, strict=True)):
             if "iter_id" in self.loss.row_facts:
                 facts["iter_id"] = step
-            classifier = classifier + weight * self.loss(logits, rows.labels, **facts)
+            classifier = classifier + weight * self.loss(logits, rows.labels, every_row=True, **facts)
         box = self.box_regression_loss(deltas, rows.boxes, rows.labels, rows.matched)
         return Trained({"loss_classifier": classifier, "loss_box_reg": box}, passes[-1][0], deltas)
 
@@ -107,10 +109,14 @@ class IterativeRoIHeads(RoIHeads):
         return self.passes(features, proposals, image_sizes)[-1]
 
     def passes(
-        self, features: dict[str, Tensor], proposals: list[Tensor], image_sizes: list[tuple[int, int]]
+        self,
+        features: dict[str, Tensor],
+        proposals: list[Tensor],
+        image_sizes: list[tuple[int, int]],
+        places: Places | None = None,
     ) -> list[tuple[Tensor, Tensor]]:
         """(logits, deltas) of every pass, float32."""
-        pooled = self.pool(features, proposals, image_sizes)
+        pooled = self.pool(features, proposals, image_sizes, places)
         results: list[tuple[Tensor, Tensor]] = []
         for _ in self.step_weights:
             if results:

@@ -14,14 +14,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.models.detection._utils import BalancedPositiveNegativeSampler, BoxCoder, Matcher
-from torchvision.ops import MultiScaleRoIAlign, box_area, box_iou
+from torchvision.models.detection._utils import BoxCoder
 
 from tailfin.losses.base import ClassificationLoss
+from tailfin.models.assigners import BACKGROUND, max_iou_batch, pad_targets, paired_iou
+from tailfin.models.box_deltas import encode_deltas
 from tailfin.models.detections import select_detections
-from tailfin.models.detector import Limits, Targets
+from tailfin.models.detector import Limits, Targets, known_classes
 from tailfin.models.features.base import ExtraRows, FeatureModule, Rows, Seen
 from tailfin.models.precision import in_float32
+from tailfin.models.roi_align import Places, PyramidRoIAlign
+from tailfin.models.row_sampling import Proposals, chosen_rows, padded, sample_rows
 
 
 class BoxPredictor(nn.Module):
@@ -83,7 +86,7 @@ class RoIHeads(nn.Module):
 
     def __init__(
         self,
-        pool: MultiScaleRoIAlign,
+        pool: PyramidRoIAlign,
         head: nn.Module,
         predictor: nn.Module,
         loss: ClassificationLoss,
@@ -102,8 +105,7 @@ class RoIHeads(nn.Module):
         self.head = head
         self.predictor = predictor
         self.loss = loss
-        self.matcher = Matcher(fg_iou, fg_iou, allow_low_quality_matches=False)
-        self.sampler = BalancedPositiveNegativeSampler(batch, fg_fraction)
+        self.fg_iou, self.batch, self.fg_fraction = fg_iou, batch, fg_fraction
         self.box_stds = tuple(box_stds)
         across, down, width, height = (1 / std for std in self.box_stds)
         self.box_coder = BoxCoder((across, down, width, height))
@@ -124,7 +126,7 @@ class RoIHeads(nn.Module):
         image_sizes: list[tuple[int, int]],
         targets: Targets | None = None,
     ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
-        """Detections (evaluation) and losses (training); the other one is empty."""
+        """Detections (evaluation) and losses (training) of boxes per image; the other one is empty."""
         if self.training:
             if targets is None:
                 raise ValueError("training needs targets")
@@ -164,7 +166,7 @@ class RoIHeads(nn.Module):
     ) -> Trained:
         """`losses`, with the logits and deltas that they are made of."""
         if shared is None:
-            shared = self.head(self.pool(features, rows.boxes, image_sizes))
+            shared = self.head(self.pool(features, rows.boxes, image_sizes, rows.places))
         logits, deltas = (value.float() for value in self.predictor(shared, rows.labels))
         more, further = None, {}
         if self.extra_rows is not None:
@@ -173,7 +175,7 @@ class RoIHeads(nn.Module):
                 shared,
                 targets,
                 image_sizes,
-                lambda boxes: self.pool(features, boxes, image_sizes),
+                lambda boxes, places=None: self.pool(features, boxes, image_sizes, places),
                 self.head,
                 self.predictor.cls_score,
             )
@@ -194,20 +196,24 @@ class RoIHeads(nn.Module):
                 boxes, matched = torch.cat([boxes, more.boxes]), torch.cat([matched, more.gt_boxes])
             logits = torch.cat([logits, more_logits])
         box = self.box_regression_loss(deltas, [boxes], labels[: len(boxes)], matched)
-        facts = self.facts(deltas, boxes, labels, matched, rows.gt_index, memory=more is not None and more.memory)
-        return {"loss_classifier": self.loss(logits, labels, **facts), "loss_box_reg": box}
+        facts = self.facts(deltas, boxes, labels, matched, rows, memory=more is not None and more.memory)
+        if rows.known is not None:  # extra rows are of no picture
+            facts["known"] = F.pad(rows.known, (0, 0, 0, len(labels) - len(rows.known)), value=True)
+        return {"loss_classifier": self.loss(logits, labels, every_row=True, **facts), "loss_box_reg": box}
 
     def facts(
-        self, deltas: Tensor, boxes: Tensor, labels: Tensor, matched: Tensor, gt_index: Tensor, *, memory: bool = False
+        self, deltas: Tensor, boxes: Tensor, labels: Tensor, matched: Tensor, rows: Rows, *, memory: bool = False
     ) -> dict[str, Tensor]:
-        """What the loss asks to know about its rows, [N] each: those of `gt_index`, then extra ones up to `labels`.
+        """What the loss asks to know about its rows, [N] each: the sampled `rows`, then extra ones up to `labels`.
 
         Only the first rows may have boxes and matched ones; `memory` says whether the extra rows come from a memory.
         """
         wanted: dict[str, Tensor] = {}
-        extra = len(labels) - len(gt_index)
+        extra = len(labels) - len(rows.labels)
         if "gt_index" in self.loss.row_facts:
-            wanted["gt_index"] = F.pad(gt_index, (0, extra), value=-1)
+            wanted["gt_index"] = F.pad(rows.gt_index, (0, extra), value=-1)
+        if "picture" in self.loss.row_facts:
+            wanted["picture"] = F.pad(rows.places.picture, (0, extra), value=len(rows.boxes))
         if "memory" in self.loss.row_facts:
             wanted["memory"] = torch.arange(len(labels), device=labels.device) >= len(labels) - extra * memory
         if "quality" in self.loss.row_facts:
@@ -218,65 +224,79 @@ class RoIHeads(nn.Module):
     @torch.no_grad()
     def quality(self, deltas: Tensor, boxes: Tensor, labels: Tensor, matched: Tensor) -> Tensor:
         """[N] IoU of each foreground row's predicted box (that of its class) with its object; 0 on background rows."""
-        rows = torch.where(labels < self.loss.num_classes)[0]
-        found = self.box_coder.decode_single(self._own_deltas(deltas, rows, labels), boxes[rows])
-        wanted = matched[rows]
-        sides = torch.minimum(found[:, 2:], wanted[:, 2:]) - torch.maximum(found[:, :2], wanted[:, :2])
-        overlap = sides.clamp(min=0).prod(dim=1)
-        union = box_area(found) + box_area(wanted) - overlap
-        return boxes.new_zeros(len(labels)).index_put_((rows,), overlap / union.clamp(min=1e-9))
+        found = self.box_coder.decode_single(self._own_deltas(deltas, labels), boxes).view(-1, 4)
+        return torch.where(labels < self.loss.num_classes, paired_iou(found, matched), 0.0)
 
     @torch.no_grad()
-    def sample(self, proposals: list[Tensor], targets: Targets, draws: Sequence[Tensor] | None = None) -> Rows:
+    def sample(
+        self, proposals: Proposals | list[Tensor], targets: Targets, draws: Sequence[Tensor] | None = None
+    ) -> Rows:
         """Ground truth joined to the proposals (behind them), matched by IoU and sampled.
 
-        `draws` takes the place of the sampling: int64 indices per image into proposals and objects.
+        The host is told the numbers of rows per picture and level, which is one read back for the batch.
+
+        `draws` takes the place of the sampling: int64 indices per image into proposals (a list of them) and objects.
         """
-        background = self.loss.num_classes
-        boxes = [torch.cat((own, target["boxes"].to(own))) for own, target in zip(proposals, targets, strict=True)]
-        matches, labels = [], []
-        for own, target in zip(boxes, targets, strict=True):
-            if len(target["boxes"]) == 0:
-                matches.append(own.new_full((len(own),), -1, dtype=torch.int64))
-                labels.append(own.new_full((len(own),), background, dtype=torch.int64))
-                continue
-            match = self.matcher(box_iou(target["boxes"].to(own), own))
-            matches.append(match)
-            labels.append(torch.where(match >= 0, target["labels"][match.clamp(min=0)], background))
-        # torchvision's sampler reads >= 1 as foreground and 0 as background
+        counts = [len(target["boxes"]) for target in targets]
+        if isinstance(proposals, list):
+            lengths, proposals = [len(own) for own in proposals], padded(proposals)
+        given = proposals.boxes
+        batch, places = given.shape[:2]
+        truth, classes, real = pad_targets(targets, given.device, given.dtype)
+        boxes, there = torch.cat([given, truth], dim=1), torch.cat([proposals.valid, real], dim=1)
+        assigned = max_iou_batch(boxes, truth, real, self.fg_iou, self.fg_iou, low_quality=False, counts=counts)
         if draws is None:
-            fg_masks, bg_masks = self.sampler([(label < background).long() for label in labels])
-            draws = [torch.where(fg | bg)[0] for fg, bg in zip(fg_masks, bg_masks, strict=True)]
-        matched, objects, before = [], [], 0
-        for row, match, target in zip(draws, matches, targets, strict=True):
-            truth, match = target["boxes"].to(boxes[0]), match[row]
-            matched.append(truth[match.clamp(min=0)] if len(truth) else truth.new_zeros((len(row), 4)))
-            objects.append(torch.where(match >= 0, match + before, -1))
-            before += len(truth)
+            positive, negative = (assigned >= 0) & there, (assigned == BACKGROUND) & there
+            index, drawn = sample_rows(positive, negative, self.batch, self.fg_fraction)
+        else:
+            moved = [
+                torch.where(own < length, own, own - length + places)
+                for own, length in zip(draws, lengths, strict=True)
+            ]
+            most = max(len(own) for own in moved)
+            index = torch.stack([F.pad(own, (0, most - len(own)), value=-1) for own in moved])
+            index, drawn = index.clamp(min=0), index >= 0
+        own_boxes = boxes.gather(1, index[..., None].expand(-1, -1, 4))
+        picture = torch.arange(batch, device=given.device)[:, None].expand_as(index)
+        levels = len(self.pool.featmap_names)
+        chosen = chosen_rows(drawn, picture, batch, self.pool.levels(own_boxes), levels)
+        picture = picture.flatten()[chosen.rows]
+        index = index.flatten()[chosen.rows]
+        owner = assigned[picture, index]
+        positive = owner >= 0
+        object_of = owner.clamp(min=0)
+        before = [sum(counts[:number]) for number in range(batch)]
+        first = torch.tensor(before).to(given.device, non_blocking=True)
         return Rows(
-            [own[row] for own, row in zip(boxes, draws, strict=True)],
-            torch.cat([label[row] for label, row in zip(labels, draws, strict=True)]),
-            torch.cat(matched),
-            torch.cat(objects),
-            torch.cat([row >= len(own) for row, own in zip(draws, proposals, strict=True)]),
+            list(own_boxes.flatten(0, 1)[chosen.rows].split(chosen.per_picture)),
+            torch.where(positive, classes[picture, object_of], self.loss.num_classes),
+            truth[picture, object_of],
+            torch.where(positive, owner + first[picture], -1),
+            index >= places,
+            Places(picture, chosen.per_level),
+            known_classes(targets, chosen.per_picture).get("known"),
         )
 
     def box_regression_loss(self, deltas: Tensor, proposals: list[Tensor], labels: Tensor, matched: Tensor) -> Tensor:
         """L1 or smooth L1 on the deltas of the foreground rows (those of the row's class), divided by all rows."""
-        rows = torch.where(labels < self.loss.num_classes)[0]
+        foreground = ((labels >= 0) & (labels < self.loss.num_classes))[:, None]
         boxes = torch.cat(proposals)
-        wanted = self.box_coder.encode_single(matched[rows], boxes[rows])
-        found = self._own_deltas(deltas, rows, labels)
+        found = self._own_deltas(deltas, labels)
+        wanted = torch.where(foreground, encode_deltas(boxes, matched, self.box_stds), 0.0)
         if self.box_loss == "smooth_l1":
-            total = F.smooth_l1_loss(found, wanted, beta=self.box_loss_beta, reduction="sum")
+            distance = F.smooth_l1_loss(found, wanted, beta=self.box_loss_beta, reduction="none")
         else:
-            total = F.l1_loss(found, wanted, reduction="sum")
+            distance = F.l1_loss(found, wanted, reduction="none")
+        total = torch.where(foreground, distance, 0.0).sum()
         return self.box_loss_weight * total / max(len(labels), 1)
 
-    def _own_deltas(self, deltas: Tensor, rows: Tensor, labels: Tensor) -> Tensor:
-        """[n, 4] deltas of the rows' own classes."""
+    def _own_deltas(self, deltas: Tensor, labels: Tensor) -> Tensor:
+        """[N, 4] deltas of the rows' own classes; of any class on background rows."""
         deltas = deltas.view(len(deltas), -1, 4)
-        return deltas[rows, labels[rows] if deltas.shape[1] > 1 else 0]
+        if deltas.shape[1] == 1:
+            return deltas[:, 0]
+        own = labels.clamp(0, deltas.shape[1] - 1)
+        return deltas.gather(1, own[:, None, None].expand(-1, 1, 4))[:, 0]
 
     # ---- evaluation ------------------------------------------------------------------------------------------------
 

@@ -24,12 +24,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tailfin.collectives import several_ranks, sum_over_ranks
 from tailfin.data.dataset import Source
 from tailfin.losses.base import ClassificationLoss, at_least_float32
 from tailfin.losses.softmax import Softmax
 from tailfin.models.features.base import Rows, Targets
 from tailfin.models.heads.roi_heads import BoxPredictor, RoIHeads
 from tailfin.models.precision import in_float32
+from tailfin.models.roi_align import Places
+from tailfin.models.row_sampling import chosen_rows
 from tailfin.samplers.episodes import EpisodeDataset, EpisodePlan
 from tailfin.schema.recipe import Recipe
 from tailfin.stats import ClassStats
@@ -47,7 +50,8 @@ def simcal_scores(original: Tensor, calibrated: Tensor, replaced: Tensor) -> Ten
 class SimCal(ClassificationLoss):
     """Both heads as one loss: logits are the original's C + 1, then the calibrated head's C + 1, background last.
 
-    loss = softmax cross-entropy of the calibrated head, mean over the rows; the original gets no gradient.
+    loss = softmax cross-entropy of the calibrated head, mean over the rows; the original gets no gradient. An episode
+    has as many rows as its objects, so processes differ: in training each divides by the mean number of all of them.
     """
 
     replaced: Tensor
@@ -60,8 +64,11 @@ class SimCal(ClassificationLoss):
         self.register_buffer("replaced", torch.as_tensor(stats.instance_count) < instance_threshold, persistent=False)
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        calibrated = logits[:, self.num_classes + 1 :]
-        return F.cross_entropy(calibrated, labels, reduction="sum") / max(len(labels), 1)
+        total = F.cross_entropy(logits[:, self.num_classes + 1 :], labels, reduction="sum")
+        if not (self.training and several_ranks()):
+            return total / max(len(labels), 1)
+        rows, ranks = sum_over_ranks(total.new_tensor(float(len(labels))), total.new_ones(()))
+        return total * ranks / rows.clamp(min=1)
 
     def scores(self, logits: Tensor) -> Tensor:
         original, calibrated = logits.chunk(2, dim=1)
@@ -122,16 +129,18 @@ class TwinRoIHeads(RoIHeads):
         shared: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """The calibrated head's loss on the rows of the episode."""
-        counts = [len(own) for own in rows.boxes]
-        image_of = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)).to(rows.labels.device)
         sampled = None
         if "sampled_class" in targets[0]:
             sampled = torch.stack([target["sampled_class"] for target in targets]).to(rows.labels.device)
-        labels = episode_labels(rows.labels, image_of, sampled, self.loss.num_classes)
-        chosen = labels >= 0
-        boxes = [own[keep] for own, keep in zip(rows.boxes, chosen.split(counts), strict=True)]
-        logits, _ = self.predict(features, boxes, image_sizes)
-        return {"loss_classifier": self.loss(logits, labels[chosen])}
+        labels = episode_labels(rows.labels, rows.places.picture, sampled, self.loss.num_classes)
+        boxes = torch.cat(rows.boxes)
+        levels, count = self.pool.levels(boxes), len(self.pool.featmap_names)
+        chosen = chosen_rows(labels >= 0, rows.places.picture, len(targets), levels, count)
+        places = Places(rows.places.picture[chosen.rows], chosen.per_level)
+        own = list(boxes[chosen.rows].split(chosen.per_picture))
+        logits, _ = self.predictor(self.head(self.pool(features, own, image_sizes, places)))
+        known = None if rows.known is None else rows.known[chosen.rows]
+        return {"loss_classifier": self.loss(logits.float(), labels[chosen.rows], every_row=True, known=known)}
 
 
 def with_twin(
@@ -153,9 +162,9 @@ def with_twin(
         nn.Identity(),
         DualPredictor(roi_heads.head, predictor, fresh=fresh),
         SimCal(stats, instance_threshold=instance_threshold),
-        fg_iou=roi_heads.matcher.high_threshold,
-        batch=roi_heads.sampler.batch_size_per_image,
-        fg_fraction=roi_heads.sampler.positive_fraction,
+        fg_iou=roi_heads.fg_iou,
+        batch=roi_heads.batch,
+        fg_fraction=roi_heads.fg_fraction,
         limits=roi_heads.limits,
     )
 
@@ -195,8 +204,9 @@ def episode_labels(
         chosen = (labels >= 0) & (labels < num_classes)
     else:
         chosen = labels == sampled_class[image_of]
-    background = torch.where(labels == num_classes)[0]
-    device = "cpu" if generator is None else generator.device
-    order = torch.randperm(len(background), generator=generator, device=device).to(labels.device)
-    chosen = chosen.index_fill(0, background[order[: int(chosen.sum())]], True)
+    background = labels == num_classes
+    device = labels.device if generator is None else generator.device
+    keys = torch.rand(labels.shape, generator=generator, device=device).to(labels.device)
+    place = torch.where(background, keys, -1.0).argsort(descending=True).argsort()  # of a row in the draw
+    chosen = chosen | (background & (place < chosen.sum()))
     return torch.where(chosen, labels, -1)

@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 
 from torch import nn
 from torchvision.models.detection.faster_rcnn import TwoMLPHead
-from torchvision.ops import MultiScaleRoIAlign
 
 from tailfin.losses.base import ClassificationLoss
+from tailfin.models.backbones import start_xavier
 from tailfin.models.heads.roi_heads import BoxPredictor, RoIHeads
+from tailfin.models.roi_align import PyramidRoIAlign
 from tailfin.schema.detectors import FasterRCNNConfig
 from tailfin.stats import ClassStats
 
@@ -21,7 +22,7 @@ class HeadSpec(NamedTuple):
     config: FasterRCNNConfig
     loss: ClassificationLoss
     stats: ClassStats
-    pool: MultiScaleRoIAlign
+    pool: PyramidRoIAlign
     channels: int  # of the pooled features
     layer: Callable[[], nn.Module | None]  # shared features to logits; none: a linear layer
     keywords: dict[str, Any]  # the classifier's own options
@@ -38,7 +39,10 @@ class HeadSpec(NamedTuple):
 
     def shared(self) -> nn.Module:
         """The usual two layers from pooled to shared features."""
-        return TwoMLPHead(self.channels * self.config.roi_size**2, self.width)
+        layers = TwoMLPHead(self.channels * self.config.roi_size**2, self.width)
+        if self.config.init == "xavier":
+            start_xavier(layers)
+        return layers
 
     def predictor(self) -> BoxPredictor:
         """The usual two layers from shared features to logits and deltas."""

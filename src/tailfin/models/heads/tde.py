@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from tailfin.collectives import sum_over_ranks
 from tailfin.losses.base import ClassificationLoss, ExactBuffers, at_least_float32
 from tailfin.models.heads.cosine import refuse_prior_bias
+from tailfin.models.precision import in_float32
 
 EPS = 1e-9  # added to the features' lengths, in the logits but not in the cosine, as in the original
 
@@ -117,12 +118,12 @@ class TDEHead(ExactBuffers):
         heads = self._heads(features)
         weight = self._heads(at_least_float32(self.weight))
         weight = weight / (torch.linalg.vector_norm(weight, dim=-1, keepdim=True) + self.gamma)
-        logits = self._scale(F.linear(_unit(heads, EPS).flatten(1), weight.flatten(1)))
+        logits = self._scale(in_float32(F.linear, _unit(heads, EPS).flatten(1), weight.flatten(1)))
         if self.training:
             return logits
         bad = _unit(self._heads(self.embedding)).to(features.dtype)
         along = (_unit(heads) * bad).sum(dim=-1, keepdim=True) * bad  # [N, K, D / K], each head's part along e
-        removed = self._scale(F.linear(along.flatten(1), weight.flatten(1)))
+        removed = self._scale(in_float32(F.linear, along.flatten(1), weight.flatten(1)))
         debiased = logits - self.alpha * removed
         if not self.keep_background:
             return debiased

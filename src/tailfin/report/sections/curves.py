@@ -25,6 +25,7 @@ def curves(runs: Sequence[Run]) -> Section | None:
     charts = [
         ("Loss", _total(runs, logs)),
         ("Parts of the loss", _grid(runs, logs, _parts(logs), smooth=True, log_switch="log scale")),
+        ("Contrast and the terms' gradients", _grid(runs, logs, _diagnostics(logs), smooth=True, log_switch="")),
         ("Learning rate and speed", _grid(runs, logs, _machine(logs), smooth=False, log_switch="")),
         ("AP while training", _measured(runs, logs)),
     ]
@@ -189,6 +190,22 @@ def _machine(logs: Sequence[_Log]) -> list[tuple[str, str]]:
         "memory_gib": "memory (GiB)",
     }
     return [(name, title) for name, title in titles.items() if any(name in log.columns for log in logs)]
+
+
+def _diagnostics(logs: Sequence[_Log]) -> list[tuple[str, str]]:
+    """What a pre-training says of its terms (`tailfin.pretraining.shell.PreTrainer.diagnostics`)."""
+    titles = {
+        "accuracy_": "own key nearest",
+        "spread_": "spread of embeddings",
+        "gradient_": "gradient over detection's",
+    }
+    names = dict.fromkeys(name for log in logs for name in log.columns)
+    return [
+        (name, f"{name.removeprefix(kind)}: {title}")
+        for kind, title in titles.items()
+        for name in names
+        if name.startswith(kind)
+    ]
 
 
 def _series(logs: Sequence[_Log], name: str) -> Iterator[tuple[int, np.ndarray, np.ndarray, np.ndarray]]:

@@ -6,9 +6,7 @@ one per class where possible, pictures whose rare object the runs disagree about
 
 from __future__ import annotations
 
-import base64
 import functools
-import io
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -22,11 +20,11 @@ from pycocotools import mask as coco_mask
 from tailfin.data.images import read_image
 from tailfin.data.index import AnnotationIndex, image_folder, image_path, open_index
 from tailfin.errors import UserError
-from tailfin.report.draw import Color, draw_detections
+from tailfin.report.draw import Color, data_uri, draw_detections
+from tailfin.report.evaluated import annotations_file
 from tailfin.report.matching import IOU, Detections, Verdict, intersection, judge, read_detections
 from tailfin.report.page import Section, color, count, defined, group_name, render
 from tailfin.report.runs import Run
-from tailfin.schema.recipe import Recipe
 
 SCORE = 0.3  # detections from this score on are drawn, and the best one in any case
 _PICTURES = 12
@@ -75,16 +73,6 @@ class _Truth:
         boxes = np.array(self.index.boxes[own])
         boxes[:, 2:] += boxes[:, :2]
         return boxes, self.index.labels[own].astype(np.int64), np.array(self.index.crowd[own])
-
-    def judged(self, row: int) -> np.ndarray:
-        """bool [C]: whether a detection of the class that meets no object is known to be wrong in this image."""
-        index = self.index
-        known = np.full(len(index.categories), bool(index.exhaustive[row]))
-        known[index.labels[index.offsets[row] : index.offsets[row + 1]]] = True
-        known[index.neg_labels[index.neg_offsets[row] : index.neg_offsets[row + 1]]] = True
-        start, stop = index.not_exhaustive_offsets[row : row + 2]
-        known[index.not_exhaustive_labels[start:stop]] = False
-        return known
 
 
 @dataclass(frozen=True)
@@ -152,13 +140,12 @@ def _read(states: tuple[tuple[Path, int, int], ...], ids: tuple[int, ...]) -> di
 def _open(shown: Sequence[tuple[int, Run]], notes: list[str]) -> tuple[_Truth, list[tuple[int, Run]]]:
     """The file of the first run, and the runs that were measured on the same one."""
     first = shown[0][1]
-    if first.recipe is None:
-        raise UserError(f"the recipe of {first.name} does not say which file was evaluated")
-    annotations = _annotations(first.recipe)
+    annotations = annotations_file(first.recipe, first.name)
+    assert first.recipe is not None
     index = open_index(annotations)
     same = []
     for number, run in shown:
-        if run.recipe is not None and _same(_annotations(run.recipe), annotations, index):
+        if run.recipe is not None and _same(annotations_file(run.recipe, run.name), annotations, index):
             same.append((number, run))
         else:
             notes.append(f"{run.name} was evaluated on another file and is not shown here.")
@@ -166,12 +153,6 @@ def _open(shown: Sequence[tuple[int, Run]], notes: list[str]) -> tuple[_Truth, l
     train_images, groups = _training_counts([run for _, run in same], index)
     folder = image_folder(annotations, images)
     return _Truth(index, folder, train_images, groups, first.recipe.data.max_pixels), same
-
-
-def _annotations(recipe: Recipe) -> Path:
-    if not recipe.data.val.annotations:
-        raise UserError("the recipe names no file to evaluate (data.val.annotations)")
-    return Path(recipe.data.root) / recipe.data.val.annotations
 
 
 def _same(file: Path, reference: Path, index: AnnotationIndex) -> bool:
@@ -229,7 +210,7 @@ def _panel(truth: _Truth, row: int, detections: Detections) -> _Panel:
     area = np.prod(best.boxes[:, 2:] - best.boxes[:, :2], axis=1)
     inside = intersection(best.boxes, boxes[crowd]) >= IOU * area[:, None]
     in_crowd = (inside & (labels[:, None] == truth_labels[crowd][None])).any(1)
-    unknown = ~verdict.hit & (in_crowd | ~truth.judged(row)[labels])
+    unknown = ~verdict.hit & (in_crowd | ~truth.index.known(row)[labels])
     return _Panel(best, labels, verdict, unknown)
 
 
@@ -272,7 +253,7 @@ def _picture(truth: _Truth, shown: Sequence[tuple[int, Run]], candidate: _Candid
     if any(panel.detections.masks is not None for panel in candidate.panels):
         masks = _shrunk(index.readable_segmentations.image_masks(row), canvas)
     drawn = draw_detections(canvas, boxes * factor, labels, index.names, masks=masks, dashed=crowd)
-    panels = [{"title": "ground truth", "color": "", "image": _data_uri(drawn), "note": _objects(len(labels))}]
+    panels = [{"title": "ground truth", "color": "", "image": data_uri(drawn), "note": _objects(len(labels))}]
     own_boxes, own_labels = boxes[~crowd], labels[~crowd]
     for (number, run), panel in zip(shown, candidate.panels, strict=True):
         scaled = replace(panel, detections=replace(panel.detections, boxes=panel.detections.boxes * factor))
@@ -280,7 +261,7 @@ def _picture(truth: _Truth, shown: Sequence[tuple[int, Run]], candidate: _Candid
             {
                 "title": run.name,
                 "color": color(number),
-                "image": _data_uri(_draw(canvas, scaled, own_boxes * factor, own_labels, index.names, candidate.label)),
+                "image": data_uri(_draw(canvas, scaled, own_boxes * factor, own_labels, index.names, candidate.label)),
                 "note": _verdict(panel, own_labels, index.names),
             }
         )
@@ -352,9 +333,3 @@ def _verdict(panel: _Panel, labels: np.ndarray, names: Sequence[str]) -> str:
     if wrong:
         parts.append(f"{wrong} wrong")
     return ", ".join(parts)
-
-
-def _data_uri(picture: Image.Image) -> str:
-    buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=84, optimize=True)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()

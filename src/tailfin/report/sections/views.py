@@ -6,8 +6,6 @@ The pictures come from `RUN/stages/*/pictures.npz`, which the stage writes at it
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,11 +13,10 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 from markupsafe import Markup
-from PIL import Image
 
 from tailfin.errors import UserError
 from tailfin.files import read_npz
-from tailfin.report.draw import Color, draw_detections
+from tailfin.report.draw import Color, data_uri, draw_detections
 from tailfin.report.page import Section, chart, color, label, render
 from tailfin.report.runs import Run
 
@@ -116,7 +113,7 @@ def _panel(
         texts=[""] * count if mask else [str(place + 1) for place in range(count)],
         dashed=np.full(count, mask),
     )
-    return {"title": title, "note": note, "image": _data_uri(drawn)}
+    return {"title": title, "note": note, "image": data_uri(drawn)}
 
 
 def _similarities(read: Sequence[tuple[int, Run, Mapping[str, np.ndarray]]], prefix: str) -> Markup | None:
@@ -152,9 +149,3 @@ def _similarities(read: Sequence[tuple[int, Run, Mapping[str, np.ndarray]]], pre
         xaxis={"title": "cosine similarity", "range": [-1, 1]}, yaxis={"title": "share (%)", "rangemode": "tozero"}
     )
     return chart(figure, height=340)
-
-
-def _data_uri(picture: Image.Image) -> str:
-    buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=84, optimize=True)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()

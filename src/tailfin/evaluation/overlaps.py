@@ -1,0 +1,98 @@
+"""Every pair of a detection and an object of the same image with its IoU, in parts that fit into memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+from hotcoco import mask as mask_utils
+from numpy.typing import NDArray
+
+from tailfin.evaluation.detections import Detections
+from tailfin.evaluation.truth import GroundTruth, encode_mask
+
+PAIRS = 2**21  # compared at a time
+
+
+class Pairs(NamedTuple):
+    """All pairs of some detections, those of a detection one after another, its objects in order of annotation id."""
+
+    places: NDArray[np.int64]  # [D] of the detections, in the rows asked for; each has a pair
+    starts: NDArray[np.int64]  # [D] where each one's pairs begin
+    counts: NDArray[np.int64]  # [D] how many it has
+    detections: NDArray[np.int64]  # [P] row of the detection
+    objects: NDArray[np.int64]  # [P] row of the object
+    iou: NDArray[np.float64]  # [P]
+
+
+# rows of detections and of objects, K pairs, to float64 [K]; the pairs of a detection stand together and are with all
+# objects of its image, in one order
+Overlap = Callable[[NDArray[np.int64], NDArray[np.int64]], NDArray[np.float64]]
+
+
+def pairs(
+    truth: GroundTruth,
+    evidence: NDArray[np.bool_],
+    detections: Detections,
+    rows: NDArray[np.int64],
+    overlap_of: Overlap,
+) -> Iterator[Pairs]:
+    """Pairs of the detections `rows` with the objects marked by `evidence` (bool [G])."""
+    objects = np.flatnonzero(evidence)
+    objects = objects[np.lexsort((truth.annotation_ids[objects], truth.image_rows[objects]))]
+    starts = np.searchsorted(truth.image_rows[objects], np.arange(len(truth.image_ids) + 1))
+    first = starts[detections.image_rows[rows]]
+    sizes = starts[detections.image_rows[rows] + 1] - first
+    ends = np.cumsum(sizes)
+    start = 0
+    while start < len(rows):
+        done = ends[start - 1] if start else 0
+        stop = max(start + 1, int(np.searchsorted(ends, done + PAIRS, side="right")))
+        part = np.arange(start, stop)[sizes[start:stop] > 0]
+        start = stop
+        if not len(part):
+            continue
+        count = sizes[part]
+        begin = np.cumsum(count) - count
+        mine = np.repeat(rows[part], count)
+        their = objects[np.arange(count.sum()) + np.repeat(first[part] - begin, count)]
+        yield Pairs(part, begin, count, mine, their, overlap_of(mine, their))
+
+
+def box_overlap(truth: GroundTruth, detections: Detections) -> Overlap:
+    """IoU of boxes."""
+    boxes = detections.boxes
+    assert boxes is not None
+    return lambda mine, their: box_iou(boxes[mine], truth.boxes[their])
+
+
+def mask_overlap(truth: GroundTruth, evidence: NDArray[np.bool_], detections: Detections) -> Overlap:
+    """IoU of masks, image by image: a matrix of its detections and objects each."""
+    masks, found = truth.masks(), detections.masks or []
+    sizes = truth.image_sizes[truth.image_rows].tolist()
+    objects = {int(row): encode_mask(masks[row], *map(int, sizes[row])) for row in np.flatnonzero(evidence)}
+
+    def overlap(mine: NDArray[np.int64], their: NDArray[np.int64]) -> NDArray[np.float64]:
+        result = np.zeros(len(mine))
+        images = detections.image_rows[mine]
+        order = np.argsort(images, kind="stable")  # pairs of a detection stay together
+        for near in np.split(order, np.flatnonzero(np.diff(images[order])) + 1):
+            own = mine[near[np.flatnonzero(np.diff(mine[near], prepend=-1))]]
+            others = their[near[: len(near) // len(own)]]
+            matrix = mask_utils.iou(
+                [found[row] for row in own], [objects[row] for row in others], [False] * len(others)
+            )
+            result[near] = np.asarray(matrix, dtype=np.float64).reshape(len(own), len(others)).ravel()
+        return result
+
+    return overlap
+
+
+def box_iou(boxes: NDArray[np.float64], others: NDArray[np.float64]) -> NDArray[np.float64]:
+    """[K, 4] and [K, 4] xywh to [K]; boxes without area overlap by 0."""
+    low = np.maximum(boxes[:, :2], others[:, :2])
+    high = np.minimum(boxes[:, :2] + boxes[:, 2:], others[:, :2] + others[:, 2:])
+    shared = (high - low).clip(min=0).prod(axis=1)
+    union = boxes[:, 2:].prod(axis=1) + others[:, 2:].prod(axis=1) - shared
+    return np.divide(shared, union, out=np.zeros_like(shared), where=union > 0)

@@ -1,0 +1,80 @@
+"""The page in headless Chromium: nothing on its console, tables that sort and filter, no sideways scroll.
+
+A script at the end of a copy of the page does what a reader would, and leaves what it saw in the document.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tailfin.report import build_report
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed (Debian: apt install chromium)")
+LOOK = """
+<script>
+addEventListener("load", () => setTimeout(() => {
+  const rows = table => [...document.querySelectorAll(`#${table} tbody tr`)].filter(row => row.offsetParent !== null);
+  const names = () => rows("class-table").map(row => row.querySelector("th").textContent.trim());
+  const seen = {before: names()};
+  const head = [...document.querySelectorAll("#class-table thead button")];
+  head[0].click(); seen.sorted = names();
+  head[0].click(); seen.reversed = names();
+  const filter = document.querySelector("[data-filter=confusion-table]");
+  filter.value = "bolt"; filter.dispatchEvent(new Event("input", {bubbles: true}));
+  seen.filtered = rows("confusion-table").length;
+  const rare = document.querySelector("[data-groups=class-table] [data-group=r]");
+  rare.click(); seen.rare = names();
+  seen.charts = document.querySelectorAll(".main-svg").length;
+  seen.width = document.documentElement.scrollWidth;
+  seen.window = innerWidth;
+  const note = document.createElement("pre"); note.id = "seen"; note.textContent = JSON.stringify(seen);
+  document.body.append(note);
+}, 1500));
+</script>
+"""
+
+
+def opened(text: str, folder: Path, *flags: str) -> tuple[dict[str, Any], list[str]]:
+    """What the script saw, and what the page wrote to the console."""
+    file = folder / "page.html"
+    file.write_text(str(text).replace("</body>", f"{LOOK}</body>"))
+    command = [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
+    command += [
+        f"--user-data-dir={folder / 'profile'}",
+        "--enable-logging=stderr",
+        "--virtual-time-budget=20000",
+        *flags,
+    ]
+    done = subprocess.run([*command, "--dump-dom", file.as_uri()], capture_output=True, text=True, timeout=120)
+    (seen,) = re.findall(r'<pre id="seen">(.*?)</pre>', done.stdout, re.S)
+    return json.loads(html.unescape(seen)), [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+
+
+@pytest.mark.parametrize("flags", [("--window-size=1300,900",), ("--window-size=500,844", "--force-dark-mode")])
+def test_the_page_works_in_a_browser(make_data: Callable, make_run: Callable, tmp_path: Path, flags) -> None:
+    data = make_data()
+    runs = [make_run("base", data), make_run("better", data, ap=0.45, found=(1, 2))]
+    seen, console = opened(build_report(runs), tmp_path, *flags)
+    assert console == []
+    assert seen["before"] == ["чашка", "bolt", "cup", "traffic light"]  # by training images
+    assert seen["sorted"] == sorted(data.names) and seen["reversed"] == sorted(data.names)[::-1]
+    assert seen["filtered"] == 1 and seen["rare"] == ["bolt"]
+    assert seen["charts"] >= 5
+    assert seen["width"] <= seen["window"]  # wide tables scroll within their own frame
+
+
+def test_names_stay_text_in_a_browser(make_data: Callable, make_run: Callable, tmp_path: Path) -> None:
+    data = make_data(names=("<script>document.title='bad'</script>", "bolt"))
+    text = build_report([make_run("one", data)])
+    seen, console = opened(text, tmp_path, "--window-size=1300,900")
+    assert console == [] and seen["before"][0] in data.names and len(seen["sorted"]) == 2
