@@ -20,8 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from tailfin import evaluation
-from tailfin.checkpoint import file_hash, load_model_file, save_model
-from tailfin.class_rows import join_class_rows
+from tailfin.checkpoint import load_model_file
 from tailfin.config import check_data_is_named, load_recipe, recipe_from_file
 from tailfin.data.dataset import Source, to_test_size
 from tailfin.data.index import image_folder, open_index
@@ -30,15 +29,14 @@ from tailfin.evaluation.operating import OperatingPoints
 from tailfin.evaluation.results import merge_shards, result_files
 from tailfin.files import existing_file
 from tailfin.inference import counts_by_id
-from tailfin.joins import join_classes
 from tailfin.mask_encoding import decode_masks, encode_masks
 from tailfin.pictures import Picture, to_tensor
 from tailfin.processes import default_device, usable_device
+from tailfin.progress import Progress
 from tailfin.schema.backbones import NAMED_WEIGHTS
 from tailfin.schema.recipe import Recipe
-from tailfin.schema.stages import final_stage
 from tailfin.stats import ClassStats
-from tailfin.weights import load_fitting, load_whole
+from tailfin.weights import load_whole
 
 if TYPE_CHECKING:
     from tailfin import models
@@ -199,6 +197,7 @@ def train(
     resume: bool = False,
     stage1: str | Path | None = None,
     reuse: str | Path | None = None,
+    auto_batch: bool = False,
 ) -> Path:
     """Train every stage of a recipe and measure the result; returns the run folder.
 
@@ -206,7 +205,7 @@ def train(
     with the run in `out`. `reuse` is a run (or model file) whose finished stages are taken in the place of training
     them, in order, up to the first that this recipe would train differently; `stage1` is one whose first stage must be
     the one that the recipe would train, and is taken alone; a later stage of a run (RUN/stages/K-NAME) is taken with
-    those before it.
+    those before it. `auto_batch` takes the largest batch that the memory holds (`tailfin.auto_batch`).
     """
     from tailfin.methods import method
     from tailfin.processes import on_main, process_state
@@ -218,6 +217,8 @@ def train(
         resolved, folder = resumed_recipe(out), Path(out)
     else:
         resolved = resolve_recipe(recipe, train, val, train_images, val_images, weights, overrides)
+        if auto_batch:
+            resolved = with_largest_batch(resolved)
         if stage1 is not None and reuse is not None:
             raise UserError("--stage1 demands the first stage of a run, --reuse takes all that fit: give one of them")
         for option, given in (("--stage1", stage1), ("--reuse", reuse)):
@@ -264,6 +265,8 @@ def resolve_recipe(
         values["weights"] = str(weights)
     if values["weights"] not in NAMED_WEIGHTS:
         values["weights"] = str(Path(values["weights"]).absolute())
+    if values["classes"]["map"]:
+        values["classes"]["map"] = str(Path(values["classes"]["map"]).absolute())
     if resolved.data.synthesize == "demo" and not values["data"]["train"]["annotations"]:
         from tailfin.data.synth import demo_set
         from tailfin.processes import on_main, process_state
@@ -275,57 +278,23 @@ def resolve_recipe(
     return check_recipe(values, resolved.name or "recipe")
 
 
+def with_largest_batch(recipe: Recipe) -> Recipe:
+    """The recipe with the largest batch that the memory holds; says how it was found."""
+    from tailfin.auto_batch import largest_batch
+    from tailfin.processes import process_state
+
+    found, lines = largest_batch(recipe)
+    if process_state().is_main_process:
+        for line in lines:
+            Progress("", 1).note(line)
+    return found
+
+
 def evaluate(
     annotations: str | Path, results: Any, protocol: str = "lvis", iou_type: str = "bbox", **options: Any
 ) -> dict[str, Any]:
     """Numbers of COCO results on an annotation file, as in `metrics.json`; see `tailfin.evaluation.evaluate`."""
     return evaluation.evaluate(annotations, results, protocol, iou_type, **options)
-
-
-def converted(
-    recipe: str | Path,
-    weights: str | Path,
-    annotations: str | Path,
-    out: str | Path,
-    *,
-    train: str | Path | None = None,
-    overrides: Sequence[str] = (),
-) -> list[str]:
-    """Write a checkpoint of another project, which `weights` of the recipe would read, as a model file as it is.
-
-    Args:
-        recipe: name or path; its detector (that of the last stage) is the checkpoint's.
-        annotations: file whose classes the model has; with their counts, unless `train` names the training file.
-        out: the model file.
-
-    Returns:
-        Lines that say what was loaded, dropped, and how classes were told.
-
-    Raises:
-        UserError: weights that the model needs are not in the checkpoint: they would be random.
-    """
-    given = final_stage(load_recipe(recipe, [f"weights={weights}", *overrides])).recipe
-    stats = ClassStats.from_index(open_index(annotations if train is None else train))
-    from tailfin.models import build_detector, released_weights
-
-    released = released_weights(given, stats)
-    if released is None:
-        raise UserError(f"{weights}: it has no known names of a {given.detector.name} of another project")
-    names = stats.names if released.names is None else released.names
-    join = join_classes(stats.names, names)
-    if join.missing:
-        raise UserError(f"{weights}: it has no class {join.first_missing()}, which the annotations have")
-    model, _ = build_detector(given, stats, start=False)
-    joined, said = join_class_rows(model.state_dict(), released.state, names, stats.names)
-    loaded = load_fitting(model, joined)
-    if lost := [key for key in loaded.missing if ".loss." not in key]:  # a loss's counts are no matter of detections
-        more = ", ..." if len(lost) > 1 else ""
-        raise UserError(f"{weights}: {len(lost)} weights of this detector are not in it ({lost[0]}{more})")
-    notes = [*released.notes, f"{weights}: {len(loaded.names)} weights loaded", *said]
-    if loaded.dropped:
-        notes.append(f"  not in this detector: {len(loaded.dropped)} ({loaded.dropped[0]}, ...)")
-    save_model(Path(out), model, given, stats, parents=[file_hash(Path(str(weights).partition("#")[0]))])
-    return notes
 
 
 def predict_to_results(

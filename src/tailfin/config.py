@@ -29,6 +29,7 @@ from tailfin.recipe_values import assign, parse_recipe, parse_yaml, split_overri
 from tailfin.schema.presets import PRESETS, change_preset, own_terms
 from tailfin.schema.problems import explain
 from tailfin.schema.recipe import Recipe
+from tailfin.schema.training import Schedule
 
 __all__ = [
     "check_data_is_named",
@@ -40,6 +41,7 @@ __all__ = [
     "split_override",
     "stored_recipe",
 ]
+SCHEDULES = ("schedule", "second.schedule", "pretraining.schedule")
 
 
 def load_recipe(name: str | Path, overrides: Iterable[str] | Mapping[str, Any] = ()) -> Recipe:
@@ -52,8 +54,13 @@ def load_recipe(name: str | Path, overrides: Iterable[str] | Mapping[str, Any] =
     values = found.values()
     given = list(overrides.items() if isinstance(overrides, Mapping) else map(split_override, overrides))
     _change_preset(values, dict(given).get("pretraining.preset"), found.label)
+    batches = {section: _at(values, f"{section}.batch") or Schedule().batch for section in SCHEDULES}
     for key, value in given:
         assign(values, key, value)
+    for section, batch in batches.items():  # the batch that the recipe's rate is for
+        rule = _at(values, f"{section}.lr_rule") or "none"
+        if rule != "none" and not _at(values, f"{section}.lr_batch"):
+            assign(values, f"{section}.lr_batch", batch)
     return check_recipe(values, found.label)
 
 
@@ -104,6 +111,13 @@ def dump_recipe(recipe: Recipe) -> str:
     """The fully resolved recipe as YAML text that loads to the same recipe."""
     values = recipe.model_dump(mode="json")
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)
+
+
+def _at(values: Any, key: str) -> Any:
+    """The plain value at a dotted key, or none."""
+    for part in key.split("."):
+        values = values.get(part) if isinstance(values, dict) else None
+    return values
 
 
 def _change_preset(values: dict[str, Any], preset: Any, source: str) -> None:

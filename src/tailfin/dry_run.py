@@ -18,10 +18,11 @@ from torch import nn
 from tailfin.data.dataset import TrainingDataset, open_source, unchecked_note
 from tailfin.data.index import AnnotationIndex
 from tailfin.data.proposals import open_proposals
-from tailfin.data.smooth_tail import ALL, PlannedStep, divide, planned_steps
+from tailfin.data.smooth_tail import ALL, PlannedStep, planned_steps
 from tailfin.errors import printable
 from tailfin.inference import check_kinds, check_validation
 from tailfin.memory import TrainingMemory, training_memory, watched_step
+from tailfin.methods.stepwise import class_parts
 from tailfin.models import build_detector
 from tailfin.plan_notes import plan_notes
 from tailfin.processes import check_trackers
@@ -87,6 +88,8 @@ def show_plan(recipe: Recipe, out: Path | None, *, overwrite: bool = False) -> N
     warmed = f"{rates[1]:.2g} after the warm-up" if schedule.warmup < last else "in its warm-up to the end"
     row("learning rate", f"{rates[0]:.2g} at first, {warmed}, {rates[2]:.2g} at last")
     row("picture size", picture_size(recipe.data, train.index, first))
+    if told := schedule.rate_told():
+        row("its rule", told)
     parameters = sum(p.numel() for p in model.parameters())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     row("parameters", f"{parameters / 1e6:.1f} M, {trainable / 1e6:.1f} M of them train")
@@ -142,7 +145,7 @@ def planned_stages(
     """
     settings, later = recipe.stepwise, {}
     if settings is not None:
-        parts = divide(stats.image_count, settings.division, settings.boundary)
+        parts = class_parts(recipe, stats)
         later = {step.name: step for step in planned_steps(settings, parts)}
         if settings.base == "head":
             kept = (parts == 0)[whole.source.index.labels]
@@ -152,7 +155,7 @@ def planned_stages(
         trains = [part for name in stage.trains for part in (class_specific if name == CLASS_SPECIFIC else [name])]
         trained = f", trains {', '.join(trains or ['all'])}"
         if stage.name in later:
-            found.append((stage.name, _step(later[stage.name], stats, trained)))
+            found.append((stage.name, _step(later[stage.name], stats, stage.recipe.schedule.rate, trained)))
         elif stage.number:  # else nothing is trained
             preset = f"{recipe.pretraining.preset}: " if recipe.pretraining and stage.name == PRETRAIN else ""
             found.append((stage.name, preset + _described(stage.recipe, whole, stats) + trained * bool(trains)))
@@ -162,16 +165,17 @@ def planned_stages(
 def _described(recipe: Recipe, dataset: TrainingDataset, stats: ClassStats) -> str:
     return (
         f"{recipe.schedule.epochs:g} epochs, {batch_plan(recipe, dataset, stats).iterations} iterations of "
-        f"{recipe.schedule.batch}, lr {recipe.schedule.lr:g}, loss {recipe.loss.name}, sampler {recipe.sampler.name}"
+        f"{recipe.schedule.batch}, lr {recipe.schedule.rate:.4g}, loss {recipe.loss.name}, "
+        f"sampler {recipe.sampler.name}"
     )
 
 
-def _step(step: PlannedStep, stats: ClassStats, trained: str) -> str:
+def _step(step: PlannedStep, stats: ClassStats, rate: float, trained: str) -> str:
     config, own = step.config, int(step.own.sum())
     counts = np.where(step.counts == ALL, stats.instance_count, np.minimum(step.counts, stats.instance_count))
     taught = config.distillation is not None and step.old.any()
     return (
-        f"{config.epochs:g} epochs, lr {config.lr:g}, {own} classes of its own, at most {int(counts.sum())} "
+        f"{config.epochs:g} epochs, lr {rate:.4g}, {own} classes of its own, at most {int(counts.sum())} "
         f"annotations, repeat factors {config.rfs.name}{trained}{', taught by the step before' if taught else ''}"
     )
 

@@ -144,7 +144,8 @@ class Run:
                 f"{self.stats.num_classes} classes, loss {recipe.loss.name}, sampler {recipe.sampler.name}"
             )
             odd = plan_notes(replace(planned, recipe=recipe), plan)
-            for note in (about_masks, unchecked_note(self.train, recipe.data), *odd):
+            rate = recipe.schedule.rate_told()
+            for note in (rate, about_masks, unchecked_note(self.train, recipe.data), *odd):
                 if note:
                     self.say(note)
             seeing: list[Any] = [module for module in model.modules() if hasattr(module, "see_annotations")]

@@ -173,7 +173,7 @@ def _model_and_files(
 
 def _convert(recipe: str, weights: Path, annotations: Path, train: Path | None, out: Path) -> None:
     """A model file of another project's weights for this process; the first one says what became of them."""
-    from tailfin.api import converted
+    from tailfin.convert import converted
 
     for note in converted(recipe, weights, annotations, out, train=train):
         if not int(os.environ.get("RANK", "0")):

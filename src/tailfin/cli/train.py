@@ -39,6 +39,9 @@ def train(
     ] = None,
     resume: Annotated[Path | None, typer.Option(metavar="RUN", help="Go on with an interrupted run.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing run folder.")] = False,
+    auto_batch: Annotated[
+        bool, typer.Option("--auto-batch", help="Take the largest batch that the memory holds, found by one step.")
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show plan, memory estimate and one augmented batch; train nothing.")
     ] = False,
@@ -50,7 +53,7 @@ def train(
     from tailfin import api
 
     if resume is not None and recipe is not None and "=" in recipe and not Path(recipe).is_file():
-        recipe, overrides = None, [recipe, *(overrides or [])]  # without a recipe the first override is in its place
+        overrides, recipe = [recipe, *(overrides or [])], None  # without a recipe the first override is in its place
     if (recipe is None) == (resume is None):
         raise UserError("give a recipe, or --resume RUN" + ("" if recipe is None else " (not both)"))
     if recipe is not None and "=" in recipe and not Path(recipe).exists():
@@ -64,6 +67,7 @@ def train(
         "--weights": weights,
         "--stage1": stage1,
         "--reuse": reuse,
+        "--auto-batch": auto_batch or None,
     }
     if resume is not None:
         _check_resumed_as_begun(resume, overrides or [], [name for name, value in options.items() if value is not None])
@@ -79,7 +83,7 @@ def train(
             if recipe is not None
             else api.recipe_from_file(Path(str(resume)) / "recipe.yaml")
         )
-        show_plan(resolved, out, overwrite=overwrite)
+        show_plan(api.with_largest_batch(resolved) if auto_batch else resolved, out, overwrite=overwrite)
         return
     if resume is not None:
         folder = api.train("", out=resume, resume=True)
@@ -96,6 +100,7 @@ def train(
             overwrite=overwrite,
             stage1=stage1,
             reuse=reuse,
+            auto_batch=auto_batch,
         )
     show_result(folder)
 
