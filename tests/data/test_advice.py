@@ -40,7 +40,7 @@ def test_advice_is_a_command_that_loads(counts: list[int], empty: int) -> None:
     recipe = load_recipe(words[2], words[7:])
     assert recipe.loss.name == "softmax"
     steps = recipe.schedule.epochs * stats.num_annotated_images / recipe.schedule.batch
-    assert recipe.schedule.warmup <= max(1, steps / 10)
+    assert recipe.schedule.warmup <= max(1, round(steps) / 10)
     if recipe.sampler.name == "rfs":
         assert category_factors(stats, "rfs", recipe.sampler.threshold).max() > 1
 

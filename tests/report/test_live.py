@@ -90,7 +90,7 @@ def test_only_this_machine_reaches_it_and_only_the_page(make_data: Callable, mak
             "/\\..\\recipe.yaml",
         ):
             assert get(port, path)[0] == 404, path
-        assert get(port, "http://evil.example/etc/passwd")[0] == 404
+        assert get(port, "http://evil.example/etc/passwd")[0] == 403
 
 
 def test_ports_and_runs_that_do_not_work(make_data: Callable, make_run: Callable, tmp_path: Path) -> None:
