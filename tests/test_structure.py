@@ -25,7 +25,7 @@ ORDER = (
     ("recipe_values", "recipes", "config"),
     ("data", "samplers"),
     ("class_rows", "weights", "checkpoint", "foreign"),
-    ("schedule",),
+    ("schedule", "plan_notes"),
     ("models",),
     ("pretraining",),
     ("training_log", "engine"),

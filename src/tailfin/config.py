@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from tailfin.schema.recipe import Recipe
 from tailfin.schema.training import Schedule
 
 __all__ = [
+    "check_data_is_named",
     "check_recipe",
     "dump_recipe",
     "load_recipe",
@@ -88,6 +89,22 @@ def check_recipe(values: Mapping[str, Any], source: str) -> Recipe:
         return Recipe.model_validate(values)
     except ValidationError as error:
         raise UserError(explain(error, source, Recipe)) from None
+
+
+def check_data_is_named(name: str, recipe: Recipe, overrides: Mapping[str, Any] | Sequence[str]) -> None:
+    """Refuse what a recipe of the package finds by chance: the file of the working directory that has the name of its
+    own data's file."""
+    data = recipe.data
+    file = Path(data.train.annotations)
+    if data.root or not data.train.annotations or file.is_absolute() or not recipes.find(name).packaged:
+        return
+    if any(key.startswith(("data.root", "data.train")) for key in overrides):
+        return
+    found = f", and {file} of the working directory would be taken" if file.is_file() else ""
+    this = " (data.root=. for this one)" if found else ""
+    raise UserError(
+        f"{name}: no training data is named{found}: give --train FILE and --val FILE, or data.root=FOLDER{this}"
+    )
 
 
 def dump_recipe(recipe: Recipe) -> str:

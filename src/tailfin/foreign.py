@@ -78,9 +78,10 @@ def _tensors(path: Path) -> Any:
         with torch.serialization.safe_globals([argparse.Namespace]):  # the options in a released checkpoint
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise UserError(
-            f"weights {path} cannot be read as plain tensors: {' '.join(str(error).split())[:160]}"
-        ) from None
+        reason = " ".join(str(error).split())
+        if reason.startswith("Weights only load failed"):  # torch's advice to load it with its code
+            reason = "it is damaged, or holds objects that would run code"
+        raise UserError(f"weights {path} cannot be read as plain tensors: {reason[:160]}") from None
 
 
 def _arrays(path: Path) -> Any:

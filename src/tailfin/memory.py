@@ -5,9 +5,9 @@
 
 Peak memory is not what the backward pass keeps: gradients of wide layers and copies come on top while most of it is
 still alive. So every storage that an operation makes is followed from its making to its end, through forward and
-backward pass. Storages that end as gradients of weights are there once, whatever the batch; all others are there per
-picture. The peak of a batch of B is the largest, over time, of the first plus B times the second. What a kernel takes
-inside itself, and the allocator's gaps, are not seen.
+backward pass. Storages of a weight's shape, gradients and their parts, are there once, whatever the batch; all others
+are there per picture. The peak of a batch of B is the largest, over time, of the first plus B times the second. What a
+kernel takes inside itself, and the allocator's gaps, are not seen.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_leaves
 class WatchedStep(NamedTuple):
     """Bytes alive after each event, int64 [E]."""
 
-    gradients: NDArray[np.int64]  # storages that end as gradients of weights
+    gradients: NDArray[np.int64]  # storages of a trained weight's shape: its gradient, of a shared one also the parts
     pictures: NDArray[np.int64]  # all others that the step made
 
 
@@ -45,20 +45,18 @@ class TrainingMemory(NamedTuple):
 def watched_step(model: nn.Module, image: Tensor, target: Mapping[str, Tensor]) -> WatchedStep:
     """Forward and backward of one picture (float32 [3, H, W] or uint8, and its target); leaves no gradients."""
     model.train().zero_grad(set_to_none=True)
-    watch = _Watch()
+    watch = _Watch({tuple(p.shape) for p in model.parameters() if p.requires_grad})
     with watch:
         losses = model([image], [dict(target)])
         total = torch.stack(list(losses.values())).sum()
         del losses
         if total.requires_grad:
             total.backward()
-    own = {p.grad.untyped_storage()._cdata for p in model.parameters() if p.grad is not None}
-    fixed = np.array([watch.alive.get(key, -1) for key in own], dtype=np.int64)
     model.zero_grad(set_to_none=True)
     sizes, events = np.array(watch.sizes, dtype=np.int64), np.array(watch.events, dtype=np.int64)
     numbers = np.where(events >= 0, events, ~events)
     change = np.where(events >= 0, sizes[numbers], -sizes[numbers])
-    gradient = np.isin(numbers, fixed)
+    gradient = np.isin(numbers, watch.weightlike)
     return WatchedStep(np.cumsum(np.where(gradient, change, 0)), np.cumsum(np.where(gradient, 0, change)))
 
 
@@ -74,8 +72,10 @@ def training_memory(model: nn.Module, step: WatchedStep, pictures: int, states: 
 class _Watch(TorchDispatchMode):
     """Follows storages: `events` has the number of each when it is made, and ~number when it is freed."""
 
-    def __init__(self) -> None:
+    def __init__(self, shapes: set[tuple[int, ...]]) -> None:
         super().__init__()
+        self.shapes = shapes  # of weights
+        self.weightlike: list[int] = []  # numbers of storages that were made with one of them
         self.alive: dict[int, int] = {}  # address of a storage -> its number
         self.sizes: list[int] = []
         self.events: list[int] = []
@@ -91,10 +91,10 @@ class _Watch(TorchDispatchMode):
         found = func(*args, **(kwargs or {}))
         for value in tree_leaves(found):
             if isinstance(value, Tensor) and value.layout == torch.strided:
-                self._see(value.untyped_storage())
+                self._see(value.untyped_storage(), tuple(value.shape))
         return found
 
-    def _see(self, storage: torch.UntypedStorage) -> None:
+    def _see(self, storage: torch.UntypedStorage, shape: tuple[int, ...]) -> None:
         key = storage._cdata
         if key in self.alive or key in self.given:
             return
@@ -102,6 +102,8 @@ class _Watch(TorchDispatchMode):
         self.alive[key] = number
         self.sizes.append(storage.nbytes())
         self.events.append(number)
+        if shape in self.shapes:
+            self.weightlike.append(number)
         weakref.finalize(storage, self._end, key, number)
 
     def _end(self, key: int, number: int) -> None:

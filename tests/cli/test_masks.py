@@ -257,7 +257,7 @@ def read(path: Path) -> Any:
 
 def test_a_run_has_numbers_of_both_kinds(masked_run) -> None:
     metrics = read(masked_run / "metrics.json")
-    assert metrics["bbox"]["AP50"] > 0.01 and metrics["segm"]["AP50"] > 0.01  # 0.16; untrained below 0.003
+    assert metrics["bbox"]["AP50"] > 0.01 and metrics["segm"]["AP50"] > 0.01  # a seed gave 0.16
     assert {"bbox", "segm"} <= set(metrics["per_category"][0])
     lines = [json.loads(line) for line in (masked_run / "stages/1-train/metrics.jsonl").read_text().splitlines()]
     assert [set(line["eval"]) for line in lines if "eval" in line] == [{"bbox", "segm"}]

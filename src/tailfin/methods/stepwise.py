@@ -32,7 +32,7 @@ from tailfin.data.dataset import TrainingDataset
 from tailfin.data.smooth_tail import Exemplars, PlannedStep, planned_steps
 from tailfin.errors import UserError, nearest
 from tailfin.exemplar_scores import read_scores, score_annotations
-from tailfin.files import write_json, writing
+from tailfin.files import read_object, write_json, writing
 from tailfin.joins import join_classes
 from tailfin.methods.drcl import start
 from tailfin.models import build_detector
@@ -340,9 +340,16 @@ def _copy(run: Run, recipe: Recipe, trained: Detector) -> Detector:
 
 
 def _measure(run: Run, model: Detector, name: str) -> None:
-    """Metrics of a finished step in its folder, once."""
+    """Metrics of a finished step in its folder, once; a damaged file is made anew."""
     path = _metrics_file(run, name)
-    if run.val is not None and on_main(run.accelerator, lambda: not path.exists()):
+
+    def missing() -> bool:
+        try:
+            return "protocol" not in read_object(path, "metrics")
+        except UserError:
+            return True
+
+    if run.val is not None and on_main(run.accelerator, missing):
         metrics = run.measure(model.to(run.accelerator.device))
         on_main(run.accelerator, lambda: write_json(path, metrics, indent=1))
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from torchvision.models.detection.faster_rcnn import TwoMLPHead
-from torchvision.ops import MultiScaleRoIAlign
 
 from tailfin.losses.pcb import PCB
 from tailfin.losses.softmax import Softmax
 from tailfin.models.heads.pcb import IterativeRoIHeads, Refinement
 from tailfin.models.heads.roi_heads import BoxPredictor
+from tailfin.models.roi_align import PyramidRoIAlign
 from tailfin.stats import ClassStats
 
 STATS = ClassStats(image_count=[9, 4, 1], instance_count=[9, 4, 1], num_images=12)
@@ -19,7 +19,7 @@ STATS = ClassStats(image_count=[9, 4, 1], instance_count=[9, 4, 1], num_images=1
 def build(loss=None, **options):
     torch.manual_seed(0)
     loss = loss or PCB(STATS)
-    pool = MultiScaleRoIAlign(["0"], 3, 2)
+    pool = PyramidRoIAlign(["0"], [8], 3, 2)
     parts = (pool, TwoMLPHead(4 * 9, 16), BoxPredictor(16, loss, False), loss)
     return IterativeRoIHeads(*parts, channels=4, roi_size=3, batch=30, **options)
 

@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 from torchvision.models.detection.faster_rcnn import TwoMLPHead
-from torchvision.ops import MultiScaleRoIAlign
 
 from tailfin import losses
 from tailfin.models.detector import Limits
 from tailfin.models.heads.roi_heads import BoxPredictor, RoIHeads
 from tailfin.models.heads.simcal import SimCal, episode_labels, simcal_scores, with_twin
+from tailfin.models.roi_align import PyramidRoIAlign
 from tailfin.samplers.episodes import draw_episodes
 from tailfin.stats import ClassStats
 
@@ -22,7 +22,7 @@ STATS = ClassStats(image_count=[500, 20, 0], instance_count=[900, 30, 0], num_im
 def roi_heads(loss=None):
     torch.manual_seed(0)
     loss = loss or losses.build("softmax", STATS)
-    pool = MultiScaleRoIAlign(["0"], 3, 2)
+    pool = PyramidRoIAlign(["0"], [8], 3, 2)
     return RoIHeads(
         pool, TwoMLPHead(4 * 9, 8), BoxPredictor(8, loss, False), loss, batch=40, limits=Limits(1e-4, 20, 0.5)
     )
