@@ -59,17 +59,18 @@ def largest_batch(
     samples = [dataset.sample(*key) for key in keys]
     largest = max(samples, key=lambda sample: sample[0].shape[-1] * sample[0].shape[-2])
     step, states = watched_step(model, *largest), 2 if recipe.schedule.optimizer == "adamw" else 1
-    one, two = (training_memory(model, step, pictures, states).total for pictures in (1, 2))
-    each = two - one
-    weights = max(one - each, 0)
+    # of few pictures the gradients may be the peak
+    some, more = (training_memory(model, step, pictures, states).total for pictures in (32, 64))
+    each = (more - some) // 32
+    weights = some - 32 * each
     each = max(each // (2 if accelerator.mixed_precision in HALF and device.type == "cuda" else 1), 1)
     there = (free or free_memory)(device)
     usable = int(SHARE.get(device.type, 0.5) * there)
     most = max(len(dataset.rows()) // accelerator.num_processes, 1)  # an epoch has at least one step
     size = min(max((usable - weights) // each, 1), most)
     lines = [
-        f"auto-batch: {there / 2**30:.1f} GiB free on {device}, {weights / 2**30:.2f} for weights and optimiser, about "
-        f"{each / 2**20:.0f} MiB a picture of {largest[0].shape[-2]} x {largest[0].shape[-1]}: {size} a process"
+        f"auto-batch: {there / 2**30:.1f} GiB free on {device}, {weights / 2**20:.0f} MiB for weights and optimiser, "
+        f"about {each / 2**20:.1f} MiB a picture of {largest[0].shape[-2]} x {largest[0].shape[-1]}: {size} a process"
     ]
     while True:
         try:

@@ -67,11 +67,11 @@ def test_the_estimate_fills_the_free_memory(tiny_set, tiny_recipe):
         assert given is recipe and model.training is not None
 
     _, lines = largest_batch(recipe, free=lambda device: 0, probe=probe)
-    weights = float(lines[0].split(" for weights")[0].split(", ")[-1])
+    weights = float(lines[0].split(" MiB for weights")[0].split(", ")[-1])
     each = float(lines[0].split("about ")[1].split(" MiB")[0])
     assert sizes == [1] and weights > 0 and each > 0
     for count in (4, 8):
-        free = int((weights * 2**30 + (count + 0.5) * each * 2**20) / auto_batch.SHARE["cpu"])
+        free = int((weights + (count + 0.5) * each) * 2**20 / auto_batch.SHARE["cpu"])
         found, lines = largest_batch(recipe, free=lambda device, free=free: free, probe=probe)
         assert found.schedule.batch == sizes[-1] and abs(sizes[-1] - count) <= 1
         assert found.schedule.accumulation == 1 and "schedule.lr stays 0.01" in lines[-1]

@@ -33,6 +33,7 @@ from zoo_reference import (
 import tailfin
 from tailfin.convert import convert
 from tailfin.errors import UserError
+from tailfin.models.box_deltas import decode_deltas
 from tailfin.models.images import batch_images
 
 CLASSES = ["cup", "dog", "ape", "cat", "bee"]  # the checkpoint's order
@@ -156,15 +157,16 @@ def check_first_stage(model, state: State, names: Names, depth: str, picture: Te
     parts = ("conv", "objectness_logits", "anchor_deltas") if d2 else ("rpn_conv", "rpn_cls", "rpn_reg")
     prefix = "proposal_generator.rpn_head." if d2 else "rpn_head."
     hidden = [conv(state, prefix + parts[0], level).relu() for level in levels]
-    close(raw.objectness, torch.cat([by_cell(conv(state, prefix + parts[1], own), 1) for own in hidden]))
+    close(raw.objectness.reshape(-1, 1), torch.cat([by_cell(conv(state, prefix + parts[1], own), 1) for own in hidden]))
     deltas = torch.cat([by_cell(conv(state, prefix + parts[2], own), 4) for own in hidden])
-    close(raw.deltas, deltas)
+    close(raw.deltas.reshape(-1, 4), deltas)
     grids = [
         anchors(level.shape[-2:], 4 * 2**number, [8.0 * 4 * 2**number], RATIOS, size_outside=d2)
         for number, level in enumerate(levels)
     ]
-    close(raw.anchors[0], torch.cat(grids))
-    close(model.rpn._decoded(raw)[0], decoded(torch.cat(grids), deltas)[:, 0])
+    own = raw.anchors
+    close(own, torch.cat(grids))
+    close(decode_deltas(own, raw.deltas.reshape(-1, 4)), decoded(torch.cat(grids), deltas)[:, 0])
     return levels, found
 
 
