@@ -202,7 +202,7 @@ def run_on_ranks() -> Callable[..., list[Any]]:
             processes = [context.Process(target=_on_rank, args=(function, rank, n, folder, queue)) for rank in range(n)]
             for process in processes:
                 process.start()
-            results = dict(queue.get(timeout=60) for _ in processes)
+            results = dict(queue.get(timeout=240) for _ in processes)
             for process in processes:
                 process.join(timeout=60)
         for rank, (error, _) in results.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 import shlex
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,31 @@ def test_links_and_files_exist(page):
         if not (ROOT / "src" / "tailfin" / path).exists() and "NAME" not in path and "mine" not in path
     ]
     assert not missing
+
+
+def test_links_of_the_readme_work_on_a_package_index():
+    """They are absolute, below the address in pyproject.toml, and what they name exists here."""
+    home = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Documentation"].removesuffix(
+        "#readme"
+    )
+    raw = home.replace("https://github.com", "https://raw.githubusercontent.com")
+    links = re.findall(r"\]\(([^)]+)\)", (ROOT / "README.md").read_text(encoding="utf-8"))
+    named = [link.removeprefix(f"{home}/blob/main/").removeprefix(f"{raw}/main/") for link in links]
+    assert len(links) > 10 and not [link for link, name in zip(links, named, strict=True) if link == name]
+    assert [name for name in named if not (ROOT / name).is_file()] == []
+
+
+def test_the_lock_has_every_direct_dependency_within_its_bounds():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for file in ("tested.txt", "oldest.txt"):
+        lines = (ROOT / "requirements" / file).read_text().splitlines()
+        pinned = dict(line.split("==") for line in lines if "==" in line and not line.startswith("#"))
+        for text in project["dependencies"]:
+            name, bounds = re.fullmatch(r"([\w-]+)(.*)", text).groups()
+            version = pinned[name]
+            for kind, bound in re.findall(r"(>=|<|==)([\w.]+)", bounds):
+                own, other = (tuple(int(part) for part in number.split(".")) for number in (version, bound))
+                assert own >= other if kind == ">=" else own < other if kind == "<" else own == other, (file, text)
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/methods.md"])

@@ -5,6 +5,9 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import os
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -120,6 +123,21 @@ def test_paired_intervals(scripts):
     mean, half, count = cells.paired(rows[:1] + rows[5:6], "one", "two", "AP")
     assert (mean, half, count) == (pytest.approx(one[0] - two[0]), None, 1)
     assert cells.difference(rows[:1], "one", "two", "AP") == "-"
+
+
+def test_a_stopped_script_stops_its_training_and_ends(scripts, tmp_path):
+    script = tmp_path / "stopped.py"
+    child = "import signal, sys, time; signal.signal(15, lambda *_: sys.exit(3)); print(1, flush=True); time.sleep(60)"
+    script.write_text(
+        f"import sys; sys.path.insert(0, {str(FOLDER)!r}); import os, cells\n"
+        f"cells.watched([sys.executable, '-c', {child!r}], os.environ, sys.stdout)\n"
+    )
+    with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"1\n"
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=50) == 128 + signal.SIGTERM
+    with (tmp_path / "log").open("w") as log:
+        assert scripts["cells"].watched([sys.executable, "-c", "raise SystemExit(7)"], os.environ, log) == 7
 
 
 def test_a_cell_is_trained_and_goes_on(scripts, tmp_path, monkeypatch):

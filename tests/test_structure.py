@@ -24,8 +24,8 @@ ORDER = (
     ("schema",),  # the list of losses is the schema of `loss`
     ("recipe_values", "recipes", "config"),
     ("data", "samplers"),
-    ("class_rows", "weights", "checkpoint"),
-    ("schedule",),
+    ("class_rows", "weights", "checkpoint", "foreign"),
+    ("schedule", "plan_notes"),
     ("models",),
     ("pretraining",),
     ("training_log", "engine"),
@@ -33,9 +33,9 @@ ORDER = (
     ("mask_encoding", "inference", "exemplar_scores"),
     ("report", "pictures"),
     ("processes", "provenance", "reuse", "run_files", "run"),
-    ("memory", "methods", "dry_run"),
-    ("api", "as_model"),
-    ("calibrate", "cost", "export", "hub", "neighbours", "predicting", "propose"),
+    ("memory", "methods", "dry_run", "auto_batch"),
+    ("api",),
+    ("calibrate", "cost", "export", "hub", "neighbours", "predicting", "propose", "convert", "merging"),
     ("cli", "__main__"),
 )
 PLACES = {f"tailfin.{name}": place for place, names in enumerate(ORDER) for name in names}

@@ -165,19 +165,22 @@ def shared_run(arm: Arm, seed: int, options: argparse.Namespace) -> Path | None:
 
 def watched(command: Sequence[str], environment: Mapping[str, str], output: Any) -> int:
     """The exit code of a command that is stopped with this process: it then leaves a resume point."""
+    stopped: list[int] = []
     with subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT) as process:
 
-        def stop(number: int, _: object) -> None:
+        def stop(number: int, _: object) -> None:  # no waiting in here: `wait` below holds its lock
+            stopped.append(number)
             process.send_signal(signal.SIGTERM)
-            process.wait()
-            sys.exit(128 + number)
 
         before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
-            return process.wait()
+            code = process.wait()
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+    if stopped:
+        sys.exit(128 + stopped[0])
+    return code
 
 
 def checked(command: Sequence[str], environment: Mapping[str, str], output: Any) -> None:

@@ -1,4 +1,4 @@
-"""Mutated files of every kind into the command that reads them: tracebacks, hangs and memory are counted.
+"""Mutated files of every kind into the command that reads them: tracebacks, hangs, memory and lost data are counted.
 
     python benchmarks/faults/fuzz.py                          # a minute of each kind
     python benchmarks/faults/fuzz.py --seconds 600 --kinds coco voc --seed 7
@@ -6,7 +6,8 @@
 
 Every file is a valid one with one to four changes: bytes flipped, deleted, repeated, cut off; a value of a JSON or YAML
 document replaced by a hostile one or taken out. File number n of a seed is always the same, so a finding can be made
-again. "refused" is exit code 1 or 2 with a message, "read" is 0; anything else is a finding, and its file is kept.
+again. "refused" is exit code 1 or 2 with a message, "read" is 0; anything else is a finding, and its file is kept. So
+is a file that was read with fewer pictures or objects than it has, where no line says so.
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ import argparse
 import contextlib
 import copy
 import io
+import itertools
 import json
 import random
+import re
 import resource
 import shutil
 import signal
@@ -41,7 +44,7 @@ from tailfin.data.proposal_files import read_proposals
 from tailfin.errors import UserError
 from tailfin.report import build_report
 
-HANG = 20  # seconds for one file
+HANG, WAIT = 20, 300  # seconds of the processor, and of the clock, for one file
 HOSTILE: tuple[Any, ...] = (
     None, True, [], {}, "", "x", 0, -1, 1.5, 2**31, 2**63, -(2**63), 2**70, 1e308, 1e400, -0.0, "1", "../../x", "a\0b",
     "<script>alert(1)</script>", "\x1b[2J", "=1+1", "\u202eabc", "a\nb", "\ud800", [[]], [1, [2, [3]]], {"a": {}},
@@ -76,14 +79,16 @@ def fuzz(kind: str, seconds: float, seed: int, folder: Path, *, most: int = 10**
     """Mutated files of a kind until the time is over, or `most` of them."""
     counts, began = Counts(kind), time.monotonic()
     before = _peak()
-    seeds, read = KINDS[kind](folder / kind)
+    seeds, read, *lost = KINDS[kind](folder / kind)
     whole = {path: path.read_bytes() for path in seeds}
     while time.monotonic() - began < seconds and counts.tried < most:
         rng = random.Random(f"{kind} {seed} {counts.tried}")
         path = rng.choice(seeds)
         path.write_bytes(mutated(whole[path], path.suffix, rng))
         counts.tried += 1
-        outcome = _outcome(read)
+        outcome, said = _outcome(read)
+        if outcome == "read" and lost and (missing := lost[0](said)):
+            outcome = f"lost without a word: {missing}"
         if outcome in ("read", "refused"):
             setattr(counts, outcome, getattr(counts, outcome) + 1)
         else:
@@ -155,16 +160,23 @@ def _bytes_changed(data: bytes, rng: random.Random) -> bytes:
             return data[:start] + bytes(byte ^ 1 << rng.randrange(8) for byte in data[start:end]) + data[end:]
 
 
-def _outcome(read: Callable[[], Any]) -> str:
-    def stop(*_: Any) -> None:
-        raise TimeoutError(f"more than {HANG} s")
+def _outcome(read: Callable[[], Any]) -> tuple[str, str]:
+    """What became of a file, and what was printed."""
+    said = io.StringIO()
+    return _ended(read, said), said.getvalue()
 
-    handler = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(HANG)
+
+def _ended(read: Callable[[], Any], said: io.StringIO) -> str:
+    def stop(number: int, _: Any) -> None:
+        raise TimeoutError(f"more than {HANG if number == signal.SIGPROF else WAIT} s")
+
+    handlers = {number: signal.signal(number, stop) for number in (signal.SIGPROF, signal.SIGALRM)}
+    signal.setitimer(signal.ITIMER_PROF, HANG)
+    signal.alarm(WAIT)
     try:
         with (
-            contextlib.redirect_stdout(io.StringIO()),
-            contextlib.redirect_stderr(io.StringIO()),
+            contextlib.redirect_stdout(said),
+            contextlib.redirect_stderr(said),
             warnings.catch_warnings(),
         ):
             warnings.simplefilter("ignore")
@@ -180,8 +192,10 @@ def _outcome(read: Callable[[], Any]) -> str:
         where = traceback.extract_tb(error.__traceback__)[-1]
         return f"{type(error).__name__}: {str(error)[:120]} ({Path(where.filename).name}:{where.lineno})"
     finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
         signal.alarm(0)
-        signal.signal(signal.SIGALRM, handler)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def _peak() -> float:
@@ -203,7 +217,23 @@ def command(*words: object) -> Callable[[], None]:
 
 # ---- kinds: (files that are mutated, what reads them) ----------------------------------------------------------------
 
-Kind = tuple[list[Path], Callable[[], Any]]
+# Beside these two, what a text that was printed does not say is missing; empty where nothing is
+Kind = tuple[list[Path], Callable[[], Any]] | tuple[list[Path], Callable[[], Any], Callable[[str], str]]
+SAID = re.compile(r"left out|dropped|skipped|ignored|without|not in|joined|no box|empty|are none|note:|warning:")
+
+
+def _fewer(what: str, before: int, after: int, said: str) -> str:
+    """Words for data that is gone, where nothing printed speaks of it."""
+    return f"{before} {what}, {after} of them read" if after < before and not SAID.search(said) else ""
+
+
+def _annotations(path: Path) -> tuple[int, int]:
+    """(images, annotations) of a file as any JSON reader sees it; none where it does not."""
+    try:
+        document = json.loads(path.read_bytes())
+        return len(document["images"]), len(document["annotations"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return 0, 0
 
 
 def _pictures(folder: Path) -> list[str]:
@@ -232,8 +262,20 @@ def _coco(folder: Path) -> Kind:
         command("data", "stats", path),
         command("data", "merge", path, "--out", folder / "merged.json", "--overwrite"),
     ]
-    turn = iter(range(10**9))
-    return [path], lambda: commands[next(turn) % len(commands)]()
+    turn = itertools.count()
+    out = folder / "merged.json"
+
+    def read() -> None:
+        out.unlink(missing_ok=True)
+        commands[next(turn) % len(commands)]()
+
+    def lost(said: str) -> str:
+        if not out.exists():  # the turn of another command
+            return ""
+        before, after = _annotations(path), _annotations(out)
+        return _fewer("images", before[0], after[0], said) or _fewer("annotations", before[1], after[1], said)
+
+    return [path], read, lost
 
 
 def _results(folder: Path) -> Kind:
@@ -263,8 +305,16 @@ def _yolo(folder: Path) -> Kind:
         label.write_text("0 0.5 0.5 0.2 0.3\n1 0.1 0.1 0.3 0.1 0.3 0.3\n")
     data = folder / "data.yaml"
     data.write_text("path: .\ntrain: images/train\nnames:\n  0: cat\n  1: dog\n")
-    files = [data, *sorted((folder / "labels" / "train").iterdir())]
-    return files, command("data", "convert", folder, folder / "out.json", "--overwrite")
+    labels = sorted((folder / "labels" / "train").iterdir())
+    out = folder / "out.json"
+
+    def lost(said: str) -> str:
+        texts = [label.read_text("utf-8", "replace") for label in labels]
+        rows = sum(bool(line.strip(" \t\x00\ufeff")) for text in texts for line in text.splitlines())
+        images, objects = _annotations(out)
+        return _fewer("images", len(names), images, said) or _fewer("rows", rows, objects, said)
+
+    return [data, *labels], command("data", "convert", folder, out, "--overwrite"), lost
 
 
 def _voc(folder: Path) -> Kind:
@@ -280,7 +330,18 @@ def _voc(folder: Path) -> Kind:
     listed = folder / "ImageSets" / "Main" / "train.txt"
     listed.write_text("0\n1\n2\n")
     files = [listed, *sorted((folder / "Annotations").iterdir())]
-    return files, command("data", "convert", folder, folder / "out", "--overwrite")
+    out = folder / "out"
+
+    def lost(said: str) -> str:
+        objects = sum(file.read_bytes().count(b"<object>") for file in files[1:])
+        found = [_annotations(path) for path in out.glob("*.json")]
+        return _fewer("objects", objects, sum(pair[1] for pair in found), said)
+
+    def read() -> None:
+        shutil.rmtree(out, ignore_errors=True)
+        command("data", "convert", folder, out, "--overwrite")()
+
+    return files, read, lost
 
 
 def _proposals(folder: Path) -> Kind:

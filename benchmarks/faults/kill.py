@@ -2,6 +2,7 @@
 
     python benchmarks/faults/kill.py                     # 5 runs of the baseline, each killed 3 times
     python benchmarks/faults/kill.py --runs 20 --kills 4 --workers 2 --seed 3
+    python benchmarks/faults/kill.py --recipe bacl       # or stepwise, drcl
     python benchmarks/faults/kill.py --table             # the row of docs/reliability.md
 
 A run survives when its weights are equal to the last bit, its metrics are equal, and its folder holds the files of the
@@ -41,6 +42,41 @@ data: {resize: square, sizes: [64], workers: 0}
 logging: {every: 1, checkpoint_every: 3}
 evaluation: {every: 1, select: best}
 """
+
+
+SCHEDULE = "{epochs: 2, batch: 4, lr: 0.01, warmup: 4}"
+DETR = """\
+weights: none
+detector:
+  {name: deformable_detr, norm: bn, frozen_layers: 0, widths: [32, 32, 32, 32, 32], blocks: [1, 1, 1, 1], levels: 2,
+   channels: 32, encoder_layers: 1, decoder_layers: 2, heads: 4, points: 2, feedforward: 32, queries: 12}
+loss: focal
+data: {resize: square, sizes: [64], workers: 0}
+evaluation: {max_dets: 20, batch: 2}
+method: stepwise
+schedule: {epochs: 2, batch: 4, optimizer: adamw, lr: 1e-3, warmup: 0, milestones: [], clip: 0.1}
+stepwise:
+  division: [10]
+  exemplars: {shard: 4}
+  head: {per_head_class: 8, per_tail_class: 2, lr: 1e-3}
+  tail: {per_head_class: 4, lr: 1e-3, photometric: false}
+logging: {every: 1, checkpoint_every: 3}
+"""
+PRETRAINING = f"""\
+pretraining:
+  views: {{resize: square, sizes: [64], min_side: 4}}
+  proposals: {{source: gt_jitter}}
+  image: {{queue: 24, hidden: 32, dim: 16}}
+  box: {{queue: 50, hidden: 32, dim: 16}}
+  reconstruction: {{widths: [16, 16, 8]}}
+  schedule: {SCHEDULE}
+"""
+SECOND = f"""\
+method: bacl
+loss: objectness
+second: {{loss: fcbl, features: hallucination, schedule: {SCHEDULE}}}
+"""
+RECIPES = {"baseline": RECIPE, "bacl": RECIPE + SECOND, "stepwise": DETR, "drcl": RECIPE + PRETRAINING}
 
 
 def train(*words: object) -> subprocess.Popen:
@@ -99,6 +135,7 @@ def _main() -> int:
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--kills", type=int, default=3, help="of each run, at most")
     parser.add_argument("--workers", type=int, default=0)
+    parser.add_argument("--recipe", choices=RECIPES, default="baseline")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--table", action="store_true", help="print the row of docs/reliability.md")
     options = parser.parse_args()
@@ -106,7 +143,7 @@ def _main() -> int:
         folder = Path(name)
         make_synthetic(folder / "set", images_train=40, images_val=12, classes=4, imbalance=4.0, size=96)
         recipe = folder / "recipe.yaml"
-        recipe.write_text(RECIPE)
+        recipe.write_text(RECIPES[options.recipe])
         data = ["--train", folder / "set" / "train.json", "--val", folder / "set" / "val.json"]
         words = [recipe, *data, f"data.workers={options.workers}"]
         began = time.monotonic()
@@ -120,7 +157,9 @@ def _main() -> int:
                 lost += 1
                 print(f"run {number}: {'; '.join(found)}", file=sys.stderr)
     if options.table:
-        print(f"| `kill -9` at random moments, then `--resume` | {killed} | {killed - lost} | {lost} |")
+        print(
+            f"| `kill -9` at random moments, then `--resume`; {options.recipe} | {killed} | {killed - lost} | {lost} |"
+        )
     else:
         print(f"{options.runs} runs, {killed} kills of living processes, {lost} runs lost something")
     return int(bool(lost))

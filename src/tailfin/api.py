@@ -21,9 +21,8 @@ from torch import Tensor
 
 from tailfin import evaluation
 from tailfin.checkpoint import load_model_file
-from tailfin.config import load_recipe, recipe_from_file
+from tailfin.config import check_data_is_named, load_recipe, recipe_from_file
 from tailfin.data.dataset import Source, to_test_size
-from tailfin.data.images import read_image, to_rgb
 from tailfin.data.index import image_folder, open_index
 from tailfin.errors import UserError, nearest
 from tailfin.evaluation.operating import OperatingPoints
@@ -31,6 +30,9 @@ from tailfin.evaluation.results import merge_shards, result_files
 from tailfin.files import existing_file
 from tailfin.inference import counts_by_id
 from tailfin.mask_encoding import decode_masks, encode_masks
+from tailfin.pictures import Picture, to_tensor
+from tailfin.processes import default_device, usable_device
+from tailfin.progress import Progress
 from tailfin.schema.backbones import NAMED_WEIGHTS
 from tailfin.schema.recipe import Recipe
 from tailfin.stats import ClassStats
@@ -40,7 +42,6 @@ if TYPE_CHECKING:
     from tailfin import models
     from tailfin.models.detector import Limits
 
-Picture = str | Path | Image.Image | np.ndarray | Tensor
 THRESHOLDS = "thresholds"  # metadata of a model file: operating points, as JSON
 
 
@@ -65,6 +66,11 @@ class Detector:
     def names(self) -> list[str]:
         """Class names, index = label."""
         return list(self.stats.names)
+
+    @property
+    def category_ids(self) -> list[int]:
+        """The ids of the classes in the training file, index = label."""
+        return [int(number) for number in self.stats.category_ids]
 
     def predict(
         self,
@@ -127,7 +133,7 @@ class Detector:
         thresholds = self.thresholds if score_threshold is None else None
         if thresholds is not None:
             limits = limits._replace(score_threshold=max(float(thresholds.min()) - 1e-6, 0.0))
-        pictures = [_to_tensor(image, self.recipe.data.max_pixels) for image in images]
+        pictures = [to_tensor(image, self.recipe.data) for image in images]
         resized = [to_test_size(picture, self.recipe.data) for picture in pictures]
         outputs = self.model([picture.to(self.device) for picture in resized], limits=limits)
         for picture, small, output in zip(pictures, resized, outputs, strict=True):
@@ -174,7 +180,7 @@ def load(path: str | Path, device: str | torch.device | None = None) -> Detector
     load_whole(model, file.weights, f"model {path}")
     stored = file.metadata.get(THRESHOLDS)
     points = None if stored is None else OperatingPoints.from_dict(json.loads(stored))
-    return Detector(model, file.recipe, file.stats, _device(device or _default_device()), points)
+    return Detector(model, file.recipe, file.stats, usable_device(device or default_device()), points)
 
 
 def train(
@@ -191,6 +197,7 @@ def train(
     resume: bool = False,
     stage1: str | Path | None = None,
     reuse: str | Path | None = None,
+    auto_batch: bool = False,
 ) -> Path:
     """Train every stage of a recipe and measure the result; returns the run folder.
 
@@ -198,7 +205,7 @@ def train(
     with the run in `out`. `reuse` is a run (or model file) whose finished stages are taken in the place of training
     them, in order, up to the first that this recipe would train differently; `stage1` is one whose first stage must be
     the one that the recipe would train, and is taken alone; a later stage of a run (RUN/stages/K-NAME) is taken with
-    those before it.
+    those before it. `auto_batch` takes the largest batch that the memory holds (`tailfin.auto_batch`).
     """
     from tailfin.methods import method
     from tailfin.processes import on_main, process_state
@@ -210,6 +217,8 @@ def train(
         resolved, folder = resumed_recipe(out), Path(out)
     else:
         resolved = resolve_recipe(recipe, train, val, train_images, val_images, weights, overrides)
+        if auto_batch:
+            resolved = with_largest_batch(resolved)
         if stage1 is not None and reuse is not None:
             raise UserError("--stage1 demands the first stage of a run, --reuse takes all that fit: give one of them")
         for option, given in (("--stage1", stage1), ("--reuse", reuse)):
@@ -217,7 +226,7 @@ def train(
                 raise UserError(f"{option} {given} is inside --out {out}, which would be replaced: give another --out")
         folder = on_main(process_state(), lambda: run_folder(out, resolved, overwrite=overwrite))
     first, others = (Path(given) if given is not None else None for given in (stage1, reuse))
-    run = Run(resolved, folder, stage1=first, reuse=others)
+    run = Run(resolved, folder, overwrite=overwrite, stage1=first, reuse=others)
     try:
         method(resolved.method)(run)
     finally:
@@ -243,6 +252,8 @@ def resolve_recipe(
         resolved = recipe
     else:
         resolved = load_recipe(recipe, overrides)
+        if train is None:
+            check_data_is_named(str(recipe), resolved, overrides)
     values = resolved.model_dump(mode="json")
     values["data"]["root"] = str(Path(resolved.data.root).absolute())  # so that RUN/recipe.yaml means the same anywhere
     for split, file, images in (("train", train, train_images), ("val", val, val_images)):
@@ -254,6 +265,8 @@ def resolve_recipe(
         values["weights"] = str(weights)
     if values["weights"] not in NAMED_WEIGHTS:
         values["weights"] = str(Path(values["weights"]).absolute())
+    if values["classes"]["map"]:
+        values["classes"]["map"] = str(Path(values["classes"]["map"]).absolute())
     if resolved.data.synthesize == "demo" and not values["data"]["train"]["annotations"]:
         from tailfin.data.synth import demo_set
         from tailfin.processes import on_main, process_state
@@ -263,6 +276,18 @@ def resolve_recipe(
         values["data"]["train"] = {"annotations": str(train_json.absolute()), "images": ""}
         values["data"]["val"] = {"annotations": str(val_json.absolute()), "images": ""}
     return check_recipe(values, resolved.name or "recipe")
+
+
+def with_largest_batch(recipe: Recipe) -> Recipe:
+    """The recipe with the largest batch that the memory holds; says how it was found."""
+    from tailfin.auto_batch import largest_batch
+    from tailfin.processes import process_state
+
+    found, lines = largest_batch(recipe)
+    if process_state().is_main_process:
+        for line in lines:
+            Progress("", 1).note(line)
+    return found
 
 
 def evaluate(
@@ -332,33 +357,3 @@ def train_counts(model_path: str | Path, annotations: str | Path) -> evaluation.
     path = Path(model_path)
     stats = load_model_file(path / "model.safetensors" if path.is_dir() else path).stats
     return counts_by_id(stats, open_index(annotations))
-
-
-def _default_device() -> str:
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
-
-
-def _device(name: str | torch.device) -> torch.device:
-    """A device that works here."""
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f'device "{name}" cannot be used here: {reason[:200]}') from None
-
-
-def _to_tensor(image: Picture, max_pixels: int) -> Tensor:
-    """Any picture to [3, H, W], uint8 or float."""
-    if isinstance(image, str | Path):
-        image = read_image(existing_file(image, "image"), max_pixels=max_pixels)
-    elif isinstance(image, Image.Image):
-        image = to_rgb(image)
-    if isinstance(image, np.ndarray):
-        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
-            raise UserError(f"an array picture must be uint8 [H, W, 3], this is {image.dtype} {list(image.shape)}")
-        return torch.from_numpy(np.require(image, requirements=["C", "W"])).permute(2, 0, 1)
-    if image.ndim != 3 or image.shape[0] != 3:
-        raise UserError(f"a tensor picture must be [3, H, W], this is {list(image.shape)}")
-    return image

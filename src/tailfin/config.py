@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,10 @@ from tailfin.recipe_values import assign, parse_recipe, parse_yaml, split_overri
 from tailfin.schema.presets import PRESETS, change_preset, own_terms
 from tailfin.schema.problems import explain
 from tailfin.schema.recipe import Recipe
+from tailfin.schema.training import Schedule
 
 __all__ = [
+    "check_data_is_named",
     "check_recipe",
     "dump_recipe",
     "load_recipe",
@@ -39,6 +41,7 @@ __all__ = [
     "split_override",
     "stored_recipe",
 ]
+SCHEDULES = ("schedule", "second.schedule", "pretraining.schedule")
 
 
 def load_recipe(name: str | Path, overrides: Iterable[str] | Mapping[str, Any] = ()) -> Recipe:
@@ -51,8 +54,13 @@ def load_recipe(name: str | Path, overrides: Iterable[str] | Mapping[str, Any] =
     values = found.values()
     given = list(overrides.items() if isinstance(overrides, Mapping) else map(split_override, overrides))
     _change_preset(values, dict(given).get("pretraining.preset"), found.label)
+    batches = {section: _at(values, f"{section}.batch") or Schedule().batch for section in SCHEDULES}
     for key, value in given:
         assign(values, key, value)
+    for section, batch in batches.items():  # the batch that the recipe's rate is for
+        rule = _at(values, f"{section}.lr_rule") or "none"
+        if rule != "none" and not _at(values, f"{section}.lr_batch"):
+            assign(values, f"{section}.lr_batch", batch)
     return check_recipe(values, found.label)
 
 
@@ -83,10 +91,33 @@ def check_recipe(values: Mapping[str, Any], source: str) -> Recipe:
         raise UserError(explain(error, source, Recipe)) from None
 
 
+def check_data_is_named(name: str, recipe: Recipe, overrides: Mapping[str, Any] | Sequence[str]) -> None:
+    """Refuse what a recipe of the package finds by chance: the file of the working directory that has the name of its
+    own data's file."""
+    data = recipe.data
+    file = Path(data.train.annotations)
+    if data.root or not data.train.annotations or file.is_absolute() or not recipes.find(name).packaged:
+        return
+    if any(key.startswith(("data.root", "data.train")) for key in overrides):
+        return
+    found = f", and {file} of the working directory would be taken" if file.is_file() else ""
+    this = " (data.root=. for this one)" if found else ""
+    raise UserError(
+        f"{name}: no training data is named{found}: give --train FILE and --val FILE, or data.root=FOLDER{this}"
+    )
+
+
 def dump_recipe(recipe: Recipe) -> str:
     """The fully resolved recipe as YAML text that loads to the same recipe."""
     values = recipe.model_dump(mode="json")
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)
+
+
+def _at(values: Any, key: str) -> Any:
+    """The plain value at a dotted key, or none."""
+    for part in key.split("."):
+        values = values.get(part) if isinstance(values, dict) else None
+    return values
 
 
 def _change_preset(values: dict[str, Any], preset: Any, source: str) -> None:

@@ -105,9 +105,9 @@ def cost(
     if size is not None and min(size) < 32:
         raise UserError(f"--size {size[0]} {size[1]}: a picture of at least 32 x 32 pixels is needed")
     found = [open_subject(subject, overrides, classes) for subject in subjects]
-    from tailfin.api import _default_device, _device
+    from tailfin.processes import default_device, usable_device
 
-    where = _device(device or _default_device())
+    where = usable_device(device or default_device())
     costs, pictures = [], []
     for subject in found:
         short, bound = subject.recipe.data.inference_size
@@ -333,10 +333,10 @@ def sample_picture(size: tuple[int, int]) -> Tensor:
 
 
 def _test_picture(path: str | Path, recipe: Recipe) -> Tensor:
-    from tailfin.api import _to_tensor
     from tailfin.data.dataset import to_test_size
+    from tailfin.pictures import to_tensor
 
-    return to_test_size(_to_tensor(path, recipe.data.max_pixels), recipe.data)
+    return to_test_size(to_tensor(path, recipe.data), recipe.data)
 
 
 def _stats(recipe: Recipe, given: str, classes: int | None) -> ClassStats:

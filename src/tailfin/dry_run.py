@@ -12,17 +12,24 @@ import torchvision
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from torch import nn
 
 from tailfin.data.dataset import TrainingDataset, open_source, unchecked_note
-from tailfin.data.smooth_tail import ALL, PlannedStep, divide, planned_steps
+from tailfin.data.index import AnnotationIndex
+from tailfin.data.proposals import open_proposals
+from tailfin.data.smooth_tail import ALL, PlannedStep, planned_steps
+from tailfin.errors import printable
 from tailfin.inference import check_kinds, check_validation
 from tailfin.memory import TrainingMemory, training_memory, watched_step
+from tailfin.methods.stepwise import class_parts
 from tailfin.models import build_detector
+from tailfin.plan_notes import plan_notes
+from tailfin.processes import check_trackers
 from tailfin.report.draw import draw_detections
-from tailfin.run import batch_plan
+from tailfin.run import batch_plan, run_folder
 from tailfin.schedule import learning_rate
-from tailfin.schema.backbones import NAMED_WEIGHTS
+from tailfin.schema.data import Data
 from tailfin.schema.recipe import Recipe
 from tailfin.schema.stages import CLASS_SPECIFIC, PRETRAIN, stages
 from tailfin.stats import ClassStats
@@ -31,47 +38,63 @@ SHOWN = 16  # pictures of the batch
 SMALLEST_DRAWING = 320  # pixels of the long side, so that names can be read
 
 
-def show_plan(recipe: Recipe, out: Path | None) -> None:
-    """Print what `train` would do and write `dry-run.jpg` (beside `out` where it is given)."""
+def show_plan(recipe: Recipe, out: Path | None, *, overwrite: bool = False) -> None:
+    """Print what `train` would do and write `dry-run.jpg` (beside `out` where it is given); what training would refuse
+    before its first iteration is refused here too."""
+    run_folder(out, recipe, overwrite=overwrite)
+    check_trackers(recipe)
     train = open_source(recipe.data.train, recipe.data.root, "train")
     stats = ClassStats.from_index(train.index, group_bounds=recipe.evaluation.group_bounds)
-    if recipe.data.val.annotations:  # what training would refuse, the plan refuses too
+    if recipe.data.val.annotations:
         check_validation(stats, open_source(recipe.data.val, recipe.data.root, "val").index, recipe.evaluation.iou)
     dataset = TrainingDataset(train, recipe.data, recipe.seed)
     plan = batch_plan(recipe, dataset, stats)
-    model, _ = build_detector(recipe, stats, start=recipe.weights not in NAMED_WEIGHTS)
+    if recipe.pretraining is not None and recipe.pretraining.uses_proposals:
+        open_proposals(recipe.pretraining.proposals, train, recipe.data.root)
+    model, start = build_detector(recipe, stats, start=recipe.weights != "imagenet")  # downloads nothing
     kinds: Any = model.kinds
     check_kinds(model, recipe.evaluation.iou, "evaluation.iou")
     if "segm" in kinds:
         dataset = dataset.with_masks()
     first = [dataset.sample(*key) for key in next(plan.keys(0, slice(0, 1), 1))]
 
-    table = Table("", "", title=f"plan of {recipe.name}", title_justify="left", show_header=False)
+    table = Table("", "", title=Text(f"plan of {recipe.name}"), title_justify="left", show_header=False)
+
+    def row(name: str, text: str) -> None:
+        table.add_row(name, Text(printable(text, lines=False)))  # names of classes and paths are no markup
+
     groups = {group: stats.frequency.count(group) for group in ("r", "c", "f")}
     schedule = recipe.schedule
     milestones = [plan.iteration_at(epoch) for epoch in schedule.milestones]
     lengths = np.diff(plan.boundaries)
-    table.add_row("training images", f"{len(dataset.rows())} of {len(train.index)} in {train.index.path}")
+    row("training images", f"{len(dataset.rows())} of {len(train.index)} in {train.index.path}")
     if note := dataset.missing_masks():
-        table.add_row("masks", note.removeprefix("masks: "))
+        row("masks", note.removeprefix("masks: "))
     if note := unchecked_note(train, recipe.data):
-        table.add_row("unchecked classes", note)
-    table.add_row("classes", f"{stats.num_classes} (rare {groups['r']}, common {groups['c']}, frequent {groups['f']})")
+        row("unchecked classes", note)
+    row("classes", f"{stats.num_classes} (rare {groups['r']}, common {groups['c']}, frequent {groups['f']})")
     planned = planned_stages(recipe, dataset, stats, model.class_specific())
-    table.add_row("method", f"{recipe.method}: {len(planned)} stage{'s' * (len(planned) > 1)}")
+    for number, note in enumerate(start):
+        row("start" if not number else "", note.strip())
+    row("method", f"{recipe.method}: {len(planned)} stage{'s' * (len(planned) > 1)}")
     for number, (name, text) in enumerate(planned, start=1):
-        table.add_row(f"stage {number}, {name}", text)
+        row(f"stage {number}, {name}", text)
     if len(planned) > 1:
         table.add_section()
-        table.add_row("below", "the recipe's own schedule and detector: its stage on all annotations")
-    table.add_row("iterations", f"{plan.iterations} of {schedule.batch} images, {lengths[0]} in the first epoch")
-    rates = [learning_rate(i, plan.iterations, milestones, schedule) for i in (0, schedule.warmup, plan.iterations - 1)]
-    table.add_row("learning rate", f"{rates[0]:.2g} at first, {rates[1]:.2g} after the warm-up, {rates[2]:.2g} at last")
+        row("below", "the recipe's own schedule and detector: its stage on all annotations")
+    row("iterations", f"{plan.iterations} of {schedule.batch} images, {lengths[0]} in the first epoch")
+    last = plan.iterations - 1
+    rates = [learning_rate(i, plan.iterations, milestones, schedule) for i in (0, min(schedule.warmup, last), last)]
+    warmed = f"{rates[1]:.2g} after the warm-up" if schedule.warmup < last else "in its warm-up to the end"
+    row("learning rate", f"{rates[0]:.2g} at first, {warmed}, {rates[2]:.2g} at last")
+    row("picture size", picture_size(recipe.data, train.index, first))
+    if told := schedule.rate_told():
+        row("its rule", told)
     parameters = sum(p.numel() for p in model.parameters())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    table.add_row("parameters", f"{parameters / 1e6:.1f} M, {trainable / 1e6:.1f} M of them train")
+    row("parameters", f"{parameters / 1e6:.1f} M, {trainable / 1e6:.1f} M of them train")
     memory = memory_estimate(model, recipe, first)
-    table.add_row(
+    row(
         "memory, one process",
         f"about {memory.total / 2**30:.2f} GiB: {memory.held / 2**30:.2f} for weights, gradients and optimiser, "
         f"{memory.activations / 2**30:.2f} for {schedule.batch // schedule.accumulation} images in float32",
@@ -79,8 +102,37 @@ def show_plan(recipe: Recipe, out: Path | None) -> None:
     picture = Path(f"{out}-dry-run.jpg") if out is not None else Path("dry-run.jpg")
     picture.parent.mkdir(parents=True, exist_ok=True)
     _batch_picture(first, list(stats.names)).save(picture, quality=90)
-    table.add_row("first batch", str(picture))
+    row("first batch", str(picture))
+    for note in stage_notes(recipe, dataset, stats):
+        row("warning", note)
     Console().print(table)
+
+
+def picture_size(data: Data, index: AnnotationIndex, first: list[tuple[torch.Tensor, dict[str, torch.Tensor]]]) -> str:
+    """At which sizes the recipe works, and which the pictures have."""
+    sizes = " or ".join(map(str, data.sizes)) if len(data.sizes) < 3 else f"{min(data.sizes)} to {max(data.sizes)}"
+    trained = {
+        "multiscale": f"short side {sizes}, long side at most {data.max_size}",
+        "square": f"fitted into {data.sizes[0]} x {data.sizes[0]}",
+        "jitter": f"scaled by {data.jitter_scale[0]:g} to {data.jitter_scale[1]:g}, cropped to {data.sizes[0]}",
+        "detr": f"short side {sizes}, long side at most {data.max_size}, half of them cropped before",
+    }[data.resize]
+    short, bound = data.inference_size
+    height, width = (max(image.shape[axis] for image, _ in first) for axis in (1, 2))
+    usual = f"{np.median(index.widths):.0f} x {np.median(index.heights):.0f}"
+    return (
+        f"training: {trained} (first batch: up to {width} x {height}); test: short side {short}, long side at most "
+        f"{bound}; the file's pictures: {usual} on the median"
+    )
+
+
+def stage_notes(recipe: Recipe, whole: TrainingDataset, stats: ClassStats) -> list[str]:
+    """What to say of the stages' plans (`tailfin.plan_notes`), each thing once."""
+    notes = []
+    for stage in stages(recipe):
+        if stage.number:
+            notes += plan_notes(stage, batch_plan(stage.recipe, whole, stats))
+    return list(dict.fromkeys(notes))
 
 
 def planned_stages(
@@ -93,7 +145,7 @@ def planned_stages(
     """
     settings, later = recipe.stepwise, {}
     if settings is not None:
-        parts = divide(stats.image_count, settings.division, settings.boundary)
+        parts = class_parts(recipe, stats)
         later = {step.name: step for step in planned_steps(settings, parts)}
         if settings.base == "head":
             kept = (parts == 0)[whole.source.index.labels]
@@ -103,7 +155,7 @@ def planned_stages(
         trains = [part for name in stage.trains for part in (class_specific if name == CLASS_SPECIFIC else [name])]
         trained = f", trains {', '.join(trains or ['all'])}"
         if stage.name in later:
-            found.append((stage.name, _step(later[stage.name], stats, trained)))
+            found.append((stage.name, _step(later[stage.name], stats, stage.recipe.schedule.rate, trained)))
         elif stage.number:  # else nothing is trained
             preset = f"{recipe.pretraining.preset}: " if recipe.pretraining and stage.name == PRETRAIN else ""
             found.append((stage.name, preset + _described(stage.recipe, whole, stats) + trained * bool(trains)))
@@ -113,16 +165,17 @@ def planned_stages(
 def _described(recipe: Recipe, dataset: TrainingDataset, stats: ClassStats) -> str:
     return (
         f"{recipe.schedule.epochs:g} epochs, {batch_plan(recipe, dataset, stats).iterations} iterations of "
-        f"{recipe.schedule.batch}, lr {recipe.schedule.lr:g}, loss {recipe.loss.name}, sampler {recipe.sampler.name}"
+        f"{recipe.schedule.batch}, lr {recipe.schedule.rate:.4g}, loss {recipe.loss.name}, "
+        f"sampler {recipe.sampler.name}"
     )
 
 
-def _step(step: PlannedStep, stats: ClassStats, trained: str) -> str:
+def _step(step: PlannedStep, stats: ClassStats, rate: float, trained: str) -> str:
     config, own = step.config, int(step.own.sum())
     counts = np.where(step.counts == ALL, stats.instance_count, np.minimum(step.counts, stats.instance_count))
     taught = config.distillation is not None and step.old.any()
     return (
-        f"{config.epochs:g} epochs, lr {config.lr:g}, {own} classes of its own, at most {int(counts.sum())} "
+        f"{config.epochs:g} epochs, lr {rate:.4g}, {own} classes of its own, at most {int(counts.sum())} "
         f"annotations, repeat factors {config.rfs.name}{trained}{', taught by the step before' if taught else ''}"
     )
 

@@ -34,7 +34,7 @@ from tailfin.schedule import Curve, build_optimizer, learning_rate
 from tailfin.schema.recipe import Recipe
 from tailfin.schema.training import Schedule
 from tailfin.stop_signals import Interrupted, StopSignals
-from tailfin.training_log import TrainingLog
+from tailfin.training_log import TrainingLog, all_skipped
 
 Step = Callable[[nn.Module, list[Tensor], list[dict[str, Tensor]]], dict[str, Tensor]]
 Evaluate = Callable[[nn.Module, int], dict[str, Any]]  # (model, iteration) -> metrics; called on every process
@@ -78,7 +78,7 @@ def fit(accelerator: Accelerator, stage: Stage) -> nn.Module:
     if schedule.ema is not None:  # copied before Accelerate wraps the model's forward
         average = AveragedModel(plain, multi_avg_fn=moving_average(schedule.ema), use_buffers=True)
     model, optimizer = accelerator.prepare(plain, build_optimizer(plain, schedule))
-    start, best = _restore(accelerator, stage, plain, optimizer, average)
+    start, best, skipped_before = _restore(accelerator, stage, plain, optimizer, average)
     log = TrainingLog(accelerator, stage.name, stage.folder, stage.plan, recipe, start)
     batches = training_loader(
         stage.dataset,
@@ -89,8 +89,12 @@ def fit(accelerator: Accelerator, stage: Stage) -> nn.Module:
         accumulation=schedule.accumulation,
     )
 
+    skips = recipe.data.on_bad_image == "skip"
+
     def save(iteration: int) -> None:
+        _refuse_diverged(stage, plain, iteration)
         _average_norms(accelerator, plain, average)
+        left_out = all_skipped(stage.dataset.skipped, skipped_before) if skips else {}
         if accelerator.is_main_process:
             state = {
                 "iteration": iteration,
@@ -98,6 +102,7 @@ def fit(accelerator: Accelerator, stage: Stage) -> nn.Module:
                 "model": plain.state_dict(),
                 "optimizer": optimizer.state_dict(),
                 "processes": accelerator.num_processes,
+                "skipped": left_out,
             }
             if average is not None:
                 state["average"] = average.state_dict()
@@ -167,8 +172,9 @@ def fit(accelerator: Accelerator, stage: Stage) -> nn.Module:
             if received := _agree(accelerator, signals.received):
                 save(done)
                 raise Interrupted(received, stage.folder.parent.parent)
+    _refuse_diverged(stage, plain, total)
     _average_norms(accelerator, plain, average)
-    log.close(stage.dataset.skipped if recipe.data.on_bad_image == "skip" else None)
+    log.close(all_skipped(stage.dataset.skipped, skipped_before) if skips else {})
     accelerator.wait_for_everyone()
     accelerator.free_memory()  # the optimiser's state, which the accelerator would hold through later stages
     return average.module if average is not None else plain
@@ -208,11 +214,11 @@ def seed_iteration(seed: int, iteration: int, rank: int) -> None:
 
 def _restore(
     accelerator: Accelerator, stage: Stage, plain: nn.Module, optimizer: Any, average: AveragedModel | None
-) -> tuple[int, dict[str, Any]]:
-    """(iteration to go on from, best evaluation so far)."""
+) -> tuple[int, dict[str, Any], dict[str, int]]:
+    """(iteration to go on from, best evaluation so far, pictures skipped so far)."""
     state = load_resume_point(stage.folder)
     if state is None:
-        return 0, {"AP": -math.inf, "iteration": 0, "waited": 0}
+        return 0, {"AP": -math.inf, "iteration": 0, "waited": 0}, {}
     if state["iteration"] > stage.plan.iterations:
         raise UserError(f"{stage.folder}: its resume point is beyond the end of this recipe's schedule")
     plain.load_state_dict(state["model"])
@@ -221,7 +227,7 @@ def _restore(
         average.load_state_dict(state["average"])
     if accelerator.scaler is not None:
         accelerator.scaler.load_state_dict(state["scaler"])
-    return state["iteration"], state["best"]
+    return state["iteration"], state["best"], state.get("skipped", {})
 
 
 def _to_device(batch: Any, device: torch.device) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
@@ -270,6 +276,18 @@ def _average_norms(accelerator: Accelerator, plain: nn.Module, average: Averaged
         flat = accelerator.reduce(torch.cat([buffer.flatten() for buffer in buffers]), reduction="mean")
         for buffer, values in zip(buffers, flat.split([buffer.numel() for buffer in buffers]), strict=True):
             buffer.copy_(values.view_as(buffer))
+
+
+def _refuse_diverged(stage: Stage, model: nn.Module, iteration: int) -> None:
+    """End training before weights that mean nothing are written: the last step may diverge, and no loss follows it."""
+    values = [parameter.detach() for parameter in model.parameters() if parameter.requires_grad]
+    if not values or bool((torch.stack(torch._foreach_norm(values, math.inf)) < DIVERGED).all()):
+        return
+    raise UserError(
+        f"the weights have diverged after {iteration} iterations of stage {stage.name}: lower schedule.lr, lengthen "
+        f"schedule.warmup or set schedule.clip=10"
+        + (f". The resume point {stage.folder / 'last'} is intact" if (stage.folder / "last").exists() else "")
+    )
 
 
 def _diagnose(

@@ -168,10 +168,11 @@ def _write(path: Path, found: Sequence[Scores]) -> None:
     """A shard under a temporary name first, so that one that is there is whole."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with writing(path), temporary.open("wb") as file:
-            np.savez(
-                file, rows=np.concatenate([rows for rows, _ in found]), scores=np.concatenate([s for _, s in found])
-            )
-        temporary.replace(path)
+        with writing(path):
+            with temporary.open("wb") as file:
+                np.savez(
+                    file, rows=np.concatenate([rows for rows, _ in found]), scores=np.concatenate([s for _, s in found])
+                )
+            temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

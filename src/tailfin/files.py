@@ -25,9 +25,7 @@ def existing_file(path: str | os.PathLike[str], what: str = "file") -> Path:
     if path.is_file():
         return path
     if path.is_dir():
-        inside = sorted(p.name for p in path.glob("*.json") if not p.name.startswith("."))
-        listed = ", ".join(inside[:5]) + (", ..." if len(inside) > 5 else "")
-        raise UserError(f"{what} {path} is a folder, a file is needed" + (f" (it holds {listed})" if inside else ""))
+        raise UserError(f"{what} {path} is a folder, a file is needed{_inside(path)}")
     hint = ""
     if path.parent.is_dir():
         near = nearest(path.name, sorted(p.name for p in path.parent.iterdir() if p.suffix == path.suffix))
@@ -35,6 +33,21 @@ def existing_file(path: str | os.PathLike[str], what: str = "file") -> Path:
     else:
         hint = f" (there is no folder {path.parent})"
     raise UserError(f"{what} {path} does not exist{hint}")
+
+
+def _inside(folder: Path) -> str:
+    """What a folder has for one who looks for an annotation file in it: JSON files, in its folders too, or beside it,
+    or labels in another form."""
+    files = [path for pattern in ("*.json", "*/*.json") for path in sorted(folder.glob(pattern))]
+    names = [path.relative_to(folder).as_posix() for path in files if not path.name.startswith(".")]
+    if names:
+        return f" (it holds {', '.join(names[:5])}{', ...' if len(names) > 5 else ''})"
+    beside = Path(f"{folder.absolute()}.json")
+    if beside.is_file():
+        return f" (it holds no JSON file; {folder.with_name(beside.name)} is beside it)"
+    if any(next(folder.glob(pattern), None) for pattern in ("*.yaml", "*.yml", "labels/", "Annotations/*.xml")):
+        return f" (it holds no JSON file, but what may be YOLO or VOC labels: tailfin data convert {folder} FILE.json)"
+    return ""
 
 
 @contextmanager

@@ -11,7 +11,7 @@ here, and what has no partner is said::
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from urllib.parse import unquote
@@ -38,19 +38,27 @@ class ClassJoin:
 
     @cached_property
     def unknown(self) -> list[str]:
-        """Of `others`, those that `names` lacks."""
-        own = set(self.names)
-        return [name for name in self.others if name not in own]
+        """Of `others`, those that none of `names` is."""
+        used = {self.others[row] for row in self.rows.tolist() if row >= 0}
+        return [name for name in self.others if name not in used]
 
     def first_missing(self) -> str:
         """`"name"` of the first class that `others` lacks, with the nearest one that it has."""
         return f'"{self.missing[0]}"{nearest(self.missing[0], self.others)}'
 
 
-def join_classes(names: Sequence[str], others: Sequence[str]) -> ClassJoin:
-    """Join classes by name; of several `others` of one name the first counts."""
+def join_classes(
+    names: Sequence[str], others: Sequence[str], aliases: Mapping[str, Sequence[str]] | None = None
+) -> ClassJoin:
+    """Join classes by name; of several `others` of one name the first counts.
+
+    `aliases` has further names of some of `names`, which count where `others` lacks the name itself; the first of them
+    that is there does.
+    """
     place = {name: row for row, name in reversed(list(enumerate(others)))}
-    return ClassJoin(tuple(names), tuple(others), np.array([place.get(name, -1) for name in names], np.int64))
+    known = ([name, *(aliases or {}).get(name, ())] for name in names)
+    rows = [next((place[name] for name in own if name in place), -1) for own in known]
+    return ClassJoin(tuple(names), tuple(others), np.array(rows, np.int64))
 
 
 def listed(names: Sequence[str]) -> str:

@@ -10,9 +10,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
 
-from tailfin.data.images import is_hidden, picture_suffixes, read_header, read_image
+from tailfin.data.images import is_hidden, picture_suffixes, read_header, read_image, to_rgb
 from tailfin.errors import UserError, nearest
+from tailfin.files import existing_file
+from tailfin.schema.data import Data
 
 VIDEOS = {".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg"}
 
@@ -59,8 +64,11 @@ def _is_input(path: Path, root: Path | None) -> bool:
     return path.suffix.lower() in picture_suffixes() | VIDEOS and not is_hidden(path, root)
 
 
+Picture = str | Path | Image.Image | np.ndarray | Tensor
+
+
 def read_pictures(
-    files: Sequence[Path], max_pixels: int, bad: list[str] | None = None
+    files: Sequence[Path], config: Data, bad: list[str] | None = None
 ) -> Iterator[tuple[str, np.ndarray]]:
     """(name, uint8 [H, W, 3]) of every picture and of every video frame (`clip.mp4#12`).
 
@@ -72,7 +80,7 @@ def read_pictures(
                 for number, frame in enumerate(_frames(path)):
                     yield f"{path}#{number}", frame
             else:
-                yield str(path), read_image(path, max_pixels=max_pixels)
+                yield str(path), read_image(path, max_pixels=config.max_pixels, value_range=config.value_range)
         except UserError as error:
             if bad is None:
                 raise
@@ -90,3 +98,19 @@ def _frames(path: Path) -> Iterator[np.ndarray]:
                 yield frame.to_ndarray(format="rgb24")
     except (av.FFmpegError, IndexError) as error:
         raise UserError(f"{path} cannot be read as a video: {error}") from None
+
+
+def to_tensor(image: Picture, config: Data) -> Tensor:
+    """Any picture to [3, H, W], uint8 or float."""
+    if isinstance(image, str | Path):
+        path = existing_file(image, "image")
+        image = read_image(path, max_pixels=config.max_pixels, value_range=config.value_range)
+    elif isinstance(image, Image.Image):
+        image = to_rgb(image, config.value_range)
+    if isinstance(image, np.ndarray):
+        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+            raise UserError(f"an array picture must be uint8 [H, W, 3], this is {image.dtype} {list(image.shape)}")
+        return torch.from_numpy(np.require(image, requirements=["C", "W"])).permute(2, 0, 1)
+    if image.ndim != 3 or image.shape[0] != 3:
+        raise UserError(f"a tensor picture must be [3, H, W], this is {list(image.shape)}")
+    return image

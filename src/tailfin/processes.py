@@ -36,13 +36,18 @@ TRACKERS = {
 }
 
 
-def make_accelerator(recipe: Recipe, out: Path) -> Accelerator:
-    """Accelerate with this recipe's precision and trackers; loss statistics are never overwritten by DDP."""
+def check_trackers(recipe: Recipe) -> None:
+    """Refuse a tracker that there is not, or whose package is not installed."""
     for tracker in recipe.logging.trackers:
         if tracker not in TRACKERS:
             raise UserError(f'there is no tracker "{tracker}" (choices: {", ".join(TRACKERS)})')
         if importlib.util.find_spec(TRACKERS[tracker]) is None:
             raise UserError(f"the tracker {tracker} needs its package: pip install {TRACKERS[tracker]}")
+
+
+def make_accelerator(recipe: Recipe, out: Path) -> Accelerator:
+    """Accelerate with this recipe's precision and trackers; loss statistics are never overwritten by DDP."""
+    check_trackers(recipe)
     # DDP announces a successor of this option that does not exist yet
     warnings.filterwarnings("ignore", message="`broadcast_buffers`", category=FutureWarning)
     return new_accelerator(
@@ -107,3 +112,19 @@ def on_main(accelerator: Accelerator | PartialState, action: Callable[[], T]) ->
     if outcome[1] is not None:
         raise UserError(outcome[1])
     return outcome[0]
+
+
+def default_device() -> str:
+    """A GPU where there is one."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def usable_device(name: str | torch.device) -> torch.device:
+    """A device that works here."""
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f'device "{name}" cannot be used here: {reason[:200]}') from None

@@ -98,7 +98,7 @@ def propose(
             folder = parts / f"{number:05d}"
             if not (folder / f"rank-{accelerator.process_index:05d}.shard").is_file():
                 if proposer is None:
-                    _search_chunk(source, rows, folder, accelerator, top, config.max_pixels)
+                    _search_chunk(source, rows, folder, accelerator, top, config)
                 else:
                     _propose_chunk(proposer, top, nms_iou, source, config, rows, folder, accelerator)
             progress.update(number * CHUNK + len(rows))
@@ -177,12 +177,12 @@ def _propose_chunk(
 
 
 def _search_chunk(
-    source: Source, rows: np.ndarray, folder: Path, accelerator: Accelerator, top: int, max_pixels: int
+    source: Source, rows: np.ndarray, folder: Path, accelerator: Accelerator, top: int, config: Data
 ) -> None:
     """Selective search has no scores: its boxes are ranked by size, the largest first."""
     with ResultWriter(folder, accelerator.process_index) as writer:
         for row in rows[accelerator.process_index :: accelerator.num_processes].tolist():
-            boxes = selective_search(source.read(row, max_pixels))[:top]
+            boxes = selective_search(source.read(row, config.max_pixels, config.value_range))[:top]
             scores = np.linspace(1, 0, len(boxes), endpoint=False)
             writer.add(int(source.index.image_ids[row]), boxes, scores, np.zeros(len(boxes)))
 

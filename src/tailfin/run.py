@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,11 +27,12 @@ from tailfin.files import read_object, write_atomic, write_json, writing
 from tailfin.inference import check_kinds, check_validation, counts_by_id, infer
 from tailfin.models import build_detector
 from tailfin.models.detector import Detector
+from tailfin.plan_notes import plan_notes
 from tailfin.processes import make_accelerator, on_main
 from tailfin.progress import Progress
 from tailfin.provenance import environment, now
 from tailfin.reuse import Data, Reused, finished_stages, first_stage
-from tailfin.run_files import empty_run, lock, remove_leftovers, unlock
+from tailfin.run_files import check_replaceable, empty_run, lock, remove_leftovers, unlock
 from tailfin.samplers.plan import BatchPlan
 from tailfin.schedule import Curve
 from tailfin.schema.recipe import Recipe
@@ -44,8 +46,18 @@ SHOWN = 8  # files in a message
 class Run:
     """Everything the stages of a method share: data, classes, accelerator, folder."""
 
-    def __init__(self, recipe: Recipe, out: Path, *, stage1: Path | None = None, reuse: Path | None = None) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        out: Path,
+        *,
+        overwrite: bool = False,
+        stage1: Path | None = None,
+        reuse: Path | None = None,
+    ) -> None:
         self.recipe, self.out = recipe, out
+        # a run is in the folder, which this one replaces: not before all is known to be right
+        self.overwrite = overwrite and (out / "recipe.yaml").exists()
         self.plan = {stage.name: stage for stage in stages(recipe)}
         self.accelerator = make_accelerator(recipe, out)
         self.train = open_source(recipe.data.train, recipe.data.root, "train")
@@ -72,8 +84,9 @@ class Run:
         own, where it differs from the run's.
         """
         torch.manual_seed(self.recipe.seed)
+        stages = () if self.overwrite and not self.begun else self.out.glob("stages/1-*")
         begun = bool(self.reused.stages) or any(
-            resume_point(stage) or (stage / "model.safetensors").exists() for stage in self.out.glob("stages/1-*")
+            resume_point(stage) or (stage / "model.safetensors").exists() for stage in stages
         )
         model, notes = build_detector(recipe or self.recipe, self.stats, start=not begun)
         for note in notes if not begun else ():
@@ -130,7 +143,9 @@ class Run:
                 f"stage {name}: {len(dataset.rows())} images, {plan.iterations} iterations of {recipe.schedule.batch}, "
                 f"{self.stats.num_classes} classes, loss {recipe.loss.name}, sampler {recipe.sampler.name}"
             )
-            for note in (about_masks, unchecked_note(self.train, recipe.data)):
+            odd = plan_notes(replace(planned, recipe=recipe), plan)
+            rate = recipe.schedule.rate_told()
+            for note in (rate, about_masks, unchecked_note(self.train, recipe.data), *odd):
                 if note:
                     self.say(note)
             seeing: list[Any] = [module for module in model.modules() if hasattr(module, "see_annotations")]
@@ -252,6 +267,9 @@ class Run:
         save_model(path, model, recipe, self.stats, parents=self.parents, stage=stage)
 
     def _record(self) -> None:
+        if self.overwrite and (foreign := empty_run(self.out)):
+            more = ", ..." if len(foreign) > SHOWN else ""
+            self.say(f"--overwrite: not of a run, they stay: {', '.join(foreign[:SHOWN])}{more}")
         self.lock = lock(self.out)
         with writing(self.out):
             remove_leftovers(self.out)
@@ -321,7 +339,8 @@ def batch_plan(recipe: Recipe, dataset: TrainingDataset, stats: ClassStats) -> B
 
 
 def run_folder(out: str | Path | None, recipe: Recipe, *, overwrite: bool = False) -> Path:
-    """The folder of a new run: `out`, new or emptied with `overwrite`; without it a free name under `runs/`."""
+    """The folder of a new run: `out`, which is new, empty, or a run's where it may be overwritten; without it a free
+    name under `runs/`. Nothing is made or deleted yet."""
     if out is None:
         stem = re.sub(r"[/:]", "_", recipe.name) or "run"
         taken = (Path("runs") / f"{stem}-{number}" for number in range(1, 10_000))
@@ -335,9 +354,7 @@ def run_folder(out: str | Path | None, recipe: Recipe, *, overwrite: bool = Fals
                 f"--out {path} exists already; add --overwrite to replace it, or go on with it: "
                 f"tailfin train --resume {path}"
             )
-        if foreign := empty_run(path):
-            more = ", ..." if len(foreign) > SHOWN else ""
-            Progress("", 1).note(f"--overwrite: not of a run, they stay: {', '.join(foreign[:SHOWN])}{more}")
+        check_replaceable(path)
     return path
 
 

@@ -95,17 +95,22 @@ def remove_leftovers(run: Path) -> list[str]:
     return removed
 
 
+def check_replaceable(run: Path) -> None:
+    """Refuse `--overwrite` of a folder that is no run's, or whose stages lie behind a link."""
+    if not (run / "recipe.yaml").is_file():
+        raise UserError(f"--overwrite: {run} is not a run folder (it has no recipe.yaml), it is left as it is")
+    links = [path for path in [run / "stages", *run.glob("stages/*"), *run.glob("*.shards")] if path.is_symlink()]
+    if links:
+        raise UserError(f"--overwrite: {links[0]} is a link to another folder, {run} is left as it is")
+
+
 def empty_run(run: Path) -> list[str]:
     """Delete what a run has written in its folder, and folders that are empty then; returns what stays.
 
     Raises:
         UserError: the folder is no run's, another process writes to it, or stages lie behind a link.
     """
-    if not (run / "recipe.yaml").is_file():
-        raise UserError(f"--overwrite: {run} is not a run folder (it has no recipe.yaml), it is left as it is")
-    links = [path for path in [run / "stages", *run.glob("stages/*"), *run.glob("*.shards")] if path.is_symlink()]
-    if links:
-        raise UserError(f"--overwrite: {links[0]} is a link to another folder, {run} is left as it is")
+    check_replaceable(run)
     with locked(run), writing(run):
         for name in sorted(_files(run), key=lambda name: name == "recipe.yaml"):  # last: a kill leaves a run folder
             if name != LOCK and (WRITTEN.fullmatch(name) or is_leftover(name)):

@@ -33,16 +33,17 @@ def build_optimizer(model: nn.Module, schedule: Schedule) -> torch.optim.Optimiz
         for (scale, without_decay), parameters in by_kind.items()
     ]
     if schedule.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=schedule.lr, weight_decay=schedule.weight_decay)
-    return torch.optim.SGD(groups, lr=schedule.lr, momentum=schedule.momentum, weight_decay=schedule.weight_decay)
+        return torch.optim.AdamW(groups, lr=schedule.rate, weight_decay=schedule.weight_decay)
+    return torch.optim.SGD(groups, lr=schedule.rate, momentum=schedule.momentum, weight_decay=schedule.weight_decay)
 
 
 def learning_rate(iteration: int, total: int, milestones: Sequence[int], schedule: Schedule) -> float:
-    """Rate of an iteration (from 0): linear warm-up from `warmup_ratio`, times the decay.
+    """Rate of an iteration (from 0): that of the batch (`Schedule.rate`), with a linear warm-up from `warmup_ratio`,
+    times the decay.
 
     `milestones` are iterations; "cosine" goes to 0 at `total`.
     """
-    rate = schedule.lr
+    rate = schedule.rate
     if iteration < schedule.warmup:
         rate *= schedule.warmup_ratio + (1 - schedule.warmup_ratio) * iteration / schedule.warmup
     if schedule.decay == "multistep":

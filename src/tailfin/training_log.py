@@ -20,6 +20,15 @@ from tailfin.samplers.plan import BatchPlan
 from tailfin.schema.recipe import Recipe
 
 
+def all_skipped(own: dict[str, int], before: dict[str, int]) -> dict[str, int]:
+    """Pictures that all processes have left out, those of before a resumption too, with how many samples; to be called
+    on every process."""
+    total = dict(before)
+    for message, count in gather_object(sorted(own.items())):
+        total[message] = total.get(message, 0) + count
+    return total
+
+
 class TrainingLog:
     """`metrics.jsonl`, the trackers, and the figures of the progress bar."""
 
@@ -85,15 +94,10 @@ class TrainingLog:
             return {"AP": value, "iteration": done, "waited": 0}
         return {**best, "waited": best["waited"] + 1}
 
-    def close(self, skipped: dict[str, int] | None = None) -> None:
-        """The end of the stage. `skipped` are pictures that this process has left out (since it was started), with how
-        many samples: those of all processes are counted, and listed in `skipped.json`."""
+    def close(self, total: dict[str, int]) -> None:
+        """The end of the stage. `total` are the pictures that the stage has left out (`all_skipped`), with how many
+        samples; they are listed in `skipped.json`."""
         self.sums = []
-        if skipped is None:
-            return
-        total: dict[str, int] = {}
-        for message, count in gather_object(sorted(skipped.items())):
-            total[message] = total.get(message, 0) + count
         if total and self.accelerator.is_main_process:
             path = self.path.with_name("skipped.json")
             write_json(path, [{"picture": message, "samples": total[message]} for message in sorted(total)], indent=1)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from tailfin.class_rows import class_names, join_class_rows
+from tailfin.class_rows import Aliases, class_names, join_class_rows
 from tailfin.errors import UserError
 
 SHOWN = 3  # names in a line
@@ -60,19 +60,21 @@ def load_weights(
     weights: Mapping[str, Tensor],
     source: str,
     names: Sequence[str] | None = None,
+    *,
     old: Sequence[str] | None = None,
+    aliases: Aliases | None = None,
 ) -> list[str]:
     """Copy the weights that fit by name and shape; returns lines that say what was loaded, left out and new.
 
-    With the model's class `names`, and where `source` is a model file of other classes, or of the same in another
-    order, rows of classes are joined by name (`class_rows.py`); `old` are the classes of weights that are no model file
-    of tailfin's.
+    With the model's class `names`, and where it is known which classes the weights are of, rows of classes are joined
+    by name (`class_rows.py`): `old` are theirs, by default those of `source` where that is a model file.
     """
-    foreign = old is not None
-    old = old if foreign or names is None else class_names(source)
+    old = class_names(source) if old is None and names is not None else old
     said: list[str] = []
-    if names is not None and old is not None and (foreign or tuple(old) != tuple(names)):
-        weights, said = join_class_rows(model.state_dict(), weights, old, names)
+    if names is not None and old is not None:
+        weights, said = join_class_rows(model.state_dict(), weights, old, names, aliases)
+    elif aliases:
+        raise UserError(f"classes.map: {source} does not say which classes its weights are of, nothing can be joined")
     loaded = load_fitting(model, weights)
     if not loaded.names:
         raise UserError(f"{source}: none of its {len(weights)} weights fits this detector")

@@ -299,6 +299,33 @@ def test_sixteen_bit_pictures_are_scaled_by_their_own_depth(tailfin, tmp_path, l
     top = 2 ** largest.bit_length() - 1
     pixels = read_image(tmp_path / "train" / "1.png")
     assert pixels.min() == round(255 * smallest / top) and pixels.max() == round(255 * largest / top) > 200
+    assert any(f"data.value_range=[{smallest},{largest}]" in note for note in said)
+    alike = read_image(tmp_path / "train" / "1.png", value_range=(smallest, largest))
+    assert alike.min() == 0 and alike.max() == 255
+    dark = read_image(tmp_path / "train" / "1.png", value_range=(0, 65535))
+    assert dark.max() == round(255 * largest / 65535)
+
+
+def test_a_range_of_values_reaches_training_and_prediction(tailfin, tmp_path):
+    from tailfin.data.dataset import TrainingDataset, open_source
+    from tailfin.pictures import to_tensor
+    from tailfin.schema.data import Data
+
+    document = coco(tmp_path / "train")
+    for image in document["images"]:
+        name = image["file_name"] = f"{image['id']}.png"
+        Image.fromarray(np.full((72, 96), 1000, np.uint16)).save(tmp_path / "train" / name)
+    path = write(tmp_path / "train.json", document)
+    files = {"train": {"annotations": str(path)}, "resize": "square", "sizes": [96], "flip": 0}
+    brightness = []
+    for given in (None, (0, 2000), (0, 4000)):
+        config = Data.model_validate({**files, "value_range": given})
+        image, _ = TrainingDataset(open_source(config.train, "", "train"), config, 0).sample(0, 0, 0)
+        brightness.append(int(image.max()))
+        assert int(to_tensor(tmp_path / "train" / document["images"][0]["file_name"], config).max()) == brightness[-1]
+    assert brightness == [round(255 * 1000 / 1023), 128, 64]
+    outcome = tailfin("train", "demo/bacl", "--train", path, "data.value_range=[5,5]")
+    assert outcome.code == 2 and "value_range must be (smaller, larger)" in outcome.error
 
 
 def test_equal_pictures_stay_on_one_side_of_a_split(tailfin, tmp_path):
@@ -494,6 +521,19 @@ def test_voc_lists_with_spaces_absent_splits_and_pictures_without_xml(tailfin, t
     assert "test.txt, line 1" in said and "left out" in said
     (lists / "train.txt").write_text("b\nzz\n")
     assert "train.txt, line 2" in tailfin("data", "convert", folder, tmp_path / "o").error
+
+
+def test_voc_files_in_no_list_are_told_of(tailfin, tmp_path):
+    folder = voc(tmp_path / "set", {"a": CAR, "b": CAR, "c": CAR}, ["a.jpg", "b.jpg", "c.jpg"])
+    lists = folder / "ImageSets/Main"
+    lists.mkdir(parents=True)
+    (lists / "train.txt").write_text("a\n")
+    document, said = converted(tailfin, folder)
+    assert (
+        len(document["images"]) == 1 and "2 XML files are in no list of ImageSets/Main (first: b.xml): left out" in said
+    )
+    (lists / "val.txt").write_text("b\nc\n")
+    assert "in no list" not in tailfin("data", "convert", folder, tmp_path / "both").err
 
 
 def test_voc_pictures_are_found_in_subfolders_and_never_guessed(tailfin, tmp_path):

@@ -263,7 +263,7 @@ def test_published_row_without_data(tailfin, out, monkeypatch, tmp_path):
 
     runnable = next(row.id for row in recipes.rows() if isinstance(recipes.resolve(row), recipes.Runnable))
     blocked = next(row.id for row in recipes.rows() if isinstance(recipes.resolve(row), recipes.Blocked))
-    assert_refused(tailfin("train", runnable, "--out", out), out, "annotation file", ".json does not exist")
+    assert_refused(tailfin("train", runnable, "--out", out), out, "no training data is named", "--train FILE")
     assert_refused(tailfin("train", blocked, "--out", out), out, f"the published row {blocked} cannot be run, ")
 
 

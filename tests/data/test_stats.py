@@ -13,14 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner, Result
 
-from tailfin import losses
 from tailfin.cli.data import app
-from tailfin.config import load_recipe, split_override
 from tailfin.data.index import open_index
-from tailfin.data.stats_report import advice, figure, rfs_threshold, sparkline, summarize
+from tailfin.data.stats_report import figure, sparkline, summarize
 from tailfin.errors import UserError
-from tailfin.samplers.repeat_factor import category_factors
-from tailfin.schema.recipe import Recipe
 from tailfin.stats import ClassStats, frequency_groups, gini, imbalance_factor
 
 
@@ -137,44 +133,6 @@ def test_gini_is_the_mean_difference(counts: list[int]) -> None:
 def test_imbalance_ignores_empty_classes() -> None:
     assert imbalance_factor([0, 3, 600]) == 200
     assert np.isnan(imbalance_factor([0, 0]))
-
-
-# ---- advice ----------------------------------------------------------------------------------------------------------
-
-
-@given(st.lists(st.integers(0, 5000), min_size=1, max_size=40), st.integers(0, 5000))
-def test_advice_is_one_line_of_real_keys(counts: list[int], empty: int) -> None:
-    stats = made(counts, num_images=max(1, sum(counts) + empty))
-    line = advice(stats)
-    assert "\n" not in line
-    keys = [word.strip("();,") for word in line.split() if "=" in word]
-    assert bool(keys) == any(counts)
-    for key in keys:
-        name, value = split_override(key)
-        section, _, option = name.partition(".")
-        assert section in Recipe.model_fields
-        if option:
-            assert option in Recipe.model_fields[section].annotation.model_fields
-        if name == "loss":
-            assert value in losses.names()
-    load_recipe("demo/faster_rcnn_r18_softmax", keys)
-
-
-def test_advice_follows_the_tail() -> None:
-    assert "nearly balanced" in advice(made([50, 40, 30])) and "sampler=plain" in advice(made([50, 40, 30]))
-    assert "mild tail" in advice(made([50, 40, 10]))
-    long = advice(made([600, 42, 3], num_images=3614))
-    assert "long tail" in long and "sampler=rfs" in long
-    assert "nothing to learn" in advice(made([0, 0]))
-
-
-def test_threshold_repeats_the_tail_within_bounds() -> None:
-    lvis_like = made([1] * 10 + [50] * 20 + [2000] * 30, num_images=100_000)
-    assert rfs_threshold(lvis_like) == 1e-3
-    for counts, images in (([600, 42, 3], 3614), ([40, 1, 1, 1], 80), ([9000, 5000, 1], 14000)):
-        stats = made(counts, num_images=images)
-        factors = category_factors(stats, "rfs", rfs_threshold(stats))
-        assert factors[0] == 1 and 1.9 <= factors.max() <= 10.3
 
 
 # ---- command ---------------------------------------------------------------------------------------------------------

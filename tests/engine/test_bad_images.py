@@ -12,6 +12,8 @@ import torch
 from PIL import Image
 
 import tailfin
+from tailfin import engine
+from tailfin.checkpoint import save_resume_point
 from tailfin.config import load_recipe
 from tailfin.data import dataset as datasets
 from tailfin.data.dataset import TrainingDataset, open_source, training_loader
@@ -115,6 +117,28 @@ def test_a_run_counts_and_lists_them_and_is_the_same_again(own_set, tiny_recipe,
         words = capsys.readouterr().err
         assert f"1 picture skipped in {listed[0]['samples']} samples" in words
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+
+
+def test_counts_go_on_after_a_stop(own_set, tiny_recipe, tmp_path, monkeypatch):
+    """Killed after a resume point and resumed, a run lists what the straight one lists."""
+    picture(own_set, 7).unlink()
+    options = ["schedule.epochs=3", "logging.checkpoint_every=4", "data.on_bad_image=skip"]
+    straight = tailfin.train(tiny_recipe, train=own_set, out=tmp_path / "straight", overrides=options)
+    points = []
+
+    def stop(folder, state, iteration):
+        save_resume_point(folder, state, iteration)
+        points.append(state["skipped"])
+        if len(points) == 4:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(engine, "save_resume_point", stop)
+        tailfin.train(tiny_recipe, train=own_set, out=tmp_path / "stopped", overrides=options)
+    assert points[-1] and points[-1] != points[0]
+    stopped = tailfin.train("", out=tmp_path / "stopped", resume=True)
+    lists = [json.loads((run / "stages/1-train/skipped.json").read_text()) for run in (straight, stopped)]
+    assert lists[0] == lists[1] and lists[0][0]["samples"] > next(iter(points[-1].values())) > 0
 
 
 def test_ranks_count_together(own_set, tiny_recipe, tmp_path, train_on_ranks):

@@ -26,7 +26,7 @@ from tailfin.errors import UserError, printable
 from tailfin.evaluation.table import per_category_table
 from tailfin.exemplar_scores import read_scores
 from tailfin.files import read_npz
-from tailfin.models import _read_pickle
+from tailfin.foreign import read_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -49,7 +49,7 @@ def sign(tmp_path):
     assert not path.exists()
 
 
-@pytest.mark.parametrize("name", ["model.pth", "model.pt", "model.bin"])
+@pytest.mark.parametrize("name", ["model.pth", "model.pt", "model.bin", "model.pkl"])
 @pytest.mark.parametrize("writer", ["torch", "pickle"])
 def test_code_in_weights(name, writer, sign, tmp_path):
     path = tmp_path / name
@@ -57,7 +57,7 @@ def test_code_in_weights(name, writer, sign, tmp_path):
         torch.save({"x": Evil(sign)}, path)
     else:
         path.write_bytes(pickle.dumps({"x": Evil(sign)}))
-    for read in (checkpoint.load_model_file, _read_pickle):
+    for read in (checkpoint.load_model_file, read_checkpoint):
         with pytest.raises(UserError, match=name):
             read(path)
 

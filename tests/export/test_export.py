@@ -35,6 +35,7 @@ DETR = "{name: deformable_detr, norm: bn, frozen_layers: 0, widths: [32, 32, 32,
 DETR += " levels: 3, channels: 32, encoder_layers: 1, decoder_layers: 2, heads: 4, points: 2, feedforward: 32, %s}"
 DETECTORS = {
     "faster_rcnn": (SMALL % "name: faster_rcnn", "softmax"),
+    "faster_rcnn_mmdetection": (SMALL % "name: faster_rcnn, style: mmdetection, init: torchvision", "softmax"),
     "faster_rcnn_own_boxes": (SMALL % "name: faster_rcnn, box_regression: class_specific", "objectness"),
     "mask_rcnn": (SMALL % "name: mask_rcnn, mask_channels: 8, mask_layers: 1", "softmax"),
     "retinanet": (DENSE % "name: retinanet", "focal"),

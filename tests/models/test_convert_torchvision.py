@@ -52,12 +52,12 @@ def theirs(norm: str = "none", classes: int = CLASSES, limits: Limits = Limits(0
     return model
 
 
-def ours(state: dict, norm: str = "none", classes: int = CLASSES, tmp_path=None, names=None, **recipe):
+def ours(state: dict, norm: str = "none", classes: int = CLASSES, tmp_path=None, names=None, classes_map="", **recipe):
     """tailfin's detector from a file of torchvision's weights."""
     torch.save(state, tmp_path / "theirs.pth")
     values = {
         "weights": str(tmp_path / "theirs.pth"), "backbone": "resnet18", "loss": "focal",
-        "detector": {**PLAIN, "head_norm": norm},
+        "detector": {**PLAIN, "head_norm": norm}, "classes": {"map": classes_map},
         "evaluation": {"score_threshold": 0.05, "nms": 0.5, "max_dets": 300}, **recipe,
     }  # fmt: skip
     count = [10] * classes
@@ -85,8 +85,9 @@ def targets(counts=(3, 1, 5)) -> list[dict[str, torch.Tensor]]:
 def test_losses_and_gradients(tmp_path, norm, counts):
     twin = theirs(norm).train()
     model, lines = ours(twin.state_dict(), norm, tmp_path=tmp_path)
-    left = len(model.loss.state_dict())
-    assert lines[0].endswith("weights loaded") and (len(lines) == 1 or left)
+    own = len(model.state_dict()) - len(model.loss.state_dict())
+    assert f"{own} of {len(model.state_dict())} weights loaded" in lines[0]
+    assert "7 kept, 0 new, 0 of the file left out" in " ".join(lines) and "in the order of the data's" in lines[-1]
     model.train()
     found, wanted = model(pictures(), targets(counts)), twin(pictures(), targets(counts))
     pairs = {"loss_classifier": "classification", "loss_box_reg": "bbox_regression"}
@@ -96,7 +97,7 @@ def test_losses_and_gradients(tmp_path, norm, counts):
     sum(found.values()).backward()
     sum(wanted.values()).backward()
     gradients = {name: value.grad for name, value in twin.named_parameters()}
-    expected = convert_retinanet(gradients, [str(c) for c in range(CLASSES)], CLASSES)
+    expected = convert_retinanet(gradients)
     assert expected.keys() == dict(model.named_parameters()).keys()
     for name, value in model.named_parameters():
         error = (value.grad - expected[name]).norm() / expected[name].norm().clamp(min=1e-6)
@@ -119,7 +120,8 @@ def test_detections(tmp_path, limits):
 
 
 def test_classes_of_a_checkpoint(tmp_path):
-    """By name from COCO's 91, in their order with or without the row of label 0; anything else is refused."""
+    """By name from COCO's 91, in their order with or without the row of label 0; another number is refused. What COCO
+    lacks, and what is of a loss of another kind, starts anew and is said."""
     categories = RetinaNet_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
     twin = theirs(classes=91)
     state = twin.state_dict()
@@ -129,14 +131,25 @@ def test_classes_of_a_checkpoint(tmp_path):
     model, _ = ours(state, classes=3, tmp_path=tmp_path, names=names)
     wanted = rows.view(9, 91)[:, [categories.index(name.lower()) for name in names]]
     assert torch.equal(model.head.classifier.bias.view(9, 3), wanted)
-    with pytest.raises(UserError, match='class "zebras" is none of COCO.*zebra'):
-        ours(state, classes=1, tmp_path=tmp_path, names=["zebras"])
+    model, lines = ours(state, classes=2, tmp_path=tmp_path, names=["zebras", "bus"])
+    assert '1 kept, 1 new ("zebras"), 79 of the file left out' in " ".join(lines)
+    bias = model.head.classifier.bias.view(9, 2)
+    assert torch.equal(bias[:, 1], rows.view(9, 91)[:, categories.index("bus")])
+    assert torch.allclose(bias[:, 0].sigmoid(), torch.tensor(0.01))  # the loss's prior
+    (tmp_path / "map.yaml").write_text("zebras: [Zebra, zebra]")
+    model, _ = ours(
+        state, classes=2, tmp_path=tmp_path, names=["zebras", "bus"], classes_map=str(tmp_path / "map.yaml")
+    )
+    assert torch.equal(model.head.classifier.bias.view(9, 2)[:, 0], rows.view(9, 91)[:, categories.index("zebra")])
+    (tmp_path / "map.yaml").write_text("zebrs: zebra")
+    with pytest.raises(UserError, match='"zebrs" is no class of the data.*zebras'):
+        ours(state, classes=2, tmp_path=tmp_path, names=["zebras", "bus"], classes_map=str(tmp_path / "map.yaml"))
     model, _ = ours(theirs(classes=4).state_dict(), classes=3, tmp_path=tmp_path)
     assert model.head.classifier.bias.shape == (27,)
     with pytest.raises(UserError, match="classifier has 7 classes, the training file 5"):
         ours(theirs().state_dict(), classes=5, tmp_path=tmp_path)
-    with pytest.raises(UserError, match="one logit per class, this loss has 8 for 7"):
-        ours(theirs().state_dict(), tmp_path=tmp_path, loss="ecm")
+    _, lines = ours(theirs().state_dict(), tmp_path=tmp_path, loss="ecm")
+    assert "its classifier is of another kind" in " ".join(lines)
 
 
 def test_names_of_older_versions(tmp_path):

@@ -19,10 +19,11 @@ from tailfin.cli.evaluate import evaluate
 from tailfin.config import check_recipe
 from tailfin.data.transforms import resize
 from tailfin.errors import UserError
-from tailfin.models import build_detector
+from tailfin.models import build_detector, coco_weights
 from tailfin.models.deformable_detr import FOCAL_BIAS, DeformableDETR
 from tailfin.models.detr_convert import coco_names, convert_released, convert_transformers, is_released
 from tailfin.models.images import batch_images
+from tailfin.schema.detectors import DeformableDETRConfig
 from tailfin.stats import ClassStats
 
 CLASSES = 5
@@ -258,6 +259,29 @@ def assert_same_outputs(model: DeformableDETR, theirs: DeformableDetrForObjectDe
     torch.testing.assert_close(own.boxes[-1], other.pred_boxes, atol=1e-5, rtol=1e-5)
     if own.encoder_logits is not None:
         torch.testing.assert_close(own.encoder_logits[..., -1], other.enc_outputs_class[..., 0], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_coco_are_those_of_the_hub(kind, monkeypatch):
+    """`weights: coco` takes the kind's own model at a fixed revision; its 91 rows go by COCO's names."""
+    theirs = transformers_detector(kind, "timm")
+    wanted = []
+
+    def load(name: str, revision: str) -> dict[str, Tensor]:
+        wanted.append((name, revision))
+        return theirs.state_dict()
+
+    monkeypatch.setattr(coco_weights, "load_published", load)
+    monkeypatch.setattr(DeformableDETRConfig, "COCO", "resnet18")  # the published ones have a ResNet-50
+    values = {
+        "detector": {"name": "deformable_detr", "norm": "frozen_bn", **SIZES, **KINDS[kind]},
+        "backbone": "resnet18", "weights": "coco", "loss": "focal",
+    }  # fmt: skip
+    model, notes = build_detector(check_recipe(values, "test"), coco_stats(SHOWN))
+    assert_same_outputs(model.eval(), theirs, ROWS)
+    assert "  classes joined by name: 4 kept, 0 new, 76 of the file left out" in " ".join(notes)
+    (name, revision) = wanted[0]
+    assert ("two-stage" in name, "box-refine" in name) == tuple(KINDS[kind].values()) and len(revision) == 40
 
 
 @pytest.mark.parametrize(

@@ -106,6 +106,21 @@ def test_half_pixel_correction(samples):
         torch.testing.assert_close(found[row : row + 1], wanted)
 
 
+def test_a_traced_pooling_takes_any_boxes():
+    pool = PyramidRoIAlign(["0", "1"], [4, 8], 3, 2, aligned=True)
+    features = {"0": torch.randn(1, 2, 64, 64), "1": torch.randn(1, 2, 32, 32)}
+
+    def pooled(fine, coarse, boxes):
+        return pool({"0": fine, "1": coarse}, [boxes], [(256, 256)])
+
+    small, large = (
+        torch.tensor([[2.0, 3, 30, 40]]),
+        torch.tensor([[0.0, 0, 250, 240], [9, 9, 20, 20], [1, 2, 200, 230]]),
+    )
+    traced = torch.jit.trace(pooled, (*features.values(), small))
+    torch.testing.assert_close(traced(*features.values(), large), pooled(*features.values(), large))
+
+
 # ---- norms -----------------------------------------------------------------------------------------------------------
 
 

@@ -173,7 +173,25 @@ def test_networks_that_no_detector_can_use(name, told):
     assert told in refusal(timm_body, f"timm/{name}", norm="own")
 
 
-def test_a_network_that_is_no_row_of_stages_cannot_be_frozen():
+BRANCHES = [set(), {"conv1", "bn1", "conv2", "bn2"}, {"layer1"}, {"transition1", "stage2"}, {"transition2", "stage3"}]
+
+
+@pytest.mark.parametrize("count", range(6))
+def test_parallel_branches_are_frozen_stage_by_stage(count):
+    """HRNet: every stage has branches of all strides so far; all of it, and what makes features of it, by 5."""
+    body = timm_body("timm/hrnet_w18_small", norm="own")
+    body.freeze(count)
+    parameters = dict(body.named_parameters())
+    frozen = {key.split(".")[1] for key, value in parameters.items() if not value.requires_grad}
+    trained = {key.split(".")[1] for key, value in parameters.items() if value.requires_grad}
+    if count < 5:
+        assert frozen == set().union(*BRANCHES[: count + 1]) and not frozen & trained and "stage4" in trained
+    else:
+        assert not trained
+
+
+def test_a_network_that_is_no_row_of_stages_cannot_be_frozen(monkeypatch):
+    monkeypatch.setattr("tailfin.models.timm_body.PARALLEL", ("of another kind",))
     body = timm_body("timm/hrnet_w18_small", norm="own")
     body.freeze(0)
     assert "detector.frozen_layers=0" in refusal(body.freeze, 2)

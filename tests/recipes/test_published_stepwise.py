@@ -101,7 +101,8 @@ def test_says_what_it_is(name):
     recipe, text = load_recipe(name), recipes.find(name).text
     assert recipe.about.title and recipe.about.hardware and recipe.about.paper
     assert f"tailfin train {name} data.root=DATA" in recipe.about.command
-    assert "--stage1 RUN" in recipe.about.notes
+    given = recipe.stepwise.base == "given"  # its step 0 is a model file
+    assert ("--weights is a detector" if given else "--stage1 RUN") in recipe.about.notes
     assert text.startswith("about:\n") and all(len(line) <= 120 for line in text.splitlines())
 
 

@@ -71,6 +71,28 @@ def test_other_paths_and_other_hosts_are_refused(make_data: Callable, make_run: 
         assert get(port, "/version", Host=f"localhost:{port}")[0] == 200
 
 
+def test_only_this_machine_reaches_it_and_only_the_page(make_data: Callable, make_run: Callable) -> None:
+    run = make_run("a", make_data(), finished=False)
+    server = make_server([run], 0)
+    assert server.server_address[0] == "127.0.0.1"
+    server.server_close()
+    with serving([run]) as port:
+        for host in ("127.0.0.1.evil.example", "localhost.evil.example:80", "evil.example:127", "0.0.0.0", "", "[::1]"):
+            assert get(port, "/", Host=host)[0] == 403, host
+        for path in (
+            "/%2e%2e/recipe.yaml",
+            "/..%2frecipe.yaml",
+            "//etc/passwd",
+            "/../../../../../../etc/passwd",
+            f"/{run.name}/recipe.yaml",
+            "/index.html/../recipe.yaml",
+            "/model.safetensors",
+            "/\\..\\recipe.yaml",
+        ):
+            assert get(port, path)[0] == 404, path
+        assert get(port, "http://evil.example/etc/passwd")[0] == 403
+
+
 def test_ports_and_runs_that_do_not_work(make_data: Callable, make_run: Callable, tmp_path: Path) -> None:
     run = make_run("a", make_data(), finished=False)
     with serving([run]) as port, pytest.raises(UserError, match=f"port {port} cannot be used"):

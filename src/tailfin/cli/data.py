@@ -9,12 +9,12 @@ from typing import Annotated
 
 import typer
 from PIL import Image
-from rich.console import Console
 
 from tailfin.cli import data_make
 from tailfin.cli.data_coco_lt import coco_lt
 from tailfin.cli.data_proposals import proposals
 from tailfin.cli.data_smooth_tail import smooth_tail
+from tailfin.cli.output import echo, table_console
 from tailfin.data.check import check_file
 from tailfin.data.images import MAX_PIXELS
 from tailfin.data.index import AnnotationIndex, image_folder, open_index
@@ -24,7 +24,6 @@ from tailfin.progress import Progress
 from tailfin.stats import ClassStats
 
 app = typer.Typer(help="Look at, check, make and convert annotation files.", no_args_is_help=True, add_completion=False)
-PLAIN_WIDTH = 160  # of a table that is not on a terminal
 QUIET_BELOW = 20_000  # pictures; fewer need no progress bar
 
 Annotations = Annotated[Path, typer.Argument(metavar="FILE", help="COCO or LVIS annotation file.")]
@@ -51,15 +50,12 @@ def stats(
         stats_report.check_plot_path(plot)
     bounds = _bounds(group_bounds)
     index = open_index(file)
-    summary = stats_report.summarize(index, ClassStats.from_index(index, bounds))
+    summary = stats_report.summarize(index, ClassStats.from_index(index, bounds), images)
     if images is not None:
         summary["pictures_found"] = _found(index, image_folder(file, images))
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=PLAIN_WIDTH)
-    stats_report.print_summary(summary, console, most=None if all_classes else 40)
+    stats_report.print_summary(summary, table_console(), most=None if all_classes else 40)
     if images is not None:
-        typer.echo(f"pictures: {summary['pictures_found']} of {len(index)} are in {images}")
+        echo(f"pictures: {summary['pictures_found']} of {len(index)} are in {images}")
     if json_file is not None:
         _write(json_file, lambda: write_json(json_file, summary, indent=2))
     if plot is not None:
@@ -81,14 +77,14 @@ def check(
         report = check_file(file, images, all_problems, decode=decode, max_pixels=max_pixels, track=_track)
     if not report.usable:
         for problem in report.problems:
-            typer.echo(problem, err=True)
+            echo(problem, err=True)
         if others := report.num_problems - len(report.problems):
-            typer.echo(f"{others} more problem{'s' if others > 1 else ''} (--all lists them)", err=True)
+            echo(f"{others} more problem{'s' if others > 1 else ''} (--all lists them)", err=True)
         raise typer.Exit(2)
-    typer.echo(f"{report.path}: usable; pictures in {report.images}")
-    typer.echo("  " + ", ".join(f"{count} {what}" for what, count in report.summary.items()))
+    echo(f"{report.path}: usable; pictures in {report.images}")
+    echo("  " + ", ".join(f"{count} {what}" for what, count in report.summary.items()))
     for note in report.notes:
-        typer.echo(f"  note: {note}")
+        echo(f"  note: {note}")
 
 
 for verb in (data_make.synth, data_make.split, data_make.convert, data_make.merge, proposals):
@@ -122,4 +118,4 @@ def _bounds(text: str | None) -> list[int] | None:
 
 def _write(path: Path, write: Callable[[], None]) -> None:
     write()
-    typer.echo(f"wrote {path}")
+    echo(f"wrote {path}")

@@ -8,6 +8,7 @@ from typing import Annotated
 import numpy as np
 import typer
 
+from tailfin.cli.output import echo
 from tailfin.errors import UserError
 
 
@@ -66,10 +67,10 @@ def coco_lt(
         raise UserError(f"{file}: no annotation is left")
     made, note = leading_to_pictures(made, image_folder(file, images), out)
     write_json(out, made)
-    typer.echo(summary(out, made))
+    echo(summary(out, made))
     for line in (_groups(out), _lacking(names, lacking), note):
         if line:
-            typer.echo(line)
+            echo(line)
 
 
 def _groups(path: Path) -> str:

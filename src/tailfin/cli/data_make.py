@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from tailfin.cli.output import echo
 from tailfin.errors import UserError
 from tailfin.progress import Progress
 
@@ -37,12 +38,10 @@ def synth(
             objects=objects, federated=federated, overwrite=overwrite, progress=lambda done, _: progress.update(done),
         )  # fmt: skip
     counts = report.train_instances
-    typer.echo(f"{report.train}: {images} pictures, {counts.sum()} objects of {classes} classes, {_range(counts)}")
-    typer.echo(
-        f"{report.val}: {val_images} pictures, {report.val_instances.sum()} objects, {_range(report.val_instances)}"
-    )
+    echo(f"{report.train}: {images} pictures, {counts.sum()} objects of {classes} classes, {_range(counts)}")
+    echo(f"{report.val}: {val_images} pictures, {report.val_instances.sum()} objects, {_range(report.val_instances)}")
     if report.hidden:
-        typer.echo(f"{report.hidden} objects are too hidden to be annotated")
+        echo(f"{report.hidden} objects are too hidden to be annotated")
 
 
 def split(
@@ -122,10 +121,10 @@ def split(
         if target is not None and part is not None:
             part, note = leading_to_pictures(part, pictures, target)
             write_json(target, part)
-            typer.echo(summary(target, part))
+            echo(summary(target, part))
             notes.append(note)
     for note in filter(None, notes):
-        typer.echo(note)
+        echo(note)
 
 
 def convert(
@@ -149,9 +148,9 @@ def convert(
         source, out, origin=_layout("--from", from_), target=_layout("--to", to), images=images,
         placing=_placing(link, no_images), masks=masks, split=split, overwrite=overwrite,
     )  # fmt: skip
-    typer.echo(f"{report.out}: {report.target}, {report.classes} classes")
+    echo(f"{report.out}: {report.target}, {report.classes} classes")
     for name, number in report.images.items():
-        typer.echo(f"  {name}: {number} pictures, {report.objects[name]} objects, pictures in {report.folders[name]}")
+        echo(f"  {name}: {number} pictures, {report.objects[name]} objects, pictures in {report.folders[name]}")
     for number, what in (
         (report.crowd, "crowd regions left out"),
         (report.empty, "boxes without area in the picture left out"),
@@ -159,9 +158,9 @@ def convert(
         (report.masks, "masks left out (boxes are written)"),
     ):
         if number:
-            typer.echo(f"  {number} {what}")
+            echo(f"  {number} {what}")
     for note in report.notes:
-        typer.echo(f"  {note}")
+        echo(f"  {note}")
 
 
 def merge(
@@ -208,13 +207,13 @@ def merge(
         placing="copy" if copy else "link" if link else "none", counts_from=counts_from, federated=federated,
         box_form=check_form(box_form) if box_form is not None else None, classes_of=classes_of, overwrite=overwrite,
     )  # fmt: skip
-    typer.echo(f"{out}: {report.images} pictures, {report.annotations} objects, {report.classes} classes")
+    echo(f"{out}: {report.images} pictures, {report.annotations} objects, {report.classes} classes")
     if report.added:
-        typer.echo(f"  {_listing(f'of {classes_of} added, none of their objects in these pictures', report.added)}")
+        echo(f"  {_listing(f'of {classes_of} added, none of their objects in these pictures', report.added)}")
     if report.dropped:
-        typer.echo(f"  {report.dropped} objects of dropped classes left out")
+        echo(f"  {report.dropped} objects of dropped classes left out")
     for name, number in report.lacking.items():
-        typer.echo(
+        echo(
             f"  {name} does not know {number} of the classes: its pictures count as free of them "
             "(--federated: as unknown)"
         )

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from tailfin.cli.output import echo
+
 
 def proposals(
     model: Annotated[
@@ -42,11 +44,11 @@ def proposals(
     )
     if not PartialState().is_main_process:
         return
-    typer.echo(f"wrote {out}: {len(found.boxes)} proposals of {len(found.image_ids)} of {len(index)} images")
+    echo(f"wrote {out}: {len(found.boxes)} proposals of {len(found.image_ids)} of {len(index)} images")
     if evaluate:
         recall = average_recall(found, index, sorted({min(limit, top) for limit in (10, 100, 300, 1000)}))
         for name, value in recall.items():
-            typer.echo(f"  {name:<9} {'–' if value < 0 else f'{100 * value:5.1f}'}")
+            echo(f"  {name:<9} {'–' if value < 0 else f'{100 * value:5.1f}'}")
         if json_file is not None:
             write_json(json_file, recall, indent=1)
-            typer.echo(f"wrote {json_file}")
+            echo(f"wrote {json_file}")

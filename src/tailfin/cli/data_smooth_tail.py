@@ -12,6 +12,7 @@ import numpy as np
 import typer
 from numpy.typing import NDArray
 
+from tailfin.cli.output import echo
 from tailfin.errors import UserError
 
 
@@ -108,13 +109,13 @@ def _write(
         kept = sets.choose(exemplars, index, step.counts)
         pictures, objects = sets.write_subset(path, index, kept)
         counted[path.stem] = sets.count_kept(index, kept)
-        typer.echo(f"{path}: {objects} annotations in {pictures} images, {_range(counted[path.stem])} per class")
+        echo(f"{path}: {objects} annotations in {pictures} images, {_range(counted[path.stem])} per class")
     write_picture(files[-1], sets.curves(counted, stats.names))
     groups = np.bincount(parts, minlength=len(settings.division) + 1).tolist()
     names = [sets.part_name(part, len(settings.division)) for part in range(len(groups))]
-    typer.echo(f"{files[0]}: {len(exemplars.rows)} exemplars")
-    typer.echo("classes: " + ", ".join(f"{count} {name}" for name, count in zip(names, groups, strict=True)))
-    typer.echo(f"{files[-1]}: annotations per class")
+    echo(f"{files[0]}: {len(exemplars.rows)} exemplars")
+    echo("classes: " + ", ".join(f"{count} {name}" for name, count in zip(names, groups, strict=True)))
+    echo(f"{files[-1]}: annotations per class")
     if shards is not None:
         shutil.rmtree(shards)
 
@@ -172,7 +173,7 @@ def _score(source: Path, index: Any, images: Path | None, out: Path, settings: A
             names=detector.names,
         )
     except Interrupted as stop:
-        typer.echo(f"{stop}; give the same command again to go on", err=True)
+        echo(f"{stop}; give the same command again to go on", err=True)
         raise typer.Exit(stop.exit_code) from None
     accelerator.wait_for_everyone()
     return shards

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
+from rich.text import Text
 
+from tailfin.cli.output import echo, table_console
 from tailfin.config import recipe_from_file
 from tailfin.data.box_forms import check_form
 from tailfin.errors import UserError, nearest
@@ -137,13 +138,13 @@ def evaluate(
             }
             points = {} if aim is None else {n: operating_points(annotations, own, aim) for n, own in found.items()}
     for text in dict.fromkeys(str(warning.message) for warning in caught):
-        typer.echo(f"warning: {text}", err=True)
+        echo(f"warning: {text}", err=True)
     _show(metrics, per_category)
     for name, found_points in points.items():
-        Console().print(operating_table(found_points, name if len(points) > 1 else ""))
+        table_console().print(operating_table(found_points, name if len(points) > 1 else ""))
     if json is not None:
         write_json(json, next(iter(metrics.values())) if len(metrics) == 1 else metrics, indent=2)
-        typer.echo(f"metrics written to {json}")
+        echo(f"metrics written to {json}")
 
 
 def _model_and_files(
@@ -172,7 +173,7 @@ def _model_and_files(
 
 def _convert(recipe: str, weights: Path, annotations: Path, train: Path | None, out: Path) -> None:
     """A model file of another project's weights for this process; the first one says what became of them."""
-    from tailfin.as_model import converted
+    from tailfin.convert import converted
 
     for note in converted(recipe, weights, annotations, out, train=train):
         if not int(os.environ.get("RANK", "0")):
@@ -216,10 +217,10 @@ def _bounds(text: str | None) -> tuple[int, ...] | None:
 
 
 def _show(metrics: dict[str, Any], per_category: bool) -> None:
-    console = Console()
+    console = table_console()
     if len(metrics) == 1:
         name, each = next(iter(metrics.items()))
-        typer.echo(name)
+        echo(name)
         console.print(metrics_table(each))
     else:
         console.print(comparison_table(metrics))
@@ -227,5 +228,5 @@ def _show(metrics: dict[str, Any], per_category: bool) -> None:
         for name, each in metrics.items():
             for kind in (kind for kind in IOU_TYPES if kind in each):
                 table = per_category_table(each, kind)
-                table.title = f"{name}: {kind} per class" if len(metrics) > 1 else table.title
+                table.title = Text(f"{name}: {kind} per class") if len(metrics) > 1 else table.title
                 console.print(table)

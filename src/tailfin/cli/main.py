@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
+import socket
 import sys
+import time
 import warnings
+import zlib
 from importlib import import_module
 from pathlib import Path
 from typing import Any, TextIO
@@ -26,6 +29,8 @@ VERBS = {
     "report": "Write one HTML file about runs, side by side, or serve it with --live.",
     "cost": "Count multiply-adds and parameters, and measure pictures per second part by part.",
     "calibrate": "Calibrate the scores of a trained model, or those in any results file.",
+    "convert": "Convert a detector of detectron2, mmdetection or torchvision to a model file, used like any model.",
+    "merge": "Merge the classes of two models with the same features into one detector.",
     "export": "Write a trained model for other programs: ONNX, torch.export or OpenVINO.",
     "push": "Put a model with its recipe, numbers and a card to a model hub or a folder.",
     "pull": "Get a model from a model hub or a folder; it is opened and checked before it is there.",
@@ -61,6 +66,9 @@ def verb(name: str) -> Any:
 # what a disk or a folder's rights can do to any command: no fault of the program, so no traceback
 DISK = {errno.ENOSPC, errno.EROFS, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EIO, errno.ENAMETOOLONG}
 DISK.add(getattr(errno, "EDQUOT", errno.ENOSPC))
+TOLD = "tailfin/told"  # key of the store: how many processes have told a mistake
+# what torch says of a process that does not answer
+LOST = ("closed by peer", "reset by peer", "Broken pipe", "Connection", "Timed out", "NCCL", "DistBackendError", "gloo")
 PACKAGE = Path(__file__).resolve().parents[1]
 
 app = typer.Typer(
@@ -119,7 +127,7 @@ def main() -> None:
         code = app(imports_first(sys.argv[1:]), prog_name="tailfin", standalone_mode=False)
         _leave_group()
     except UserError as error:
-        print(f"error: {printable(str(error))}", file=sys.stderr)
+        _tell(f"error: {printable(str(error))}")
         code = 2
     except Interrupted as stop:
         if int(os.environ.get("RANK", "0")) == 0:
@@ -137,13 +145,67 @@ def main() -> None:
             raise
         from tailfin.files import disk_problem
 
-        print(f"error: {printable(disk_problem(error))}", file=sys.stderr)
+        _tell(f"error: {printable(disk_problem(error))}")
         code = 2
     except Exception as error:
-        if not hasattr(error, "format_message"):
+        if _others_are_gone(error):
+            code = 2
+        elif hasattr(error, "format_message"):
+            code = _usage(error)
+        else:
             raise
-        code = _usage(error)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+# ---- several processes -----------------------------------------------------------------------------------------------
+
+
+def _tell(text: str) -> None:
+    """Print a message, once where several processes make the same mistake; the others learn that one was told."""
+    if (store := _store()) is None:
+        if int(os.environ.get("LOCAL_RANK", "0")) == 0:  # the others of this machine see the same files
+            print(text, file=sys.stderr)
+        return
+    try:
+        first = store.add(f"tailfin/{zlib.crc32(text.encode('utf-8', 'replace'))}", 1) == 1
+        store.add(TOLD, 1)
+    except Exception:  # the process that holds the store is gone
+        first = True
+    if first:
+        print(text, file=sys.stderr)
+
+
+def _others_are_gone(error: Exception) -> bool:
+    """Whether `error` is that of a process whose group has lost another one: one line says so, none where the other
+    has told why it ended (and the store, which a launcher or the first process holds, is still there)."""
+    store = _store()
+    if store is None or not isinstance(error, RuntimeError):
+        return False
+    if not any(word in str(error) or word in type(error).__name__ for word in LOST):
+        return False
+    try:
+        time.sleep(0.5)  # until a process that is ending has ended
+        with socket.create_connection((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), timeout=5):
+            pass  # the store is there; asked in vain, torch would print the frames of its C++
+        told = store.add(TOLD, 0) > 0
+    except Exception:
+        told = False
+    if not told:
+        rank = os.environ.get("RANK", "0")
+        print(
+            f"error: process {rank} stops: another process of the run has ended, or cannot be reached; `tailfin train "
+            "--resume RUN` goes on from the newest resume point",
+            file=sys.stderr,
+        )
+    return True
+
+
+def _store() -> Any:
+    """What the processes of a group share, None where there is no group of several."""
+    distributed = getattr(sys.modules.get("torch"), "distributed", None)
+    if distributed is None or not distributed.is_available() or not distributed.is_initialized():
+        return None
+    return distributed.distributed_c10d._get_default_store() if distributed.get_world_size() > 1 else None
 
 
 def _leave_group() -> None:

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from tailfin.cli.output import echo
+
 
 def predict(
     model: Annotated[Path, typer.Argument(help="RUN/model.safetensors, or the run folder.")],
@@ -74,10 +76,10 @@ def predict(
     if not summary.main:
         return
     if summary.taken_up:
-        typer.echo(f"{summary.taken_up} inputs had been done before", err=True)
+        echo(f"{summary.taken_up} inputs had been done before", err=True)
     drawings = f"; drawings in {draw}" if draw else ""
-    typer.echo(f"{summary.detections} detections in {summary.pictures} pictures: {out}{drawings}")
+    echo(f"{summary.detections} detections in {summary.pictures} pictures: {out}{drawings}")
     if summary.bad:
-        typer.echo(f"{len(summary.bad)} files skipped:", err=True)
+        echo(f"{len(summary.bad)} files skipped:", err=True)
         for message in summary.bad:
-            typer.echo(f"  {message}", err=True)
+            echo(f"  {message}", err=True)

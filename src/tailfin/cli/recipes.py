@@ -8,11 +8,11 @@ from typing import Annotated, Any
 
 import typer
 import yaml
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from tailfin import recipes
+from tailfin.cli.output import table_console
 from tailfin.config import dump_recipe, load_recipe
 from tailfin.errors import UserError, nearest
 from tailfin.files import write_atomic
@@ -25,7 +25,6 @@ app = typer.Typer(help="List, show and copy recipes and published rows.", no_arg
 Columns = tuple[str, str, str, str]
 GROUPS = ("AP", "APr", "APc", "APf")
 WIDTH = 100  # of the plain list
-PLAIN_WIDTH = 500  # of a table that is not on a terminal: one line per entry
 
 
 @app.command("list")
@@ -61,11 +60,8 @@ def list_recipes(
     for entry in shown:
         table.add_row(*map(Text, entry))
 
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=PLAIN_WIDTH)
     if shown:
-        console.print(table)
+        table_console().print(table)
     typer.echo(f"{len(shown)} shown; {len(recipes.names())} recipes and {len(recipes.rows())} published rows in all")
 
 

@@ -39,6 +39,9 @@ def train(
     ] = None,
     resume: Annotated[Path | None, typer.Option(metavar="RUN", help="Go on with an interrupted run.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing run folder.")] = False,
+    auto_batch: Annotated[
+        bool, typer.Option("--auto-batch", help="Take the largest batch that the memory holds, found by one step.")
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show plan, memory estimate and one augmented batch; train nothing.")
     ] = False,
@@ -49,13 +52,27 @@ def train(
     """
     from tailfin import api
 
+    if resume is not None and recipe is not None and "=" in recipe and not Path(recipe).is_file():
+        overrides, recipe = [recipe, *(overrides or [])], None  # without a recipe the first override is in its place
     if (recipe is None) == (resume is None):
         raise UserError("give a recipe, or --resume RUN" + ("" if recipe is None else " (not both)"))
-    given = (overrides, train_json, val_json, train_images, val_images, out, weights, stage1, reuse)
-    if resume is not None and any(given):
-        raise UserError("--resume goes on with the run as it was begun: no overrides and no other options")
-    if recipe is not None and train_json is None and not Path(recipe).is_file():
-        _check_data_is_named(recipe, overrides or [])
+    if recipe is not None and "=" in recipe and not Path(recipe).exists():
+        raise UserError(f"{recipe} stands where the recipe must: tailfin train RECIPE {recipe} ...")
+    options = {
+        "--train": train_json,
+        "--val": val_json,
+        "--train-images": train_images,
+        "--val-images": val_images,
+        "--out": out,
+        "--weights": weights,
+        "--stage1": stage1,
+        "--reuse": reuse,
+        "--auto-batch": auto_batch or None,
+    }
+    if resume is not None:
+        _check_resumed_as_begun(resume, overrides or [], [name for name, value in options.items() if value is not None])
+    if recipe is not None and train_json is None:
+        _say_file_of_recipe(recipe, overrides or [])
     if dry_run:
         from tailfin.dry_run import show_plan
 
@@ -66,7 +83,7 @@ def train(
             if recipe is not None
             else api.recipe_from_file(Path(str(resume)) / "recipe.yaml")
         )
-        show_plan(resolved, out)
+        show_plan(api.with_largest_batch(resolved) if auto_batch else resolved, out, overwrite=overwrite)
         return
     if resume is not None:
         folder = api.train("", out=resume, resume=True)
@@ -83,23 +100,36 @@ def train(
             overwrite=overwrite,
             stage1=stage1,
             reuse=reuse,
+            auto_batch=auto_batch,
         )
     show_result(folder)
 
 
-def _check_data_is_named(recipe: str, overrides: list[str]) -> None:
-    """Refuse what a recipe of tailfin finds by chance: the file of the working directory that has its data's name."""
+def _check_resumed_as_begun(run: Path, overrides: list[str], options: list[str]) -> None:
+    """Refuse what would make a resumed run another one, and say how such a run is begun."""
+    if not overrides and not options:
+        return
+    given = " ".join([*overrides, *options])
+    raise UserError(
+        f"--resume {run} goes on with the run as it was begun: with {given} what is left would be trained otherwise "
+        f"than what is done. Begin a new run: tailfin train {run / 'recipe.yaml'} {' '.join(overrides)}"
+        f"{' ' * bool(overrides)}--out NEW (with --reuse {run} it takes the finished stages that stay the same)"
+    )
+
+
+def _say_file_of_recipe(recipe: str, overrides: list[str]) -> None:
+    """Name the training file of the working directory that a recipe file of the user names without a folder."""
+    import os
+    import sys
+
     from tailfin.config import load_recipe
 
+    if not Path(recipe.partition(":")[0]).is_file() or any(text.startswith("data.") for text in overrides):
+        return
     data = load_recipe(recipe, overrides).data
     file = Path(data.train.annotations)
-    if not data.root and data.train.annotations and not file.is_absolute() and file.is_file():
-        if any(text.startswith("data.train") for text in overrides):
-            return
-        raise UserError(
-            f"{recipe}: no training data is named, and {file} of the working directory would be taken: give --train "
-            f"FILE and --val FILE, or data.root=FOLDER (data.root=. for this one)"
-        )
+    if data.train.annotations and not data.root and not file.is_absolute() and int(os.environ.get("RANK", "0")) == 0:
+        print(f"note: {recipe} names {file}: {file.absolute()} is taken (--train names another)", file=sys.stderr)
 
 
 def show_result(folder: Path) -> None:

@@ -236,7 +236,8 @@ def _deep_pictures(index: AnnotationIndex, headers: list[Header], folder: Path) 
         shown = str(bits[0]) if len(bits) == 1 else f"{bits[0]} to {bits[-1]}"
         yield (
             f"values of the 16-bit pictures reach {high:,} of 65,535 (from {low:,}; {len(ranges)} of {len(deep)} looked"
-            f" at): read as {shown}-bit, each picture by its own largest value, which gives {shades(low, high)} of 255"
+            f" at): read as {shown}-bit, each picture by its own largest value, which gives {shades(low, high)} of 255 "
+            f"(data.value_range=[{low},{high}] in a recipe would read all pictures alike, and give 0..255)"
         )
 
 

@@ -58,11 +58,12 @@ class Source:
     index: AnnotationIndex
     images: Path
 
-    def read(self, row: int, max_pixels: int) -> Tensor:
-        """Picture of an image row, uint8 [3, H, W]."""
+    def read(self, row: int, max_pixels: int, value_range: tuple[int, int] | None = None) -> Tensor:
+        """Picture of an image row, uint8 [3, H, W]; the bounds as in `read_image`."""
         path = image_path(self.images, self.index.file_name(row))
         width, height = int(self.index.widths[row]), int(self.index.heights[row])
-        return torch.from_numpy(read_image(path, width=width, height=height, max_pixels=max_pixels)).permute(2, 0, 1)
+        picture = read_image(path, width=width, height=height, max_pixels=max_pixels, value_range=value_range)
+        return torch.from_numpy(picture).permute(2, 0, 1)
 
 
 def open_source(files: DataFiles, root: str, what: str) -> Source:
@@ -209,7 +210,7 @@ class TrainingDataset(Dataset):
 
     def _augmented(self, row: int, rng: np.random.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         index, clean = self.source.index, self.clean
-        image = self.source.read(row, self.config.max_pixels)
+        image = self.source.read(row, self.config.max_pixels, self.config.value_range)
         own = slice(int(clean.offsets[row]), int(clean.offsets[row + 1]))
         target = {
             "boxes": torch.from_numpy(np.array(clean.boxes[own], dtype=np.float32)),
@@ -256,7 +257,9 @@ class EvaluationDataset(Dataset):
 
     def __getitem__(self, row: int) -> tuple[Tensor, int] | UserError:
         try:
-            return to_test_size(self.source.read(row, self.config.max_pixels), self.config), row
+            return to_test_size(
+                self.source.read(row, self.config.max_pixels, self.config.value_range), self.config
+            ), row
         except UserError as error:
             return error
 

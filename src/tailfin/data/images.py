@@ -1,9 +1,9 @@
 """Pictures from files: every mode of Pillow becomes 8-bit RGB, turned as its EXIF tag says, with a bound on its size.
 
 How modes are read: alpha is dropped (the colour below it stays), as common readers do; 16-bit grey is scaled by the
-bits that the picture's largest value needs (a sensor of 12 bits fills 4,095 of 65,535 values), at least 8; 32-bit
-integers are 16-bit values where all of them fit, else the full 31-bit range; floats are 0..1 where all of them fit,
-else 0..255. Only the first frame of an animation counts.
+bits that the picture's largest value needs (a sensor of 12 bits fills 4,095 of 65,535 values), at least 8, or by a
+`value_range` that all pictures share; 32-bit integers are 16-bit values where all of them fit, else the full 31-bit
+range; floats are 0..1 where all of them fit, else 0..255. Only the first frame of an animation counts.
 
 Which files are pictures is decided by what Pillow can read (`picture_suffixes`), with the HEIC plugin where it is
 installed (`pip install pillow-heif`); hidden files, such as the `._name.jpg` of macOS, are none.
@@ -97,7 +97,12 @@ def _init_pillow() -> None:
 
 
 def read_image(
-    path: str | Path, *, width: int | None = None, height: int | None = None, max_pixels: int = MAX_PIXELS
+    path: str | Path,
+    *,
+    width: int | None = None,
+    height: int | None = None,
+    max_pixels: int = MAX_PIXELS,
+    value_range: tuple[int, int] | None = None,
 ) -> np.ndarray:
     """Decode a picture to uint8 [H, W, 3] RGB (writable, contiguous).
 
@@ -105,6 +110,7 @@ def read_image(
         path: the file.
         width: what the annotation file says, in pixels; None leaves the size unchecked. `height` likewise.
         max_pixels: a larger picture is refused before it is decoded.
+        value_range: values of 16-bit and 32-bit grey pictures that become 0 and 255.
 
     A missing, unreadable, truncated or too large picture and a size that differs are a `UserError` naming the file.
     """
@@ -123,7 +129,7 @@ def read_image(
             turn = turn and header.shown_size == (width, height)
         if turn:
             ImageOps.exif_transpose(image, in_place=True)
-        return to_rgb(image)
+        return to_rgb(image, value_range)
 
 
 def read_header(path: str | Path, max_pixels: int = MAX_PIXELS) -> Header:
@@ -189,28 +195,35 @@ def _header(image: Image.Image, *, loaded: bool) -> Header:
     return Header(image.width, image.height, orientation, image.mode)
 
 
-def to_rgb(image: Image.Image) -> np.ndarray:
-    """A picture of any mode as uint8 [H, W, 3]; 16-bit and float pictures are scaled, alpha is dropped."""
+def to_rgb(image: Image.Image, value_range: tuple[int, int] | None = None) -> np.ndarray:
+    """A picture of any mode as uint8 [H, W, 3]; 16-bit and float pictures are scaled, alpha is dropped.
+
+    `value_range` as in `read_image`.
+    """
     mode = image.mode
     if mode == "RGB":
         return np.array(image)
     if mode.startswith("I") or mode == "F":
-        grey = _grey(np.asarray(image))
+        grey = _grey(np.asarray(image), value_range)
         return np.repeat(grey[:, :, None], 3, axis=2)
     if mode == "LAB":
         return np.array(ImageCms.applyTransform(image, _lab_to_rgb()))
     return np.array(image.convert("RGB"))
 
 
-def _grey(values: np.ndarray) -> np.ndarray:
-    if values.dtype.kind == "f":
+def _grey(values: np.ndarray, value_range: tuple[int, int] | None) -> np.ndarray:
+    low = 0
+    if values.dtype.kind != "f" and value_range is not None:
+        low, high = value_range
+        scale = 255 / (high - low)
+    elif values.dtype.kind == "f":
         values = np.nan_to_num(values.astype(np.float64), posinf=255.0, neginf=0.0)
         scale = 255.0 if values.size and values.min() >= 0 and values.max() <= 1 else 1.0
     else:
         sixteen = values.dtype.itemsize == 2 or not values.size or (values.min() >= 0 and values.max() < 2**16)
         bits = depth(int(values.max(initial=0))) if sixteen else 31
         scale = 255 / (2**bits - 1)
-    return np.clip(np.rint(values * scale), 0, 255).astype(np.uint8)
+    return np.clip(np.rint((values.astype(np.float64) - low) * scale), 0, 255).astype(np.uint8)
 
 
 def depth(largest: int) -> int:

@@ -187,8 +187,11 @@ def read_exemplars(path: str | Path, index: AnnotationIndex) -> Exemplars:
         chosen = [lists.get(int(number), []) for number in index.category_ids]
         ids = np.array([entry["annotation"] for own in chosen for entry in own], dtype=np.int64)
         scores = np.array([entry["score"] for own in chosen for entry in own], dtype=np.float32)
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"exemplars {path}: it does not hold lists of exemplars ({error!r})") from None
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise UserError(
+            f"exemplars {path}: it does not hold lists of exemplars ({error!r}); where it is a run's, remove the file, "
+            "and --resume chooses them again"
+        ) from None
     if fingerprint != index.fingerprint:
         raise UserError(f"exemplars {path} were chosen from other annotations than {index.path} holds now")
     rows = rows_of(ids, index, f"exemplars {path}")

@@ -1,4 +1,4 @@
-"""`data stats`: how long the tail of a data set is, as text, JSON and a picture, and one line of advice.
+"""`data stats`: how long the tail of a data set is, as text, JSON and a picture, and what to run on it.
 
 Counts are those of `ClassStats` (crowds included); box sizes leave crowds out and use COCO's bounds on `area`.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import html
 import textwrap
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from tailfin.data.advice import advise
 from tailfin.data.check import crowd_note, negative_lists_note
 from tailfin.data.index import AnnotationIndex
-from tailfin.errors import UserError
+from tailfin.errors import UserError, printable
 from tailfin.files import write_atomic
 from tailfin.stats import ClassStats, gini, imbalance_factor
 
@@ -29,17 +31,17 @@ GROUP_NAMES = {"r": "rare", "c": "common", "f": "frequent", "": "in no group"}
 GROUP_COLORS = {"r": "#e5484d", "c": "#f0801a", "f": "#2f7de1", "": "#5b7083"}
 SIZE_NAMES = ("small", "medium", "large")
 SIZE_BOUNDS = (32**2, 96**2)  # COCO's, pixels of area
-MILD, LONG = 3.0, 10.0  # imbalance below which plain training is enough, and above which the tail starves
-FEW = 10  # images; LVIS calls such classes rare
-REPEATS = (2.0, 10.0)  # of the rarest class: less changes nothing, more only learns the same pictures by heart
-LEAST_THRESHOLD = 1e-3  # LVIS practice
-BALANCED_LOSS = "seesaw"  # what is advised for many classes with few images
 BARS = " ▁▂▃▄▅▆▇█"
 
 
-def summarize(index: AnnotationIndex, stats: ClassStats) -> dict[str, Any]:
-    """Everything `data stats` knows, as plain values for JSON; classes are ordered by falling image count."""
+def summarize(index: AnnotationIndex, stats: ClassStats, images: Path | None = None) -> dict[str, Any]:
+    """Everything `data stats` knows, as plain values for JSON; classes are ordered by falling image count.
+
+    `images` is the folder of the pictures, where it was named.
+    """
     sizes = np.bincount(np.digitize(index.areas[~index.crowd], SIZE_BOUNDS), minlength=3)
+    long_sides = np.maximum(index.widths, index.heights)
+    advice = advise(stats, index.path, images, float(np.median(long_sides)) if len(index) else 0)
     order = np.lexsort((stats.category_ids, -stats.instance_count, -stats.image_count))
     return {
         "file": str(index.path),
@@ -58,7 +60,7 @@ def summarize(index: AnnotationIndex, stats: ClassStats) -> dict[str, Any]:
         "groups": {name: stats.frequency.count(group) for group, name in GROUP_NAMES.items()},
         "box_sizes": dict(zip(SIZE_NAMES, sizes.tolist(), strict=True)),
         "notes": [note for note in (crowd_note(index), negative_lists_note(index)) if note],
-        "advice": advice(stats),
+        "advice": {**asdict(advice), "more": list(advice.more)},
         "per_class": [
             {
                 "id": int(stats.category_ids[label]),
@@ -70,48 +72,6 @@ def summarize(index: AnnotationIndex, stats: ClassStats) -> dict[str, Any]:
             for label in order.tolist()
         ],
     }
-
-
-def advice(stats: ClassStats) -> str:
-    """One line: which recipe keys to set for these counts, and why.
-
-    Nearly balanced sets (largest class under 3 times the smallest) train plainly. Longer tails get repeat factor
-    sampling with the threshold of `rfs_threshold`; above an imbalance of 10, when classes with at most 10 images exist,
-    also a loss that balances classes, since repeating so few pictures does not make them more varied.
-    """
-    counts = stats.image_count[stats.image_count > 0]
-    if not len(counts):
-        return "no annotations: there is nothing to learn from"
-    imbalance = imbalance_factor(counts)
-    times = f"{imbalance:.2g}" if imbalance < 10 else f"{imbalance:.0f}"
-    shape = f"the largest class has {times} times the images of the smallest"
-    if imbalance < MILD:
-        return f"nearly balanced ({shape}): sampler=plain loss=softmax"
-    threshold = rfs_threshold(stats)
-    share = counts / stats.num_images
-    repeated = int(np.count_nonzero(share < threshold))
-    sampling = (
-        f"sampler=rfs sampler.threshold={threshold:g} (repeats the {repeated} classes"
-        f" in fewer than {int(np.ceil(threshold * stats.num_images))} of {stats.num_images} images; the rarest, in"
-        f" {counts.min()}, comes {np.sqrt(threshold / share.min()):.2g} times as often)"
-    )
-    if imbalance <= LONG:
-        return f"mild tail ({shape}): sampler=plain loss=softmax first; if small classes lag, {sampling}"
-    few = int(np.count_nonzero(counts <= FEW))
-    if few:
-        return f"long tail ({shape}): {sampling} and loss={BALANCED_LOSS}, as {few} classes have at most {FEW} images"
-    return f"long tail ({shape}): {sampling}"
-
-
-def rfs_threshold(stats: ClassStats) -> float:
-    """A threshold t for repeat factor sampling (r = sqrt(t / share)), to two digits.
-
-    t is the image share of the median class, so that half of the classes are repeated; at least LVIS's 1e-3, and within
-    what repeats the rarest class 2 to 10 times. LVIS itself gets 1e-3.
-    """
-    share = stats.image_count[stats.image_count > 0] / max(stats.num_images, 1)
-    least, most = (float(share.min()) * repeats**2 for repeats in REPEATS)
-    return float(f"{min(max(float(np.median(share)), LEAST_THRESHOLD, least), most):.2g}")
 
 
 def print_summary(summary: dict[str, Any], console: Console, *, most: int | None = 40) -> None:
@@ -132,7 +92,7 @@ def print_summary(summary: dict[str, Any], console: Console, *, most: int | None
         ("tail", f"{sparkline(images)} images per class, {max(images)} to {min(images)}, log scale"),
     ]
     for name, text in lines:
-        console.print(Text(f"{name:13}{text}"), soft_wrap=True)
+        console.print(_plain(f"{name:13}{text}"), soft_wrap=True)
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("id", "images", "instances"):
         table.add_column(column, justify="right")
@@ -141,15 +101,24 @@ def print_summary(summary: dict[str, Any], console: Console, *, most: int | None
     rows = list(zip(classes, images, instances, strict=True))
     head = len(rows) if most is None or len(rows) <= most else most // 2
     for entry, image, instance in rows[:head]:
-        table.add_row(str(entry["id"]), str(image), str(instance), entry["frequency"], Text(entry["name"]))
+        table.add_row(str(entry["id"]), str(image), str(instance), entry["frequency"], _plain(entry["name"]))
     if head < len(rows) and most is not None:
         table.add_row("...", "...", "...", "", Text(f"... {len(rows) - 2 * head} more (--all-classes lists them)"))
         for entry, image, instance in rows[-head:]:
-            table.add_row(str(entry["id"]), str(image), str(instance), entry["frequency"], Text(entry["name"]))
+            table.add_row(str(entry["id"]), str(image), str(instance), entry["frequency"], _plain(entry["name"]))
     console.print(table)
     for note in summary["notes"]:
-        console.print(Text(f"note: {note}"), soft_wrap=True)
-    console.print(Text(f"advice: {summary['advice']}"), soft_wrap=True)
+        console.print(_plain(f"note: {note}"), soft_wrap=True)
+    advice = summary["advice"]
+    console.print(_plain(f"advice: {advice['text']}"), soft_wrap=True)
+    for name, text in (("run", advice["command"]), ("measured", advice["source"]), *(("", t) for t in advice["more"])):
+        if text:
+            console.print(_plain(f"  {name:11}{text}"), soft_wrap=True)
+
+
+def _plain(text: str) -> Text:
+    """A line that is no markup, and that a terminal shows as it is."""
+    return Text(printable(text, lines=False))
 
 
 def sparkline(counts: Sequence[float], width: int = 48) -> str:
@@ -209,7 +178,9 @@ def figure(summary: dict[str, Any], areas: NDArray[np.float64]) -> go.Figure:
     )
     picture.update_yaxes(title="images", type="log", dtick=1, row=1, col=1)
     picture.update_xaxes(title="square root of the area, pixels", row=2, col=1)
-    lines = "<br>".join(_label(line) for line in textwrap.wrap(summary["advice"], 110))
+    lines = "<br>".join(
+        _label(line) for line in textwrap.wrap(f"{summary['advice']['text']}: {summary['advice']['command']}", 110)
+    )
     title = f"{_label(Path(summary['file']).name)}<br><sub>{lines}</sub>"
     picture.update_layout(title=title, template="plotly_white", bargap=0.1, height=760, margin={"t": 110})
     return picture
@@ -229,7 +200,7 @@ def write_picture(path: Path, picture: go.Figure) -> None:
 
 def _label(text: str) -> str:
     """A name for use in a chart: shown letter by letter, never read as Plotly's markup."""
-    return html.escape(text, quote=False)
+    return html.escape(printable(text), quote=False)
 
 
 def _finite(value: float) -> float | None:

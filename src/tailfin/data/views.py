@@ -226,7 +226,7 @@ class PretrainingDataset(TrainingDataset):
     def sample(self, epoch: int, row: int, copy: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The first view uint8 [3, H, W] and the target of a key."""
         rng = np.random.default_rng([self.seed, 5, epoch, row, copy])
-        image = self.source.read(row, self.config.max_pixels)
+        image = self.source.read(row, self.config.max_pixels, self.config.value_range)
         own = slice(int(self.clean.offsets[row]), int(self.clean.offsets[row + 1]))
         truth = np.array(self.clean.boxes[own], dtype=np.float32)
         labels = self.source.index.labels[self.clean.rows[own]].astype(np.int64)

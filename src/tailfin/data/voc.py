@@ -169,6 +169,11 @@ def _find(source: Path) -> tuple[dict[str, Found], list[str]]:
                 absent.append(f"{missing[0]}, nor any other of it" if missing else f"{path} is empty")
         if not splits:
             raise UserError(absent[0])
+        used = {xml for _, listed in splits.values() for xml, _ in listed}
+        unlisted = [path.relative_to(folder).as_posix() for path in _visible(folder, recurse=True) if path not in used]
+        if unlisted:
+            files = "1 XML file is" if len(unlisted) == 1 else f"{len(unlisted)} XML files are"
+            absent.append(f"{files} in no list of ImageSets/Main (first: {unlisted[0]})")
         return splits, [f"{text}: left out" for text in absent]
     if _visible(source):
         pictures = _Pictures(source)

@@ -126,13 +126,13 @@ def two_stage(graph: Graph, batch: Tensor, limit: Tensor) -> Found:
 def proposals(model: FasterRCNN, features: dict[str, Tensor], batch: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:
     """Boxes [B, P, 4] of the first stage, and which of them there are, bool [B, P]."""
     rpn, levels = model.rpn, list(features.values())
-    generator = rpn.anchor_generator
-    generator.set_cell_anchors(torch.float32, batch.device)
+    made = rpn.anchor_generator.levels
     objectness, deltas = rpn.head(levels)
     boxes, scores, groups = [], [], []
     before = int(rpn._pre_nms_top_n["testing"])
     for number, (level, logits, delta) in enumerate(zip(levels, objectness, deltas, strict=True)):
-        anchors = _anchors(generator.cell_anchors[number], level, batch)
+        stride = None if made.strides is None else made.strides[number]
+        anchors = _anchors(made.get_buffer(f"level{number}"), level, batch, stride)
         # the sigmoid keeps the order, and 0 is left for places that there are not
         value, place = best(flatten_map(logits, 1)[..., 0].sigmoid(), before)
         own = rows_of(flatten_map(delta, 4), place)
@@ -146,11 +146,12 @@ def proposals(model: FasterRCNN, features: dict[str, Tensor], batch: Tensor, lim
     return rows_of(box, places), values > 0
 
 
-def _anchors(cell: Tensor, level: Tensor, batch: Tensor) -> Tensor:
-    """[h w A, 4], as torchvision places them: the padded picture's sides divided by the level's, rounded down."""
+def _anchors(cell: Tensor, level: Tensor, batch: Tensor, stride: int | None) -> Tensor:
+    """[h w A, 4], `stride` pixels apart; none: as torchvision places them, by the padded picture's sides divided by the
+    level's, rounded down."""
     height, width = level.shape[2], level.shape[3]
-    y = torch.arange(height, device=level.device) * (batch.shape[2] // height)
-    x = torch.arange(width, device=level.device) * (batch.shape[3] // width)
+    y = torch.arange(height, device=level.device) * (batch.shape[2] // height if stride is None else stride)
+    x = torch.arange(width, device=level.device) * (batch.shape[3] // width if stride is None else stride)
     rows, columns = torch.meshgrid(y, x, indexing="ij")
     shift = torch.stack([columns, rows, columns, rows], dim=2).view(-1, 1, 4).float()
     return (shift + cell).view(-1, 4)
@@ -160,33 +161,34 @@ class CanvasPool(nn.Module):
     """RoIAlign of boxes [B, P, 4] from all levels at once: the levels lie one below the other on one map.
 
     The pyramid's levels differ in size, and picking boxes by level is a shape that depends on values. On one map, with
-    a border that repeats each level's last row and column, every box is where its level is.
+    a border that repeats each level's outer rows and columns, every box is where its level is.
     """
 
     def __init__(self, pool: Any) -> None:
         super().__init__()
         self.pool = pool
 
-    def forward(self, features: dict[str, Tensor], boxes: list[Tensor], sizes: Any) -> Tensor:
+    def forward(self, features: dict[str, Tensor], boxes: list[Tensor], sizes: Any, places: Any = None) -> Tensor:
         pool, every = self.pool, boxes[0]
         batch, count = every.shape[0], every.shape[1]
         levels = [features[name] for name in pool.featmap_names]
         flat = every.flatten(0, 1)
         scale = flat.new_tensor(pool.scales)
-        full = levels[0].shape[3] + 1
+        full = levels[0].shape[3] + 2
         rows, starts, start = [], [], 0
         for level in levels:
-            padded = F.pad(level, (0, 1, 0, 1), mode="replicate")
+            padded = F.pad(level, (1, 1, 1, 1), mode="replicate")
             rows.append(F.pad(padded, (0, full - padded.shape[3])))
-            starts.append(torch.arange(start, start + 1, device=flat.device))
+            starts.append(torch.arange(start, start + 1, device=flat.device) + 1)
             start = start + padded.shape[2]
         which = pool.map_levels([flat]) if len(levels) > 1 else torch.zeros_like(flat[:, 0], dtype=torch.int64)
         offset = torch.cat(starts)[which].to(flat)
-        zero = torch.zeros_like(offset)
-        placed = flat * scale[which][:, None] + torch.stack([zero, offset, zero, offset], dim=1)
+        one = torch.ones_like(offset)
+        placed = flat * scale[which][:, None] + torch.stack([one, offset, one, offset], dim=1)
         picture = torch.arange(batch, device=flat.device)[:, None].expand(-1, count).reshape(-1, 1).to(flat)
         rois = torch.cat([picture, placed], dim=1)
-        return cast(Tensor, roi_align(torch.cat(rows, dim=2), rois, pool.output_size, 1.0, pool.sampling_ratio))
+        joined = torch.cat(rows, dim=2)
+        return cast(Tensor, roi_align(joined, rois, pool.output_size, 1.0, pool.sampling_ratio, pool.aligned))
 
 
 class _pooled_as_batch:

@@ -269,5 +269,7 @@ def _photos(detector: Detector, given: Sequence[str | Path] | None) -> list[Tens
                 "without (--no-check)"
             )
     step = max(1, len(files) // PHOTOS)
-    arrays = [read_image(file, max_pixels=data.max_pixels) for file in files[::step][:PHOTOS]]
+    arrays = [
+        read_image(file, max_pixels=data.max_pixels, value_range=data.value_range) for file in files[::step][:PHOTOS]
+    ]
     return [to_test_size(torch.from_numpy(array).permute(2, 0, 1).contiguous(), data) for array in arrays]

@@ -15,6 +15,7 @@ Everything but the class-specific layers keeps its bits in steps 1 and 2. With m
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,12 +26,14 @@ import torch
 from numpy.typing import NDArray
 
 from tailfin.checkpoint import content_hash, file_hash, load_model_file, save_model
+from tailfin.class_rows import class_names, read_aliases
 from tailfin.data import smooth_tail
 from tailfin.data.dataset import TrainingDataset
 from tailfin.data.smooth_tail import Exemplars, PlannedStep, planned_steps
 from tailfin.errors import UserError, nearest
 from tailfin.exemplar_scores import read_scores, score_annotations
-from tailfin.files import write_json, writing
+from tailfin.files import read_object, write_json, writing
+from tailfin.joins import join_classes
 from tailfin.methods.drcl import start
 from tailfin.models import build_detector
 from tailfin.models.detector import Detector
@@ -43,6 +46,7 @@ from tailfin.schema.backbones import NAMED_WEIGHTS
 from tailfin.schema.recipe import Recipe
 from tailfin.schema.stepwise import EVERYTHING, Stepwise
 from tailfin.schema.training import Sampler
+from tailfin.stats import ClassStats
 from tailfin.weights import load_whole, memories
 
 
@@ -50,7 +54,7 @@ def train(run: Run) -> None:
     """All steps, each measured; an interrupted run goes on inside the step, or the selection, that it was in."""
     settings = run.recipe.stepwise
     assert settings is not None
-    parts = smooth_tail.divide(run.stats.image_count, settings.division, settings.boundary)
+    parts = class_parts(run.recipe, run.stats, run.out / "stages" / run.planned("base").folder / "model.safetensors")
     planned = planned_steps(settings, parts)
     files = {step.name: smooth_tail.read_kept(_file(run, step.file), run.train.index) for step in planned if step.file}
     chosen = given_exemplars(run, settings, planned)
@@ -71,6 +75,29 @@ def train(run: Run) -> None:
     metrics = run.finish(model)
     if metrics is not None:
         on_main(run.accelerator, lambda: write_json(_metrics_file(run, name), metrics, indent=1))
+
+
+def class_parts(recipe: Recipe, stats: ClassStats, begun: Path | None = None) -> NDArray[np.int64]:
+    """Part of each class, int64 [C]: by its training images, or 0 for a class that `weights` knows and 1 for a new one.
+
+    `begun` is the copy of the given detector in a run that has begun, which remembers the classes.
+    """
+    settings = recipe.stepwise
+    assert settings is not None
+    if settings.parts == "images":
+        return smooth_tail.divide(stats.image_count, settings.division, settings.boundary)
+    if begun is not None and begun.exists():
+        old = json.loads(load_model_file(begun).metadata["known"])
+    else:
+        old = class_names(recipe.weights)
+    if old is None:
+        raise UserError(f"stepwise.parts known: weights {recipe.weights} is no model file, which says its classes")
+    aliases = read_aliases(recipe.classes.map) if recipe.classes.map else None
+    parts = (join_classes(stats.names, old, aliases).rows < 0).astype(np.int64)
+    if not parts.any() or parts.all():
+        many = "all" if not parts.any() else "none"
+        raise UserError(f"stepwise.parts known: {recipe.weights} knows {many} of the data's {len(parts)} classes")
+    return parts
 
 
 def given_exemplars(run: Run, settings: Stepwise, planned: Sequence[PlannedStep]) -> Exemplars | None:
@@ -203,6 +230,7 @@ def _given(run: Run, steps: Sequence[PlannedStep]) -> Detector:
     recipe = run.final_recipe = planned.recipe
     if recipe.weights in NAMED_WEIGHTS:
         raise UserError(f"stepwise.base given needs a trained detector: weights is {recipe.weights}, not a model file")
+    torch.manual_seed(recipe.seed)  # classes that the weights lack start the same on every process
     model, notes = build_detector(recipe, run.stats, start=not path.exists())
     check_trains(model, steps)
     if path.exists():
@@ -216,7 +244,8 @@ def _given(run: Run, steps: Sequence[PlannedStep]) -> Detector:
 
         def save() -> None:
             if not path.exists():
-                save_model(path, model, recipe, run.stats, parents=[source], stage="base")
+                known = json.dumps(class_names(recipe.weights))
+                save_model(path, model, recipe, run.stats, parents=[source], stage="base", known=known)
 
         on_main(run.accelerator, save)
     run.parents = [*run.parents, content_hash(path)]
@@ -311,9 +340,16 @@ def _copy(run: Run, recipe: Recipe, trained: Detector) -> Detector:
 
 
 def _measure(run: Run, model: Detector, name: str) -> None:
-    """Metrics of a finished step in its folder, once."""
+    """Metrics of a finished step in its folder, once; a damaged file is made anew."""
     path = _metrics_file(run, name)
-    if run.val is not None and on_main(run.accelerator, lambda: not path.exists()):
+
+    def missing() -> bool:
+        try:
+            return "protocol" not in read_object(path, "metrics")
+        except UserError:
+            return True
+
+    if run.val is not None and on_main(run.accelerator, missing):
         metrics = run.measure(model.to(run.accelerator.device))
         on_main(run.accelerator, lambda: write_json(path, metrics, indent=1))
 

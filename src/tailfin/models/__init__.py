@@ -2,34 +2,35 @@
 
 from __future__ import annotations
 
-import argparse
-import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from torch import Tensor
 
 from tailfin import losses
 from tailfin.checkpoint import FORMAT, read_safetensors
-from tailfin.errors import UserError, nearest
+from tailfin.class_rows import read_aliases
+from tailfin.errors import UserError
 from tailfin.files import existing_file, read_object
+from tailfin.foreign import read_checkpoint
 from tailfin.losses.base import ClassificationLoss
 from tailfin.models.atss import build_atss
 from tailfin.models.backbones import Backbone, pyramid_backbone
 from tailfin.models.bodies import build_body, named_state
 from tailfin.models.cascade_rcnn import CascadeRCNN, build_cascade_rcnn
+from tailfin.models.coco_weights import coco_state, differing_settings
+from tailfin.models.convert_detectron2 import is_detectron2
+from tailfin.models.convert_mmdetection import is_mmdetection
 from tailfin.models.convert_torchvision import (
-    convert_rcnn,
-    convert_retinanet,
     is_torchvision_rcnn,
     is_torchvision_retinanet,
+    released_rcnn,
+    released_retinanet,
 )
 from tailfin.models.detector import Detector, Limits
 from tailfin.models.detr_convert import (
-    Released,
     convert_released,
     convert_transformers,
     is_released,
@@ -40,6 +41,7 @@ from tailfin.models.features import build_features, replaced_loss
 from tailfin.models.heads import check_features_fit, refuse_untrained, wrap_trained
 from tailfin.models.localizer import build_localizer
 from tailfin.models.mask_rcnn import build_mask_rcnn
+from tailfin.models.released import Released
 from tailfin.models.rescoring import build_rescorer
 from tailfin.models.retinanet import build_retinanet
 from tailfin.schema.backbones import NAMED_WEIGHTS
@@ -63,23 +65,24 @@ def build_detector(recipe: Recipe, stats: ClassStats, *, start: bool = True) -> 
     if start:
         refuse_untrained(getattr(recipe.detector, "classifier", None))
     body, whole = _starting_weights(recipe, source)
-    released = None
     loss = losses.build(recipe.loss.name, stats, **recipe.loss.options)
     loss = replaced_loss(recipe.features, stats, loss)
     if recipe.data.unchecked_classes == "ignore" and not loss.classes_first:
         raise UserError(
             f"data.unchecked_classes: ignore needs a loss with a logit for each class, {recipe.loss.name} has none"
         )
+    released = None if whole is None else Released(whole)
     if body is not None and (convert := RELEASED.get(recipe.detector.name)):
         released = convert(body, stats, loss, source)
-        whole, body = (None, body) if released is None else (released.state, None)
+        body = None if released is not None else body
     model = BUILDERS[recipe.detector.name](recipe, stats, loss, body, source)
     if recipe.calibration is not None:
         model.rescore = build_rescorer(recipe.calibration, stats, model.loss)
     if released is not None:
-        return model, [*released.notes, *load_weights(model, released.state, source, stats.names, old=released.names)]
-    if whole is not None:
-        return model, load_weights(model, whole, source, stats.names)
+        aliases = read_aliases(recipe.classes.map) if recipe.classes.map else None
+        said = load_weights(model, released.state, source, stats.names, old=released.names, aliases=aliases)
+        notes = differing_settings(recipe.detector) if source == "coco" else []
+        return model, [*said, *released.notes, *notes]
     return model, [f"backbone: {source}"] if body is not None else ["random start"]
 
 
@@ -152,7 +155,12 @@ def _dense(
     config = cast(RetinaNetConfig | ATSSConfig, recipe.detector)
     own = build_body(recipe, config, body, source)
     backbone = pyramid_backbone(
-        own, layers=config.fpn_layers, channels=config.fpn_channels, convs=config.fpn_convs, init=config.init
+        own,
+        layers=config.fpn_layers,
+        channels=config.fpn_channels,
+        convs=config.fpn_convs,
+        relu=config.fpn_convs_relu,
+        init=config.init,
     )
     return build(backbone, loss, config, _limits(recipe), channels_last=recipe.schedule.channels_last)
 
@@ -189,8 +197,7 @@ BUILDERS: dict[str, Builder] = {
 def _released_retinanet(
     state: dict[str, Tensor], stats: ClassStats, loss: ClassificationLoss, source: str
 ) -> Released | None:
-    known = is_torchvision_retinanet(state)
-    return Released(convert_retinanet(state, stats.names, loss.num_logits, source)) if known else None
+    return released_retinanet(state, stats.names, source) if is_torchvision_retinanet(state) else None
 
 
 def _released_detr(
@@ -204,8 +211,7 @@ def _released_detr(
 def _released_rcnn(
     masks: bool, state: dict[str, Tensor], stats: ClassStats, loss: ClassificationLoss, source: str
 ) -> Released | None:
-    known = is_torchvision_rcnn(state)
-    return Released(convert_rcnn(state, stats.names, loss.num_logits, source, masks=masks)) if known else None
+    return released_rcnn(state, stats.names, source, masks=masks) if is_torchvision_rcnn(state) else None
 
 
 # by `detector.name`: weights of a whole detector in another project's names to tailfin's; None for anything else
@@ -221,13 +227,22 @@ def _starting_weights(recipe: Recipe, weights: str) -> tuple[dict[str, Tensor] |
     """(weights of the body, weights of a whole detector), at most one of them."""
     if weights == "none":
         return None, None
+    if weights == "coco":
+        return coco_state(recipe.detector), None
     if weights in NAMED_WEIGHTS:
         return named_state(recipe, weights), None
     path, part = _file_and_part(weights)
     if path.suffix == ".safetensors":
         state, metadata = read_safetensors(path)
         return (None, state) if metadata.get("format") == FORMAT else (state, None)
-    return _read_pickle(path, part), None
+    checkpoint = read_checkpoint(path, part)
+    for project, known in (("detectron2", is_detectron2), ("mmdetection", is_mmdetection)):
+        if known(checkpoint.state):
+            raise UserError(
+                f"weights {path} are a detector of {project}: convert it first, `tailfin convert {path} --recipe "
+                "RECIPE --classes FILE --out model.safetensors`, and start from that file"
+            )
+    return checkpoint.state, None
 
 
 def _file_and_part(weights: str) -> tuple[Path, str]:
@@ -240,6 +255,8 @@ def _file_and_part(weights: str) -> tuple[Path, str]:
 
 def _labels_beside(source: str) -> list[str] | None:
     """Class names of a checkpoint of transformers, from the config.json beside its file; None without one."""
+    if source == "coco":
+        return None
     config = _file_and_part(source)[0].with_name("config.json")
     if not config.is_file():
         return None
@@ -248,31 +265,3 @@ def _labels_beside(source: str) -> list[str] | None:
         return [str(labels[str(number)]) for number in range(len(labels))]  # type: ignore[index, arg-type]
     except (KeyError, TypeError):
         raise UserError(f"{config}: its id2label does not name the classes 0, 1, ...") from None
-
-
-# dictionaries in which a checkpoint keeps its weights, the first that it has; step-wise learning's released code keeps
-# the expert in `model_l0` and the student of its last step, which is the result, in `model_l1`
-STATES = ("model", "state_dict", "model_l1")
-
-
-def _read_pickle(path: Path, part: str = "") -> dict[str, Tensor]:
-    """The state dict of a backbone or of a released detector (.pth); a pickle that wants code is refused."""
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # the options in a released checkpoint
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise UserError(
-            f"weights {path} cannot be read as plain tensors: {' '.join(str(error).split())[:160]}"
-        ) from None
-    if isinstance(state, dict):
-        if part and part not in state:
-            raise UserError(f'weights {path}: there is no "{part}" in it{nearest(part, [str(key) for key in state])}')
-        part = part or next((key for key in STATES if key in state), "")
-        state = state[part] if part else state
-        if part == STATES[-1]:
-            text = f"{path}: {part}, the student of its last step, is taken; {path}#model_l0 would be the expert"
-            warnings.warn(text, UserWarning, stacklevel=2)
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(f"weights {path} hold no dictionary of tensors")
-    parallel = bool(state) and all(key.startswith("module.") for key in state)  # saved around DistributedDataParallel
-    return {key.removeprefix("module."): value for key, value in state.items()} if parallel else state

@@ -22,7 +22,7 @@ from urllib.error import URLError
 import torch
 import torchvision
 from torch import Tensor, nn
-from torchvision.models.resnet import BasicBlock
+from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.ops import FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import (
     ExtraFPNBlock,
@@ -33,6 +33,7 @@ from torchvision.ops.feature_pyramid_network import (
 
 from tailfin.errors import UserError
 from tailfin.models.images import MEAN, STD
+from tailfin.schema.backbones import CAFFE
 
 IMAGENET_WEIGHTS = {
     "resnet18": "ResNet18_Weights.IMAGENET1K_V1",
@@ -168,7 +169,9 @@ class Backbone(nn.Module):
     @property
     def level_names(self) -> list[str]:
         """Names of the levels of `level_strides`."""
-        further = {LastLevelMaxPool: ["pool"], LastLevelP6P7: ["p6", "p7"]}.get(type(self.fpn.extra_blocks), [])
+        further = {LastLevelMaxPool: ["pool"], LastLevelP6P7: ["p6", "p7"], PlainP6P7: ["p6", "p7"]}.get(
+            type(self.fpn.extra_blocks), []
+        )
         return [*self.strides, *further]
 
     @property
@@ -179,8 +182,15 @@ class Backbone(nn.Module):
 
 
 def resnet_body(name: str, *, norm: str) -> Body:
-    """torchvision's ResNet (resnet18, 34, 50, 101) with random weights and the norm of a key of `NORMS`."""
-    network = getattr(torchvision.models, name)(weights=None, norm_layer=NORMS[norm])
+    """torchvision's ResNet (resnet18, 34, 50, 101) with random weights and the norm of a key of `NORMS`.
+
+    resnet50_caffe and resnet101_caffe have the stride of a block in its first 1x1 convolution, as the networks of He et
+    al. that detectron2 and mmdetection's caffe style start from.
+    """
+    network = getattr(torchvision.models, CAFFE.get(name, name))(weights=None, norm_layer=NORMS[norm])
+    for block in network.modules() if name in CAFFE else ():
+        if isinstance(block, Bottleneck):
+            block.conv1.stride, block.conv2.stride = block.conv2.stride, block.conv1.stride
     expansion = network.layer1[0].expansion
     widths = {f"layer{number}": expansion * 32 * 2**number for number in range(1, 5)}
     parts = {name: module for name, module in network.named_children() if name not in ("avgpool", "fc")}
@@ -223,6 +233,7 @@ def pyramid_backbone(
     channels: int,
     pool: bool = False,
     convs: str = "none",
+    relu: bool = True,
     init: str = "torchvision",
 ) -> Backbone:
     """A feature pyramid on a body.
@@ -233,6 +244,7 @@ def pyramid_backbone(
         pool: one more level, max-pooled from the last.
         convs: two more levels, "p6" and "p7", by 3x3 convolutions of stride 2, the first one on the "body"'s last layer
             or on the "pyramid"'s last level; "none" for none. In the place of `pool`.
+        relu: before the second of them.
         init: of the first weights: "torchvision" (Kaiming, uniform, by the inputs alone) or "xavier" (uniform).
     """
     names = body.layer_names
@@ -240,7 +252,8 @@ def pyramid_backbone(
     widths = [body.channels[layer] for layer in taken]
     extra: ExtraFPNBlock = LastLevelMaxPool() if pool else _NoExtraLevel()
     if convs != "none":
-        extra = LastLevelP6P7(widths[-1] if convs == "body" else channels, channels)
+        kind = LastLevelP6P7 if relu else PlainP6P7
+        extra = kind(widths[-1] if convs == "body" else channels, channels)
         extra.use_P5 = convs == "pyramid"  # torchvision guesses it from the widths
     pyramid = FeaturePyramidNetwork(widths, channels, extra_blocks=extra)
     if init == "xavier":
@@ -289,6 +302,14 @@ def imagenet_state(name: str) -> dict[str, Tensor]:
 def _strides(layers: Mapping[str, int]) -> dict[str, int]:
     """A residual network halves the picture twice before its first layer and once in every later one."""
     return {name: 4 * 2**number for number, name in enumerate(layers)}
+
+
+class PlainP6P7(LastLevelP6P7):
+    """torchvision's levels P6 and P7 without the ReLU before P7, as mmdetection has them."""
+
+    def forward(self, p: list[Tensor], c: list[Tensor], names: list[str]) -> tuple[list[Tensor], list[str]]:
+        p6 = self.p6(p[-1] if self.use_P5 else c[-1])
+        return [*p, p6, self.p7(p6)], [*names, "p6", "p7"]
 
 
 class _NoExtraLevel(LastLevelMaxPool):

@@ -1,13 +1,14 @@
-"""The body of a recipe's backbone, a ResNet or timm's, and what it starts from."""
+"""The body of a recipe's backbone, a ResNet, timm's or DINOv3's, and what it starts from."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
 from tailfin.errors import UserError
+from tailfin.models import dinov3_body
 from tailfin.models.backbones import Body, imagenet_state, load_body, resnet_body, small_body
 from tailfin.models.timm_body import body_state, packaged_state, pretrained_state, timm_body
-from tailfin.schema.backbones import TIMM
+from tailfin.schema.backbones import DINOV3_NAMES, TIMM
 from tailfin.schema.detectors import DeformableDETRConfig, DetectorSection
 from tailfin.schema.recipe import Recipe
 
@@ -20,6 +21,9 @@ def build_body(recipe: Recipe, config: DetectorSection, state: dict[str, Tensor]
     elif recipe.backbone.startswith(TIMM):
         body = timm_body(recipe.backbone, norm=config.norm)
         state = None if state is None else body_state(recipe.backbone, state, source)
+    elif recipe.backbone in DINOV3_NAMES:
+        body = dinov3_body.dinov3_body(recipe.backbone)
+        state = None if state is None else dinov3_body.body_state(state)
     else:
         body = resnet_body(recipe.backbone, norm=config.norm)
     if state is not None:
@@ -34,6 +38,8 @@ def named_state(recipe: Recipe, weights: str) -> dict[str, Tensor]:
         return packaged_state(recipe.backbone)
     if recipe.backbone.startswith(TIMM):
         return pretrained_state(recipe.backbone)
+    if recipe.backbone in DINOV3_NAMES:
+        return dinov3_body.load_published(recipe.backbone)
     if recipe.detector.norm == "gn":
         raise UserError('weights: imagenet has batch norm and does not fit detector.norm "gn"')
     return imagenet_state(recipe.backbone)

@@ -18,7 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tailfin.errors import UserError
 from tailfin.losses.base import ClassificationLoss
+from tailfin.losses.softmax import Softmax
 from tailfin.models.backbones import Backbone
 from tailfin.models.cascade import refine_boxes
 from tailfin.models.detector import Detections, Limits, Targets
@@ -33,6 +35,8 @@ from tailfin.models.row_sampling import Proposals, padded
 from tailfin.models.rpn import RPN
 from tailfin.schema.detectors import CascadeRCNNConfig
 from tailfin.stats import ClassStats
+
+TINY = 1e-30  # below every probability that matters
 
 
 class CascadeHeads(nn.Module):
@@ -111,12 +115,15 @@ class CascadeRCNN(FasterRCNN):
         masks: Sequence[MaskBranch] = (),
         *,
         own_masks: bool = False,
+        mean: str = "logits",
         **options: Any,
     ) -> None:
-        """`own_masks`: every class has a mask filter of its own; `options` are those of `FasterRCNN`."""
+        """`own_masks`: every class has a mask filter of its own; `mean`: of which the stages' is taken, "logits" or
+        "scores", the probabilities of a softmax (detectron2); `options` are those of `FasterRCNN`."""
         super().__init__(backbone, rpn, roi_heads, **options)  # type: ignore[arg-type]
         self.masks = nn.ModuleList(masks)
         self.own_masks = own_masks
+        self.mean_of = mean
         if masks:
             self.kinds = ("bbox", "segm")
 
@@ -129,16 +136,18 @@ class CascadeRCNN(FasterRCNN):
     def second_stage(
         self, features: dict[str, Tensor], proposals: list[Tensor], image_sizes: list[tuple[int, int]]
     ) -> tuple[list[Tensor], Tensor, Tensor]:
-        """The last stage's boxes, the mean logits of all stages, the last one's deltas."""
+        """The last stage's boxes, the mean logits of all stages (of probabilities: the mean's logarithms, which a
+        softmax turns into that mean), the last one's deltas."""
         heads, every = self.roi_heads.heads(), []
         for stage, own in enumerate(heads):
             logits, deltas = own.predict(features, proposals, image_sizes)
-            every.append(logits)
+            every.append(logits if self.mean_of == "logits" else logits.softmax(dim=1))
             if stage + 1 < len(heads):
                 moved = self.roi_heads.next_proposals(stage, proposals, logits, deltas, image_sizes)
                 assert isinstance(moved, list)
                 proposals = moved
-        return proposals, torch.stack(every).mean(dim=0), deltas
+        mean = torch.stack(every).mean(dim=0)
+        return proposals, mean if self.mean_of == "logits" else mean.clamp(min=TINY).log(), deltas
 
     def losses(self, outputs: Outputs, targets: Targets) -> dict[str, Tensor]:
         rpn = self.rpn_losses(outputs.rpn, targets)
@@ -201,6 +210,11 @@ def build_cascade_rcnn(
     channels_last: bool = False,
 ) -> CascadeRCNN:
     """Assemble the detector; each stage has a copy of `loss`, of which it makes its own statistics."""
+    if config.stage_mean == "scores" and not isinstance(loss, Softmax):
+        raise UserError(
+            f"detector.stage_mean scores takes the mean of softmax probabilities, and the loss {type(loss).__name__} "
+            "has other scores: set detector.stage_mean=logits"
+        )
     rpn = build_rpn(config, stats, backbone)
     stages = [
         build_box_head(backbone, copy.deepcopy(loss), config, limits, stats, fg_iou=iou, box_stds=stds)
@@ -213,5 +227,6 @@ def build_cascade_rcnn(
         CascadeHeads(stages, config.stage_weights),
         masks,
         own_masks=config.masks and config.masks_by_class == "class_specific",
+        mean=config.stage_mean,
         **options_of(config, limits, channels_last),
     )

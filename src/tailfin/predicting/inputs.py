@@ -19,6 +19,7 @@ from tailfin.data.images import picture_suffixes, read_image
 from tailfin.errors import UserError
 from tailfin.files import existing_file, read_text
 from tailfin.pictures import VIDEOS, find_pictures
+from tailfin.schema.data import Data
 
 MARK = "://"
 
@@ -50,13 +51,13 @@ def is_video(name: str) -> bool:
     return PurePosixPath(name).suffix.lower() in VIDEOS
 
 
-def read_input(name: str, max_pixels: int) -> np.ndarray:
+def read_input(name: str, config: Data) -> np.ndarray:
     """A picture, uint8 [H, W, 3]; one that cannot be read is a `UserError`."""
     if MARK not in name:
-        return read_image(name, max_pixels=max_pixels)
+        return read_image(name, max_pixels=config.max_pixels, value_range=config.value_range)
     with fetched(name) as path:
         try:
-            return read_image(path, max_pixels=max_pixels)
+            return read_image(path, max_pixels=config.max_pixels, value_range=config.value_range)
         except UserError as error:
             raise UserError(str(error).replace(str(path), name)) from None
 
@@ -87,7 +88,7 @@ class fetched:
 
 
 def decoded(
-    names: Iterable[tuple[int, str]], max_pixels: int, *, threads: int, ahead: int
+    names: Iterable[tuple[int, str]], config: Data, *, threads: int, ahead: int
 ) -> Iterator[tuple[int, str, np.ndarray | UserError]]:
     """(number, name, picture or what is wrong with it) in order, `ahead` of them decoded before they are asked for."""
     with ThreadPoolExecutor(max(1, threads)) as pool:
@@ -102,7 +103,7 @@ def decoded(
 
         try:
             for number, name in names:
-                waiting.append((number, name, pool.submit(read_input, name, max_pixels)))
+                waiting.append((number, name, pool.submit(read_input, name, config)))
                 if len(waiting) > ahead:
                     yield first()
             while waiting:

@@ -28,6 +28,7 @@ from tailfin.predicting.writers import Found, format_of, free_stem, images_file,
 from tailfin.processes import limit_threads, on_main, process_state
 from tailfin.progress import Progress
 from tailfin.report.draw import draw_detections
+from tailfin.schema.data import Data
 
 SCORE = 0.05  # for files, where the model has no operating points
 SMALL = 480  # a drawing has at least this long a side, so that labels leave room for what they name
@@ -150,11 +151,11 @@ def _detect(
         options.draw.mkdir(parents=True, exist_ok=True)
     pictures = ((n, pieces.inputs[n]) for piece in own for n in pieces.numbers(piece) if not is_video(pieces.inputs[n]))
     ahead = 2 * options.batch + threads
-    stream = decoded(pictures, detector.recipe.data.max_pixels, threads=threads, ahead=ahead)
+    stream = decoded(pictures, detector.recipe.data, threads=threads, ahead=ahead)
     with Progress("predict", done + left, start=done, enabled=shown) as progress:
         for piece in own:
             records: list[Record] = []
-            for group in _groups(_of_piece(pieces, piece, stream, detector.recipe.data.max_pixels), options.batch):
+            for group in _groups(_of_piece(pieces, piece, stream, detector.recipe.data), options.batch):
                 good = [(number, frame, pixels) for number, frame, pixels in group if isinstance(pixels, np.ndarray)]
                 for number, frame, problem in group:
                     if isinstance(problem, UserError):
@@ -182,7 +183,7 @@ def _detect(
 
 
 def _of_piece(
-    pieces: Pieces, piece: int, stream: Iterator[tuple[int, str, Any]], max_pixels: int
+    pieces: Pieces, piece: int, stream: Iterator[tuple[int, str, Any]], config: Data
 ) -> Iterator[tuple[int, int, Any]]:
     """(number, frame or -1, pixels or what is wrong) of the inputs of a piece."""
     for number in pieces.numbers(piece):
@@ -193,7 +194,7 @@ def _of_piece(
             continue
         try:
             with fetched(name) as path:
-                for frame, (_, pixels) in enumerate(read_pictures([path], max_pixels)):
+                for frame, (_, pixels) in enumerate(read_pictures([path], config)):
                     yield number, frame, pixels
         except UserError as error:
             yield number, -1, error

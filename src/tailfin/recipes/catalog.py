@@ -48,18 +48,23 @@ class Found:
     overrides: tuple[str, ...] = ()  # of a published row
 
     @property
+    def packaged(self) -> bool:
+        """Whether it is one of the package's, not a file of the user's own."""
+        return FOLDER in self.path.parents
+
+    @property
     def text(self) -> str:
         """The YAML text of the whole file."""
         return read_text(self.path, "recipe")
 
     def values(self) -> dict[str, Any]:
         """The recipe's plain values, named, with its variant and overrides applied."""
-        base, variants = _parsed(self.path) if FOLDER in self.path.parents else parse_recipe(self.text, str(self.path))
+        base, variants = _parsed(self.path) if self.packaged else parse_recipe(self.text, str(self.path))
         values = copy.deepcopy(base)
         given = values.get("name")
         if self.variant:
             values = with_variant(values, _chosen(variants, self.variant, self.label))
-            if FOLDER in self.path.parents:  # the base's command names the base
+            if self.packaged:  # the base's command names the base
                 command = values["about"]["command"]
                 values["about"]["command"] = command.replace(f"{_file_name(self.path)} ", f"{self.name} ")
         values["name"] = self.name if given is None else f"{given}:{self.variant}" if self.variant else given

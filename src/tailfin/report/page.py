@@ -19,6 +19,7 @@ import jinja2
 import plotly.graph_objects as go
 from markupsafe import Markup
 
+from tailfin.errors import printable
 from tailfin.report.runs import Run
 
 # Told apart by people with any kind of colour vision, and readable on white and on near-black.
@@ -54,7 +55,7 @@ def color(index: int) -> str:
 
 def label(text: object) -> str:
     """A name for use in a chart: shown letter by letter, never read as Plotly's markup."""
-    return html.escape(str(text), quote=False)
+    return html.escape(printable(str(text)), quote=False)
 
 
 def group_name(key: object) -> str:
@@ -122,11 +123,17 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     return rows
 
 
+def _visible(value: Any) -> Any:
+    """Text on its way to the page: marks that would turn the direction of what follows are shown, not obeyed."""
+    return printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
 @functools.cache
 def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
+        finalize=_visible,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

@@ -98,17 +98,20 @@ class BatchPlan:
             return class_aware_order(*self._labels, len(self.rows), rng)
         if self.sampler.name == "plain":
             return rng.permutation(self.rows)
-        progress = min(1.0, (epoch + self.sampler.first_epoch) / self.epochs)
+        per_image = self.image_factors(epoch)
+        if self.sampler.name in WITH_REPLACEMENT:
+            return rng.choice(self.rows, len(self.rows), p=per_image / per_image.sum())
+        repeats = round_factors(per_image, self.sampler.rounding, rng.random(len(self.rows)))
+        return rng.permutation(np.repeat(self.rows, repeats))
+
+    def image_factors(self, epoch: int) -> NDArray[np.float64]:
+        """Repeat factor of every image that takes part, float64 [len(rows)], by the sampler's policy."""
         sampler = self.sampler
+        progress = min(1.0, (epoch + sampler.first_epoch) / self.epochs)
         factors = category_factors(
             self.stats, sampler.name, sampler.threshold, progress, exponent=sampler.exponent, alpha=sampler.alpha
         )
-        per_image = image_factors(factors, *self._labels, len(self.index))[self.rows]
-        if sampler.name in WITH_REPLACEMENT:
-            return rng.choice(self.rows, len(self.rows), p=per_image / per_image.sum())
-        uniform = rng.random(len(self.rows))
-        repeats = round_factors(per_image, sampler.rounding, uniform)
-        return rng.permutation(np.repeat(self.rows, repeats))
+        return image_factors(factors, *self._labels, len(self.index))[self.rows]
 
     def epoch(self, epoch: int) -> NDArray[np.int64]:
         """Batches of an epoch: int64 [batches, batch, 2] of (image row, how often it came before in this epoch).

@@ -33,6 +33,8 @@ from tailfin.stats import ClassStats
 Policy = Literal["rfs", "irfs", "dynamic", "eirfs", "eirfs_paper"]
 POLICIES = get_args(Policy)
 WITH_REPLACEMENT = ("eirfs", "eirfs_paper")  # images are drawn with chances as their factors
+REPEATS = (2.0, 10.0)  # of the rarest class: less changes nothing, more only learns the same pictures by heart
+LEAST_THRESHOLD = 1e-3  # LVIS practice
 Rounding = Literal["stochastic", "ceil", "floor", "round"]
 
 
@@ -64,26 +66,43 @@ def category_factors(
     for name, value in (("exponent", exponent), ("alpha", alpha)):
         if not 0 <= value < float("inf"):
             raise UserError(f"{name} must not be negative (given: {value})")
-    image_count = np.asarray(stats.image_count, dtype=np.float64)
-    instances = np.asarray(stats.instance_count, dtype=np.float64)
+    share = class_shares(stats, policy, progress)
     if policy == "eirfs":
-        seen = np.maximum(image_count, 1.0)
-        share = np.sqrt(seen / seen.sum() * (instances + 1) / (instances + 1).sum())
         return _exponential(threshold / share, exponent, alpha)
-    images = image_count / max(float(stats.num_images), 1.0)
-    instances = instances / max(instances.sum(), 1.0)
     with np.errstate(divide="ignore", invalid="ignore"):
-        if policy == "rfs":
-            share = images
-        elif policy == "dynamic":
-            share = images * instances / (progress * images + (1 - progress) * instances)
-        else:  # irfs, eirfs_paper
-            share = np.sqrt(images * instances)
         known = np.isfinite(share) & (share > 0)
         ratio = np.where(known, threshold / share, 0.0)
     if policy == "eirfs_paper":
         return np.where(known, _exponential(ratio, exponent, alpha), 1.0)
     return np.where(known, np.maximum(1.0, ratio**exponent), 1.0)
+
+
+def class_shares(stats: ClassStats, policy: str = "rfs", progress: float = 0.0) -> NDArray[np.float64]:
+    """f_c, what a class's threshold is compared with, float64 [C]; 0 or NaN of a class without training image."""
+    image_count = np.asarray(stats.image_count, dtype=np.float64)
+    instances = np.asarray(stats.instance_count, dtype=np.float64)
+    if policy == "eirfs":
+        seen = np.maximum(image_count, 1.0)
+        return np.sqrt(seen / seen.sum() * (instances + 1) / (instances + 1).sum())
+    images = image_count / max(float(stats.num_images), 1.0)
+    instances = instances / max(instances.sum(), 1.0)
+    if policy == "rfs":
+        return images
+    if policy == "dynamic":
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return images * instances / (progress * images + (1 - progress) * instances)
+    return np.sqrt(images * instances)  # irfs, eirfs_paper
+
+
+def repeating_threshold(share: NDArray[np.float64]) -> float:
+    """A threshold t for repeat factors r = sqrt(t / share) of classes with these shares, to two digits.
+
+    t is the share of the median class, so that half of the classes are repeated; at least LVIS's 1e-3, and within what
+    repeats the rarest class 2 to 10 times. LVIS itself gets 1e-3.
+    """
+    share = share[np.isfinite(share) & (share > 0)]
+    least, most = (float(share.min()) * repeats**2 for repeats in REPEATS)
+    return float(f"{min(max(float(np.median(share)), LEAST_THRESHOLD, least), most):.2g}")
 
 
 def _exponential(ratio: NDArray[np.float64], exponent: float, alpha: float) -> NDArray[np.float64]:

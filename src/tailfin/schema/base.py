@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -23,7 +23,8 @@ class Section(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _plain_types(cls, values: Any) -> Any:
-        """What YAML reads differently from what was meant: a folder named 2017 is text; `true` is no number."""
+        """What YAML reads differently from what was meant: a folder named 2017 is text; `true` is no number; one value,
+        or text with commas, is a list where one is needed."""
         if values is None:
             raise ValueError("the section is empty: give it keys or leave it out")
         if not isinstance(values, dict):
@@ -38,6 +39,11 @@ class Section(BaseModel):
                     raise ValueError(f"{key} cannot be {str(value).lower()}")
             elif kind is str and isinstance(value, int | float):
                 values[key] = str(value)
+            elif get_origin(kind) is tuple and isinstance(value, int | float | str):
+                if isinstance(value, str) and "," in value:
+                    values[key] = [part.strip() for part in value.split(",")]
+                elif get_args(kind)[-1] is ...:
+                    values[key] = [value]
         return values
 
 

@@ -55,6 +55,8 @@ class Data(Section):
     unchecked_classes: Literal["negative", "ignore"] = "negative"
     workers: Annotated[int, Field(ge=0)] = 2
     max_pixels: Count = 64_000_000  # a larger picture is refused
+    # values of 16-bit pictures that become 0 and 255; none: 0 and what the bits of the picture's largest value hold
+    value_range: tuple[Annotated[int, Field(ge=0)], Count] | None = None
     # a training picture that is missing, damaged or of another size ends training, or the next one takes its place
     on_bad_image: Literal["error", "skip"] = "error"
 
@@ -64,6 +66,8 @@ class Data(Section):
             raise ValueError("sizes must name at least one size")
         if self.jitter_scale[0] > self.jitter_scale[1]:
             raise ValueError("jitter_scale must be (smaller, larger)")
+        if self.value_range is not None and self.value_range[0] >= self.value_range[1]:
+            raise ValueError("value_range must be (smaller, larger)")
         if self.crop[0] > self.crop[1]:
             raise ValueError("crop must be (smaller, larger)")
         return self

@@ -25,6 +25,7 @@ class DetectorSection(Section):
     DENSE: ClassVar[bool] = False  # anchors on a pyramid, no proposals: 2DRCL pools boxes with layers of its own
     CASCADE: ClassVar[bool] = False  # several box heads, one after another
     CLASSES: ClassVar[bool] = True  # it tells classes apart
+    COCO: ClassVar[str] = ""  # the backbone that `weights: coco` has for it; empty: none
     name: str
     # of the backbone; "frozen_bn" fixes statistics, scale and shift, "frozen_stats" the statistics alone (mmdetection);
     # a random start needs another than these; "own": those of a timm backbone, trained
@@ -53,6 +54,7 @@ class FasterRCNNConfig(DetectorSection):
 
     PARTS: ClassVar[tuple[str, ...]] = ("classifier", "box", "head", "rpn", "fpn", "backbone")
     BOX_HEAD: ClassVar[bool] = True
+    COCO: ClassVar[str] = "resnet50"
     name: Literal["faster_rcnn"] = "faster_rcnn"
     # ---- `style` sets these and `norm` where they are not given (`STYLES`) ----
     style: Literal["torchvision", "mmdetection"] = "torchvision"
@@ -138,6 +140,7 @@ class CascadeRCNNConfig(MaskRCNNConfig):
     """Cascade R-CNN, three stages as published; with `masks` Cascade Mask R-CNN."""
 
     CASCADE: ClassVar[bool] = True
+    COCO: ClassVar[str] = ""
     name: Literal["cascade_rcnn"] = "cascade_rcnn"  # type: ignore[assignment]
     masks: bool = False  # a mask branch per stage; the keys mask_* are its
     box_regression: Literal["class_agnostic", "class_specific"] = "class_agnostic"
@@ -145,6 +148,7 @@ class CascadeRCNNConfig(MaskRCNNConfig):
     box_loss_beta: Positive = 1.0
     stage_ious: tuple[Fraction, ...] = (0.5, 0.6, 0.7)  # in the place of roi_fg_iou
     stage_weights: tuple[NotNegative, ...] = (1.0, 0.5, 0.25)  # of the stages' losses
+    stage_mean: Literal["logits", "scores"] = "logits"  # of which the stages' mean is taken; scores: of a softmax
     stage_stds: tuple[Stds, ...] = (  # of the box deltas
         (0.1, 0.1, 0.2, 0.2),
         (0.05, 0.05, 0.1, 0.1),
@@ -170,6 +174,7 @@ class DeformableDETRConfig(DetectorSection):
     """Deformable DETR, two-stage with box refinement; defaults are the published ones (300 queries, 6+6 layers)."""
 
     PARTS: ClassVar[tuple[str, ...]] = ("classifier", "box", "projection", "encoder", "decoder", "backbone")
+    COCO: ClassVar[str] = "resnet50"
     name: Literal["deformable_detr"]
     widths: tuple[Count, ...] = ()  # stem, layer1..4 of a small ResNet in the place of `backbone`; empty: `backbone`
     blocks: tuple[Count, ...] = ()  # its blocks in layer1..4
@@ -259,10 +264,12 @@ class RetinaNetConfig(DetectorSection):
 
     PARTS: ClassVar[tuple[str, ...]] = ("classifier", "box", "head", "fpn", "backbone")
     DENSE: ClassVar[bool] = True
+    COCO: ClassVar[str] = "resnet50"
     name: Literal["retinanet"]
     fpn_channels: Count = 256
     fpn_layers: Annotated[tuple[Annotated[int, Field(ge=1, le=4)], ...], Field(min_length=1)] = (2, 3, 4)
     fpn_convs: Literal["none", "body", "pyramid"] = "body"  # two more levels, from C5 or from P5 (torchvision)
+    fpn_convs_relu: bool = True  # before the second of them; false: mmdetection
     init: Literal["torchvision", "xavier"] = "torchvision"  # first weights of the pyramid; xavier: mmdetection's
     head_convs: Annotated[int, Field(ge=0)] = 4  # layers of each tower
     head_norm: Literal["none", "gn"] = "none"
@@ -299,6 +306,7 @@ class ATSSConfig(DetectorSection):
     fpn_channels: Count = 256
     fpn_layers: Annotated[tuple[Annotated[int, Field(ge=1, le=4)], ...], Field(min_length=1)] = (2, 3, 4)
     fpn_convs: Literal["none", "body", "pyramid"] = "pyramid"  # two more levels, from C5 or from P5
+    fpn_convs_relu: bool = True  # before the second of them; false: mmdetection
     init: Literal["torchvision", "xavier"] = "torchvision"  # first weights of the pyramid; xavier: mmdetection's
     head_convs: Annotated[int, Field(ge=0)] = 4  # layers of each tower
     head_norm: Literal["none", "gn"] = "gn"

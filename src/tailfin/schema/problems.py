@@ -12,6 +12,19 @@ from tailfin.errors import nearest
 
 TOLD = "told"  # kind of a mistake whose message is complete
 
+# What other tools call a key
+ELSEWHERE = {
+    "size": "data.sizes",
+    "image_size": "data.sizes",
+    "img_size": "data.sizes",
+    "imgsz": "data.sizes",
+    "learning_rate": "schedule.lr",
+    "batch_size": "schedule.batch",
+    "num_workers": "data.workers",
+    "warmup_iters": "schedule.warmup",
+    "device": "CUDA_VISIBLE_DEVICES, a variable of the environment",
+}
+
 
 def explain(error: ValidationError, source: str, schema: type[BaseModel]) -> str:
     """One message for the first problem that pydantic found in values of `schema`."""
@@ -32,7 +45,12 @@ def explained(error: ValidationError, schema: type[BaseModel], inside: str = "")
     if problem["type"] == TOLD:
         return problem["msg"] + others
     if problem["type"] == "extra_forbidden":
-        return f'unknown key "{path}"{nearest(location[-1], section.model_fields)}{others}'
+        known = _keys_called(str(location[-1]), schema)
+        if known and not inside and not isinstance(location[-1], int):
+            near = f" (did you mean {', or '.join(known)}?)"
+        else:
+            near = nearest(location[-1], section.model_fields)
+        return f'unknown key "{path}"{near}{others}'
     detail = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "union_tag_invalid":  # a section whose kind its name decides
         choices = [choice.strip(" '") for choice in problem["ctx"]["expected_tags"].split(",")]
@@ -43,6 +61,23 @@ def explained(error: ValidationError, schema: type[BaseModel], inside: str = "")
         return f'{path}: "{problem["input"]}" is not a choice{nearest(problem["input"], choices)}{others}'
     given = "" if problem["type"] == "value_error" else f" (given: {problem['input']!r})"
     return f"{path + ': ' if path else ''}{detail}{given}{others}"
+
+
+def _keys_called(name: str, schema: type[BaseModel]) -> list[str]:
+    """Whole keys of the recipe that end in `name`, or are what other tools mean by it; those of the fewest parts."""
+    if name in ELSEWHERE:
+        return [ELSEWHERE[name]]
+    level: list[tuple[str, Any]] = [("", schema)]
+    for _ in range(3):
+        if found := [f"{path}{name}" for path, section in level if name in section.model_fields]:
+            return list(dict.fromkeys(found))
+        level = [
+            (f"{path}{key}.", inner)
+            for path, section in level
+            for key, field in section.model_fields.items()
+            for inner in (*_sections(field.annotation), *_sections(type(field.default)))
+        ]
+    return []
 
 
 def _located(location: Sequence[int | str], schema: type[BaseModel]) -> tuple[list[int | str], Any]:

@@ -53,6 +53,12 @@ class Evaluation(Section):
         return self
 
 
+class Classes(Section):
+    """How the data's classes are joined with those that weights are of."""
+
+    map: str = ""  # YAML or JSON file of aliases: `name here: name in the weights`, or a list of names
+
+
 class Logging(Section):
     """What is written while training."""
 
@@ -68,8 +74,9 @@ class Recipe(Section):
     about: About = About()
     method: Annotated[str, AfterValidator(known_method)] = "baseline"  # of `schema.stages.METHODS`
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    # "imagenet" (the loader of torchvision or timm), "packaged", "none", or a file: a tailfin model or a backbone
+    # "imagenet" (torchvision's or timm's loader), "packaged", "coco", "none", or a file: a tailfin model or a backbone
     weights: str = "none"
+    classes: Classes = Classes()
     backbone: Annotated[str, AfterValidator(known_backbone)] = "resnet50"  # a ResNet, or timm/NAME
     detector: Detector = FasterRCNNConfig()
     loss: Annotated[Loss, BeforeValidator(by_name)] = Loss()
@@ -92,6 +99,10 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _check(self) -> Recipe:
         check_backbone(self.backbone, self.weights, self.detector.norm)
+        if self.weights == "coco" and not self.detector.COCO:
+            raise ValueError(f"weights: coco has no {self.detector.name}: start from imagenet or a file")
+        if self.weights == "coco" and self.backbone != self.detector.COCO:
+            raise ValueError(f"weights: coco is for backbone {self.detector.COCO}, not {self.backbone}")
         if self.weights == "none" and self.detector.norm in ("frozen_bn", "frozen_stats"):
             raise ValueError(
                 f'a random start (weights: none) cannot train with detector.norm "{self.detector.norm}": use "bn" or '

@@ -230,7 +230,7 @@ def steps(settings: Stepwise) -> list[tuple[str, int, Step]]:
 
 def _steps(recipe: Any) -> list[Stage[Any]]:
     settings: Stepwise = recipe.stepwise
-    parted = {f"stepwise.{key}": value for key, value in _dumped(settings, "division", "boundary").items()}
+    parted = {f"stepwise.{key}": value for key, value in _dumped(settings, "division", "boundary", "parts").items()}
     inputs = own_inputs(recipe)
     if settings.base == "head":
         inputs |= {"stepwise.base": "head", **parted}

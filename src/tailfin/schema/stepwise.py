@@ -124,6 +124,8 @@ class Stepwise(Section):
 
     division: Annotated[tuple[Count, ...], Field(min_length=1)] = (30,)  # image counts that part the classes
     boundary: Literal["gt", "ge"] = "gt"  # head has more images than the cut (released), or at least as many (text)
+    # images: the classes are parted by `division`; known: those that `weights` knows are the head, new ones the tail
+    parts: Literal["images", "known"] = "images"
     base: Literal["whole", "head", "given"] = "whole"  # step 0: all data, head classes alone, or `weights` as they are
     exemplars: ExemplarSelection = ExemplarSelection()
     head: HeadStep | None = HeadStep()  # null: knowledge transfer alone
@@ -134,6 +136,8 @@ class Stepwise(Section):
     def _check(self) -> Stepwise:
         if list(self.division) != sorted(set(self.division)):
             raise ValueError("division must ascend")
+        if self.parts == "known" and (self.base != "given" or len(self.division) > 1):
+            raise ValueError("parts known is for classes added to a trained detector: base given, one cut in division")
         for name in ("head", "tail", "both"):
             step = getattr(self, name)
             counts = () if step is None else (step.per_head_class, step.per_tail_class)

@@ -46,7 +46,10 @@ class Schedule(Section):
     batch: Count = 16  # images per optimiser step over all processes and accumulation steps
     accumulation: Count = 1
     optimizer: Literal["sgd", "adamw"] = "sgd"
-    lr: Positive = 0.02  # at this batch size
+    lr: Positive = 0.02  # of a batch of `lr_batch`, see `rate`
+    # for another batch than lr_batch: lr as it is; times batch / lr_batch (SGD); times its root (AdamW)
+    lr_rule: Literal["none", "linear", "sqrt"] = "none"
+    lr_batch: Annotated[int, Field(ge=0)] = 0  # 0: the recipe's own batch, before overrides
     lr_scales: dict[str, NotNegative] = {}  # factors of the rate by a text in the parameter's name
     momentum: Fraction = 0.9
     weight_decay: NotNegative = 1e-4
@@ -60,6 +63,18 @@ class Schedule(Section):
     precision: Literal["auto", "no", "bf16", "fp16"] = "no"  # auto: bf16 where the device computes in it, else no
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None  # decay of an exponential moving average of the weights
     channels_last: bool = False
+
+    @property
+    def rate(self) -> float:
+        """The learning rate of this batch: `lr`, scaled by `lr_rule`."""
+        ratio = self.batch / (self.lr_batch or self.batch)
+        return self.lr * {"none": 1.0, "linear": ratio, "sqrt": ratio**0.5}[self.lr_rule]
+
+    def rate_told(self) -> str:
+        """How the rule scales the rate; empty where it does not."""
+        if self.rate == self.lr:
+            return ""
+        return f"lr {self.rate:.4g}: {self.lr_rule} from {self.lr:g} at batch {self.lr_batch} to batch {self.batch}"
 
     @model_validator(mode="after")
     def _check(self) -> Schedule:

@@ -81,7 +81,7 @@ def _facts(run: Run) -> list[tuple[str, str]]:
 def _schedule(run: Run) -> str:
     assert run.recipe is not None
     schedule = run.recipe.schedule
-    return f"{schedule.epochs:g} epochs · batch {schedule.batch} · {schedule.optimizer} · lr {schedule.lr:g}"
+    return f"{schedule.epochs:g} epochs · batch {schedule.batch} · {schedule.optimizer} · lr {schedule.rate:.4g}"
 
 
 def _stages(run: Run) -> str:

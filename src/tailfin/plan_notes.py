@@ -1,0 +1,86 @@
+"""What a plan of training does that its recipe cannot have meant: told before training, and by the dry run.
+
+    plan_notes(stage, plan)   ["sampler rfs repeats no picture: ...", ...]
+
+A sampler whose threshold is below every class's share; a warm-up that takes up much of a short run; a flip of pictures
+whose classes are named left and right.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from tailfin.data.advice import sided
+from tailfin.joins import listed
+from tailfin.samplers.plan import BatchPlan
+from tailfin.samplers.repeat_factor import class_shares, repeating_threshold
+from tailfin.schedule import learning_rate
+from tailfin.schema.recipe import Recipe
+from tailfin.schema.stages import PRETRAIN, Stage
+
+REPEATING = ("rfs", "irfs", "dynamic")  # samplers that repeat pictures by a threshold
+LONGEST_WARMUP = 0.1  # of a run
+# stages with a schedule and a sampler of the recipe -> where these are
+PREFIXES = {"train": "", "representation": "", "base": "", "classifier": "second.", PRETRAIN: "pretraining."}
+EVEN = 3.0  # imbalance below which nothing has to be repeated, as `data stats` says
+
+
+def plan_notes(stage: Stage[Recipe], plan: BatchPlan) -> list[str]:
+    """Lines about a stage of a recipe and the order of its pictures; the steps of step-wise learning have none."""
+    if stage.name not in PREFIXES:
+        return []
+    prefix, recipe = PREFIXES[stage.name], stage.recipe
+    found = (_sampler_note(plan, prefix), _warmup_note(recipe, plan, prefix), _flip_note(recipe, plan))
+    return [note for note in found if note]
+
+
+def _sampler_note(plan: BatchPlan, prefix: str) -> str | None:
+    sampler, stats = plan.sampler, plan.stats
+    if plan.factors is not None or sampler.name not in REPEATING:
+        return None
+    more = plan.image_factors(0) - 1
+    if sampler.rounding != "stochastic":
+        more = {"floor": np.floor, "ceil": np.ceil, "round": np.rint}[sampler.rounding](more)
+    if more.sum() >= 1:
+        return None
+    share = class_shares(stats, sampler.name)
+    share = np.where(stats.image_count > 0, share, np.nan)
+    rarest = int(np.nanargmin(share))
+    threshold = repeating_threshold(share)
+    count = int(np.count_nonzero(share < threshold))
+    if np.nanmax(share) < EVEN * np.nanmin(share):
+        remedy = f"the classes are nearly even, {prefix}sampler=plain does the same"
+    else:
+        classes = "class" if count == 1 else "classes"
+        remedy = f"{prefix}sampler.threshold={threshold:g} would repeat those of {count} {classes}"
+    return (
+        f"sampler {sampler.name} repeats no picture with its threshold {sampler.threshold:g}: the rarest class, "
+        f'"{stats.names[rarest]}", is in {stats.image_count[rarest]} of {stats.num_images} images (share '
+        f"{share[rarest]:.2g}); {remedy}"
+    )
+
+
+def _warmup_note(recipe: Recipe, plan: BatchPlan, prefix: str) -> str | None:
+    schedule, total = recipe.schedule, plan.iterations
+    if schedule.warmup <= max(LONGEST_WARMUP * total, 1):
+        return None
+    milestones = [plan.iteration_at(epoch) for epoch in schedule.milestones]
+    rates = [learning_rate(iteration, total, milestones, schedule) for iteration in range(total)]
+    reached = (
+        f"the rate comes to {max(rates):.2g} of {schedule.lr:g} at most, " if max(rates) < 0.9 * schedule.lr else ""
+    )
+    part = f"{schedule.warmup / total:.0%} of" if schedule.warmup < total else "as long as, or longer than,"
+    return (
+        f"the warm-up of {schedule.warmup} iterations is {part} the run's {total}: "
+        f"{reached}{prefix}schedule.warmup={max(1, total // 10)} is a tenth"
+    )
+
+
+def _flip_note(recipe: Recipe, plan: BatchPlan) -> str | None:
+    names = sided(plan.stats.names)
+    if not names or not recipe.data.flip:
+        return None
+    return (
+        f"data.flip={recipe.data.flip:g} mirrors pictures and keeps their classes, of which {listed(names)} "
+        f"{'has' if len(names) == 1 else 'have'} a side in the name: data.flip=0 turns it off"
+    )
