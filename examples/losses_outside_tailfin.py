@@ -21,6 +21,7 @@ from tailfin import ClassStats, losses
 from tailfin.data.dataset import TrainingDataset, open_source
 from tailfin.data.synth import make_synthetic
 from tailfin.models.heads.roi_heads import BoxPredictor, RoIHeads
+from tailfin.models.roi_align import PyramidRoIAlign
 from tailfin.schema.data import Data, DataFiles
 
 
@@ -39,11 +40,12 @@ def main(name: str, steps: int = 8) -> None:
     )
     model = FasterRCNN(backbone, num_classes=stats.num_classes + 1, min_size=128, max_size=128)
 
-    # the four lines that matter
+    # the lines that matter
     loss = losses.build(name, stats)
     heads = model.roi_heads
     predictor = BoxPredictor(heads.box_predictor.cls_score.in_features, loss, class_agnostic=False)
-    model.roi_heads = RoIHeads(heads.box_roi_pool, heads.box_head, predictor, loss, batch=128)  # 512 where time allows
+    pool = PyramidRoIAlign(heads.box_roi_pool.featmap_names, [4, 8, 16, 32], output_size=7, sampling_ratio=2)
+    model.roi_heads = RoIHeads(pool, heads.box_head, predictor, loss, batch=128)  # 512 where time allows
 
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     model.train()

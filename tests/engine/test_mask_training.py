@@ -217,6 +217,7 @@ def test_pretraining_reaches_the_mask_head(masked_set, tiny_recipe, tmp_path):
     changes = [
         *("detector.fpn_layers=[2, 3]", "pretraining.preset=drcl", "pretraining.proposals.source=gt"),
         *("pretraining.schedule={epochs: 1, batch: 4, warmup: 0, milestones: []}", "pretraining.freeze_backbone=false"),
+        "pretraining.keep_predictor=false",
     ]
     out = tailfin.train(
         tiny_recipe, train=masked_set[0], val=masked_set[1], out=tmp_path / "run", overrides=[*MASKS, *SHORT, *changes]

@@ -10,6 +10,7 @@ from small_shell import dense_detector, detector, samples, section
 from torch import Tensor
 from torch.nn import functional as F
 
+from tailfin.models import rpn
 from tailfin.pretraining.box import AssignedBoxContrast, LocalContrast
 from tailfin.pretraining.contrast import ContrastHeads
 from tailfin.pretraining.dense import DenseContrast
@@ -214,7 +215,7 @@ def test_detection_looks_at_the_weak_picture_where_there_is_one():
         torch.testing.assert_close(found[name], wanted[name], rtol=1e-4, atol=1e-5)
 
 
-def test_what_lies_on_a_cut_object_is_no_background():
+def test_what_lies_on_a_cut_object_is_no_background(monkeypatch):
     target = {"boxes": torch.tensor([[0.0, 0, 20, 20]]), "ignored": torch.tensor([[40.0, 0, 60, 20]])}
     boxes = torch.tensor([[41.0, 1, 59, 19], [0, 0, 20, 20], [25, 0, 65, 40], [20, 40, 30, 60], [0, 0, 60, 20]])
     assert on_ignored(boxes, target).tolist() == [True, False, False, False, False]
@@ -228,11 +229,15 @@ def test_what_lies_on_a_cut_object_is_no_background():
     batch = model.batch(images)
     outputs = model.from_features(model.backbone(batch.tensors), batch, targets)
     (left,) = spared(model, outputs, targets)
-    counts = [len(own) for own in left.rpn.anchors]
-    assert counts[1] == len(outputs.rpn.anchors[1]) > counts[0] > 0
-    assert len(left.rpn.objectness) == len(left.rpn.deltas) == sum(counts)
-    assert len(left.proposals[0]) < len(outputs.proposals[0]) and len(left.proposals[1]) == len(outputs.proposals[1])
+    on = left.rpn.left_out
+    assert on[0].any() and not on[0].all() and not on[1].any()
+    before, after = outputs.proposals.valid.sum(1), left.proposals.valid.sum(1)
+    assert after[0] < before[0] and after[1] == before[1]
+    given = []
+    original = rpn.sample_rows
+    monkeypatch.setattr(rpn, "sample_rows", lambda *draw: given.append(draw[1]) or original(*draw))
     losses = model.losses(left, targets)
+    assert not (given[0] & on).any() and given[0][1].any()
     assert all(torch.isfinite(value) for value in losses.values())
 
 

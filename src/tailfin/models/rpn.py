@@ -84,6 +84,7 @@ class RPNOutputs(NamedTuple):
     deltas: Tensor  # [B, A, 4]
     anchors: Tensor  # [A, 4]
     per_level: list[int]  # anchors of each level
+    left_out: Tensor | None = None  # bool [B, A], anchors that are nobody's background
 
 
 class Candidates(NamedTuple):
@@ -200,7 +201,10 @@ class RPN(RegionProposalNetwork):
             self.low_quality == "keep_owner",
             counts=[len(target["boxes"]) for target in targets],
         )
-        index, drawn = sample_rows(assigned >= 0, assigned == BACKGROUND, self.batch, self.fg_fraction)
+        background = assigned == BACKGROUND
+        if raw.left_out is not None:
+            background &= ~raw.left_out
+        index, drawn = sample_rows(assigned >= 0, background, self.batch, self.fg_fraction)
         owner = assigned.gather(1, index)
         positive = (owner >= 0) & drawn
         total = drawn.sum().clamp(min=1)

@@ -77,22 +77,17 @@ class ClassAgnosticDetection(Term):
 
 
 def spared(detector: Any, outputs: Any, targets: Targets) -> tuple[Any, ...]:
-    """Arguments of `detector.losses` without what lies on the `ignored` boxes of targets: anchors and proposals of a
-    two-stage detector are left out, those of a one-stage one are assigned to nothing."""
+    """Arguments of `detector.losses` without what lies on the `ignored` boxes of targets: background anchors,
+    and proposals of a two-stage detector."""
     if isinstance(detector, DenseDetector):
         boxes, _, valid = pad_targets(targets, outputs.deltas[0].device)
         assigned = detector.assign(outputs.anchors, boxes.to(outputs.anchors[0].dtype), valid)
         on = torch.stack([on_ignored(torch.cat(outputs.anchors), target) for target in targets])
         return outputs, torch.where((assigned == BACKGROUND) & on, IGNORED, assigned)
-    keep = [~on_ignored(own, target) for own, target in zip(outputs.rpn.anchors, targets, strict=True)]
-    every = torch.cat(keep)
-    rpn = outputs.rpn._replace(
-        objectness=outputs.rpn.objectness[every],
-        deltas=outputs.rpn.deltas[every],
-        anchors=[own[kept] for own, kept in zip(outputs.rpn.anchors, keep, strict=True)],
-    )
-    proposals = [own[~on_ignored(own, target)] for own, target in zip(outputs.proposals, targets, strict=True)]
-    return (outputs._replace(rpn=rpn, proposals=proposals),)
+    anchors, proposals = outputs.rpn.anchors, outputs.proposals
+    rpn = outputs.rpn._replace(left_out=torch.stack([on_ignored(anchors, target) for target in targets]))
+    on = torch.stack([on_ignored(own, target) for own, target in zip(proposals.boxes, targets, strict=True)])
+    return (outputs._replace(rpn=rpn, proposals=proposals._replace(valid=proposals.valid & ~on)),)
 
 
 def on_ignored(boxes: Tensor, target: Mapping[str, Tensor]) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
 from typing import Any, get_args
 
@@ -46,7 +47,8 @@ def explained(error: ValidationError, schema: type[BaseModel], inside: str = "")
         return problem["msg"] + others
     if problem["type"] == "extra_forbidden":
         known = _keys_called(str(location[-1]), schema)
-        if known and not inside and not isinstance(location[-1], int):
+        own = difflib.get_close_matches(str(location[-1]), section.model_fields, n=1) if len(location) > 1 else []
+        if known and not inside and not own and not isinstance(location[-1], int):
             near = f" (did you mean {', or '.join(known)}?)"
         else:
             near = nearest(location[-1], section.model_fields)

@@ -23,6 +23,7 @@ from tailfin.models.features.fasa import FASA, AugmentedFeatures
 from tailfin.models.features.feature_memory import FeatureMemory
 from tailfin.models.features.meta_reweighting import PartneredDataset
 from tailfin.models.features.rio import FeatureBank
+from tailfin.models.roi_align import Places
 from tailfin.schema.stages import second_recipe
 from tailfin.stats import ClassStats
 
@@ -251,7 +252,8 @@ def test_facts_of_the_rows(heads):
     labels, gt_index = torch.tensor([0, 2, 3, 1]), torch.tensor([0, 1, -1])
     deltas = torch.zeros(4, 12)
     deltas[1, 4 * 2 + 3] = 5 * np.log(2)  # of its own class: twice as high, about the same centre
-    rows = Rows([boxes[:1], boxes[1:3]], labels[:3], matched[:3], gt_index, torch.zeros(3, dtype=torch.bool))
+    places = Places(torch.tensor([0, 1, 1]), [3])
+    rows = Rows([boxes[:1], boxes[1:3]], labels[:3], matched[:3], gt_index, torch.zeros(3, dtype=torch.bool), places)
     facts = heads.facts(deltas, boxes, torch.cat([labels, torch.tensor([1])]), matched, rows, memory=True)
     assert facts["gt_index"].tolist() == [0, 1, -1, -1, -1]
     assert facts["picture"].tolist() == [0, 1, 1, 2, 2]  # rows of no picture are together
