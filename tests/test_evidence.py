@@ -19,16 +19,17 @@ from tailfin.config import load_recipe
 from tailfin.schema.stages import stages
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks" / "evidence"
+SCRIPTS = ("cells", "bacl", "drcl", "federated")
 
 
 @pytest.fixture(scope="module")
 def scripts():
     sys.path.insert(0, str(FOLDER))
     try:
-        yield {name: importlib.import_module(name) for name in ("cells", "bacl", "drcl")}
+        yield {name: importlib.import_module(name) for name in SCRIPTS}
     finally:
         sys.path.remove(str(FOLDER))
-        for name in ("cells", "bacl", "drcl"):
+        for name in SCRIPTS:
             sys.modules.pop(name, None)
 
 
@@ -167,3 +168,41 @@ def test_a_cell_is_trained_and_goes_on(scripts, tmp_path, monkeypatch):
     assert called[1] == ["train", "--resume", str(folder)]
     assert (cell["AP"], cell["iterations"], cell["reused"]) == (0.5, {"1-train": 33}, ["representation"])
     json.dumps(cell)
+
+
+def test_a_federated_cut_says_what_it_hides(scripts, tiny_set, tmp_path):
+    """Every second picture is whole; in the others a class is shown in full, listed as absent, or not looked for."""
+    source = json.loads(tiny_set[0].read_text())
+    found = json.loads(scripts["federated"].cut(tiny_set[0], tmp_path / "cut.json").read_text())
+    ids = {category["id"] for category in source["categories"]}
+    hidden = 0
+    for number, image in enumerate(found["images"]):
+        before, after = (
+            sorted(a["id"] for a in document["annotations"] if a["image_id"] == image["id"])
+            for document in (source, found)
+        )
+        shown = {a["category_id"] for a in found["annotations"] if a["image_id"] == image["id"]}
+        present = {a["category_id"] for a in source["annotations"] if a["image_id"] == image["id"]}
+        absent = set(image["neg_category_ids"])
+        assert not absent & present and shown <= present and set(after) <= set(before)
+        if number % 2 == 0:
+            assert after == before and absent == ids - present
+        hidden += len(present - shown)
+    assert hidden > 3
+
+
+@pytest.mark.parametrize("name", ["road12", "fod"])
+def test_arms_on_partial_labels_differ_in_the_loss_alone(scripts, tiny_set, tmp_path, name):
+    given = options(tmp_path, set=name, data=tmp_path)
+    (tmp_path / "train.json").write_bytes(tiny_set[0].read_bytes())
+    loaded = {}
+    for arm in scripts["federated"].arms(given):
+        _, recipe, *overrides = scripts["cells"].command_of(arm, 0, given)
+        loaded[arm.name] = load_recipe(recipe, [*overrides, *(f"{key}={path}" for key, path in arm.files.items())])
+    data = loaded["plain"].data.model_dump()
+    for recipe in loaded.values():
+        own = recipe.data.model_dump()
+        assert {key for key in data if own[key] != data[key]} <= {"unchecked_classes", "train"}
+        assert recipe.schedule == loaded["plain"].schedule and recipe.data.keep_empty
+    assert loaded["mask"].loss == loaded["plain"].loss == loaded["whole"].loss
+    assert loaded["both"].loss == loaded["fedloss"].loss != loaded["plain"].loss
