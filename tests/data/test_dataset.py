@@ -239,6 +239,7 @@ def test_classes_that_nobody_looked_for(tmp_path):
     dataset = TrainingDataset(source, ignoring, 0)
     known = [dataset[(0, row, 0)][1]["known"].tolist() for row in range(3)]
     assert known == [[True, True, True], [False, True, True], [False, True, False]]
+    assert source.index.known_share() == np.mean(known)
     assert "known" not in TrainingDataset(source, CONFIG, 0)[(0, 0, 0)][1]
     assert unchecked_note(source, ignoring) == "33% of pictures times classes were not looked for"
     assert unchecked_note(source, CONFIG) == ""

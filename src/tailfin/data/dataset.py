@@ -87,8 +87,7 @@ def unchecked_note(source: Source, config: Data) -> str:
     index = source.index
     if not index.federated and not len(index.not_exhaustive_labels):
         return f"{index.path} has no neg_category_ids: every class counts as looked for, nothing is ignored"
-    known = sum(int(index.known(image).sum()) for image in range(len(index)))
-    return f"{1 - known / max(len(index) * len(index.categories), 1):.0%} of pictures times classes were not looked for"
+    return f"{1 - index.known_share():.0%} of pictures times classes were not looked for"
 
 
 class TrainingDataset(Dataset):

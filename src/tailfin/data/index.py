@@ -114,6 +114,17 @@ class AnnotationIndex:
         known[self.not_exhaustive_labels[slice(*self.not_exhaustive_offsets[image : image + 2])]] = False
         return known
 
+    def known_share(self) -> float:
+        """The share of all pairs of image and class that `known` has."""
+        images, classes = np.arange(len(self)), len(self.categories)
+        partial = np.repeat(images, np.diff(self.not_exhaustive_offsets)) * classes + self.not_exhaustive_labels
+        listed = np.repeat(images, np.diff(self.neg_offsets)) * classes + self.neg_labels
+        some = np.union1d(self.image_of.astype(np.int64) * classes + self.labels, listed)
+        some = some[~self.exhaustive[some // classes]]  # an exhaustive image knows every class but the partial ones
+        of_all = np.unique(partial[self.exhaustive[partial // classes]])
+        known = classes * int(self.exhaustive.sum()) - len(of_all) + len(np.setdiff1d(some, partial))
+        return known / max(len(self) * classes, 1)
+
     def file_name(self, image: int) -> str:
         """File name of image number `image`, relative to the image folder."""
         image = range(len(self))[image]

@@ -33,6 +33,7 @@ from tailfin.models.deformable_attention import DeformableAttention, EncoderLaye
 from tailfin.models.detector import Compared, Detections, Detector, Limits, Targets, reported
 from tailfin.models.detr_criterion import Outputs, SetCriterion
 from tailfin.models.detr_geometry import box_code, grid, inverse_sigmoid, position_code, valid_mask
+from tailfin.models.images import size_limits
 from tailfin.models.precision import in_float32
 from tailfin.schema.detectors import DeformableDETRConfig
 from tailfin.schema.recipe import Recipe
@@ -135,9 +136,8 @@ class DeformableDETR(Detector):
     def from_maps(self, batch: ImageList, maps: list[Tensor], sizes: Tensor | None = None) -> Outputs:
         """`outputs` from the backbone's feature maps of a batch on, for what has them already, and `Outputs.sizes`."""
         full = batch.tensors.shape[-2:]
-        device = batch.tensors.device
         if sizes is None:
-            sizes = torch.tensor([[width, height] * 2 for height, width in batch.image_sizes], device=device).float()
+            sizes = size_limits(batch.image_sizes, batch.tensors.device)
         return self.from_sizes(full, sizes, any(size != tuple(full) for size in batch.image_sizes), maps)
 
     def from_sizes(self, full: Sequence[int], sizes: Tensor, padded: bool, maps: list[Tensor]) -> Outputs:

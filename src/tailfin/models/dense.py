@@ -51,6 +51,7 @@ from tailfin.models.detector import (
     reported,
     valid_cells,
 )
+from tailfin.models.images import size_limits
 from tailfin.models.precision import in_float32
 from tailfin.models.roi_align import PyramidRoIAlign
 
@@ -320,7 +321,7 @@ class DenseDetector(Detector):
             towers = [teacher.head.class_tower(level) for level in taught.values()]
             wanted = flat([in_float32(teacher.head.classifier, tower) for tower in towers], width)[at]
         logits = [in_float32(self.head.classifier, tower) for tower in towers] if shared else outputs.logits
-        sizes = torch.tensor([[size[1], size[0]] * 2 for size in batch.image_sizes], device=wanted.device).float()
+        sizes = size_limits(batch.image_sizes, wanted.device)
         maps = list(outputs.features.values()) if pyramid else []
         valid = [valid_cells(level.shape[-2:], batch.tensors.shape[-2:], sizes) for level in maps]
         theirs = list(taught.values()) if pyramid else []
