@@ -1,9 +1,11 @@
 """Evaluation: detections on disk, protocol numbers from them, and tables of the numbers."""
 
+from tailfin.evaluation.bootstrap import paired_bootstrap
 from tailfin.evaluation.confusion import confusion
 from tailfin.evaluation.error_types import error_types
 from tailfin.evaluation.groups import TrainCounts
 from tailfin.evaluation.protocols import IOU_TYPES, PROTOCOLS, evaluate
+from tailfin.evaluation.reading import reading
 from tailfin.evaluation.results import ResultWriter, merge_shards, segm_results_path
 from tailfin.evaluation.table import comparison_table, metrics_table, per_category_table
 
@@ -18,6 +20,8 @@ __all__ = [
     "evaluate",
     "merge_shards",
     "metrics_table",
+    "paired_bootstrap",
     "per_category_table",
+    "reading",
     "segm_results_path",
 ]
