@@ -158,7 +158,7 @@ def _cell(
     overrides = {key: value for key, value in overrides.items() if key not in files}
     try:
         recipe = load_recipe(address, [*texts(overrides), *texts(files)])
-        steps = study.steps if arm.steps is None else arm.steps
+        steps = next(given for given in (arm.steps, data_set.steps, study.steps) if given is not None)
         data = loaded.of(recipe)
         if steps != "own":
             overrides |= steps_overrides(recipe, data, steps)
@@ -227,7 +227,7 @@ def donor(cell: Cell, others: Iterable[Cell]) -> tuple[Cell | None, int]:
 
 
 def differing(cells: Sequence[Cell]) -> list[str]:
-    """What keeps arms from being compared with their control alone: other steps, other pictures a step, another start."""
+    """What arms differ in from their control beside their method: steps, pictures a step, the start."""
     by_place = {(cell.set, cell.arm, cell.seed): cell for cell in cells}
     notes: dict[str, None] = {}
     for cell in cells:

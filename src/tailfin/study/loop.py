@@ -1,6 +1,6 @@
 """Running a study: cells that are ready are handed to the executor, until none is left.
 
-A cell waits for one that is to train stages which both have, and a calibration for the cell that it calibrates. One that
+A cell waits for one that is to train stages which both have, a calibration for the cell that it calibrates. One that
 was stopped goes on as long as it got further; one that failed stays as it is until it is asked for again (`retry`). No
 cell stops another.
 """

@@ -47,6 +47,7 @@ class DataSet(Section):
     recipe: str = ""
     values: dict[str, Any] = {}
     overrides: dict[str, Any] = {}
+    steps: Steps | None = None  # in the place of the study's
 
 
 class Calibrate(Section):

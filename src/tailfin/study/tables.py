@@ -1,4 +1,4 @@
-"""What a study writes about its cells: `study.md`, `study.csv`, `differences.csv`, and a page that has the runs side by side."""
+"""What a study writes about its cells: `study.md`, `study.csv`, `differences.csv`, and a page of the runs."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """One cell, run by the process that an executor gives it: begun, or gone on with where it was stopped.
 
-A cell is what `tailfin` does on the command line, in processes of its own: `train`, or `calibrate` and then `train` with
-the calibration that was found on the stages of the trained cell.
+A cell is what `tailfin` does on the command line, in processes of its own: `train`; or `calibrate`, and then `train`
+with what was found on the stages of the trained cell.
 """
 
 from __future__ import annotations
