@@ -45,8 +45,10 @@ def run_cells(
     waiting = [cell for cell in cells if _wanted(fates[cell.name], retry)]
     waiting = waiting if most is None else waiting[:most]
     running: dict[str, tuple[Cell, Pending, int]] = {}
-    options = {"workers": study.workers, "threads": study.threads, "resources": study.resources}
-    with terminable(), executor(study.executor, logs=out / "jobs", **options) as submit:
+    handed = executor(
+        study.executor, workers=study.workers, threads=study.threads, resources=study.resources, logs=out / "jobs"
+    )
+    with terminable(), handed as submit:
         while waiting or running:
             for cell in list(waiting):
                 if len(running) >= study.workers:

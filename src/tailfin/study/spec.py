@@ -73,6 +73,7 @@ class Arm(Section):
     seeds: tuple[Seed, ...] | None = None
     sets: tuple[str, ...] | None = None  # only on these
     control: str = ""  # in the place of the study's
+    against: tuple[str, ...] = ()  # other arms that differences are worked out to
 
     @model_validator(mode="after")
     def _check(self) -> Arm:
@@ -110,8 +111,9 @@ class Study(Section):
                 raise ValueError(f'"{name}": the name of a set or an arm has letters, digits, _, -, + and . only')
         self._known("control", self.control, self.arms)
         for name, arm in self.arms.items():
-            if arm.control:
-                self._known(f"arms.{name}.control", arm.control, self.arms)
+            for key, other in [("control", arm.control), *(("against", one) for one in arm.against)]:
+                if other:
+                    self._known(f"arms.{name}.{key}", other, self.arms)
             for one in arm.sets or ():
                 self._known(f"arms.{name}.sets", one, self.sets)
             if arm.calibrate is not None:

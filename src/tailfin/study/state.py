@@ -11,7 +11,7 @@ import os
 import socket
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from tailfin.errors import UserError
 from tailfin.files import read_object
@@ -19,7 +19,7 @@ from tailfin.report.runs import read_run
 from tailfin.study.cells import Cell
 
 State = Literal["finished", "running", "stopped", "failed", "waiting"]
-FINISHED = "finished"
+FINISHED: Final = "finished"
 STOPPED = (130, 143, 137, 124, -2, -9, -15)  # exit codes of a process that was ended from outside: it goes on
 LAST = 4000  # characters of a log that are looked at for its last line
 

@@ -93,13 +93,24 @@ def cells_csv(rows: Sequence[Row]) -> str:
 def differences_csv(study: Study, rows: Sequence[Row]) -> str:
     """One line per arm, set and metric: its difference to the control."""
     lines = []
-    for set_name, arm, control in dict.fromkeys((row["set"], row["arm"], row["control"]) for row in rows):
+    for set_name, arm, control in pairs(study, rows):
         for metric in study.metrics:
             found = difference(rows, set_name, arm, control, metric)
             if found is not None:
                 half = None if found.half is None else round(found.half, 5)
                 lines.append([set_name, arm, control, metric, round(found.mean, 5), half, found.seeds])
     return _csv(["set", "arm", "control", "metric", "mean", "half_interval", "seeds"], lines)
+
+
+def pairs(study: Study, rows: Sequence[Row]) -> list[tuple[str, str, str]]:
+    """(set, arm, other arm) of all differences: to its control and to those that it is `against`."""
+    found = [
+        (row["set"], row["arm"], other)
+        for row in rows
+        for other in (row["control"], *study.arms[row["arm"]].against)
+        if other != row["arm"]
+    ]
+    return list(dict.fromkeys(found))
 
 
 def report_runs(study: Study, cells: Sequence[Cell], fates: Mapping[str, Fate]) -> list[Path]:
