@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import multiprocessing
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -340,27 +340,25 @@ def test_a_stopped_study_stops_its_cells(tmp_path):
     child = "import signal, sys, time, pathlib; signal.signal(15, lambda *_: sys.exit(3)); "
     child += f"pathlib.Path({str(tmp_path / 'begun')!r}).touch(); time.sleep(60)"
     note = tmp_path / "cell.json"
-    script = tmp_path / "script.py"
-    script.write_text(
-        "import sys, time\n"
-        "from tailfin.study.executors import executor\n"
-        "from tailfin.study.loop import Terminated, terminable\n"
-        "from tailfin.study.work import Job\n"
-        f"job = Job(('train',), (), {str(tmp_path / 'cell')!r}, {str(note)!r}, {str(tmp_path / 'log')!r}, 1,\n"
-        f"          (sys.executable, '-c', {child!r}))\n"
-        "try:\n"
-        "    with terminable(), executor('local', workers=1, threads=1, resources={}, logs=None) as submit:\n"
-        "        submit(job)\n"
-        "        time.sleep(60)\n"
-        "except Terminated:\n"
-        "    sys.exit(143)\n"
-    )
-    with subprocess.Popen([sys.executable, str(script)], env=dict(os.environ)) as process:
-        until = time.monotonic() + 50
-        while not (tmp_path / "begun").exists() and time.monotonic() < until:
-            time.sleep(0.02)
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=50) == 143
+    launcher = (sys.executable, "-c", child)
+    job = work.Job(("train",), (), str(tmp_path / "cell"), str(note), str(tmp_path / "log"), 1, launcher)
+
+    def study():
+        try:
+            with loop.terminable(), executor("local", workers=1, threads=1, resources={}, logs=tmp_path) as submit:
+                submit(job)
+                time.sleep(60)
+        except loop.Terminated:
+            os._exit(loop.TERMINATED)
+
+    process = multiprocessing.get_context("fork").Process(target=study)
+    process.start()
+    until = time.monotonic() + 50
+    while not (tmp_path / "begun").exists() and time.monotonic() < until:
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGTERM)
+    process.join(50)
+    assert process.exitcode == loop.TERMINATED
     assert json.loads(note.read_text())["sessions"][0]["code"] == 3
 
 
