@@ -156,7 +156,7 @@ def _hgnet_config(size: str) -> Any:
         stage_num_blocks=list(blocks),
         stage_numb_of_layers=[layers] * 4,
         use_learnable_affine_block=scaled,
-        out_indices=[1, 2, 3, 4],
+        out_indices=[1, 2, 3, 4],  # type: ignore[call-arg]
     )
 
 
@@ -164,7 +164,8 @@ def _vd_config(depth: str) -> Any:
     from transformers.models.rt_detr.configuration_rt_detr_resnet import RTDetrResNetConfig
 
     blocks, widths, kind = VD_SIZES[depth]
-    return RTDetrResNetConfig(depths=list(blocks), hidden_sizes=list(widths), layer_type=kind, out_indices=[1, 2, 3, 4])
+    settings: dict[str, Any] = {"depths": list(blocks), "hidden_sizes": list(widths), "layer_type": kind}
+    return RTDetrResNetConfig(**settings, out_indices=[1, 2, 3, 4])  # type: ignore[call-arg]
 
 
 def _dinov2_config(side: int) -> Any:
@@ -177,5 +178,5 @@ def _dinov2_config(side: int) -> Any:
         image_size=side,
         patch_size=16,
         num_windows=2,
-        out_features=["stage3", "stage6", "stage9", "stage12"],
+        out_features=["stage3", "stage6", "stage9", "stage12"],  # type: ignore[call-arg]
     )

@@ -221,7 +221,7 @@ def transformers_settings(config: RealTimeDETRConfig, classes: int, backbone: An
     """transformers' configuration of a section; RF-DETR's says what its `backbone` is."""
     if isinstance(config, RFDETRConfig):
         return RFDETRSettings(
-            num_labels=classes,
+            num_labels=classes,  # type: ignore[call-arg]
             backbone_config=backbone,
             num_queries=config.queries,
             d_model=config.channels,
@@ -234,7 +234,7 @@ def transformers_settings(config: RealTimeDETRConfig, classes: int, backbone: An
             group_detr=config.groups,
             c2f_num_blocks=config.projector_blocks,
             hidden_expansion=config.projector_expansion,
-            attn_implementation="sdpa",
+            attn_implementation="sdpa",  # type: ignore[call-arg]
         )
     assert isinstance(config, HybridDETRConfig)
     values: dict[str, Any] = {

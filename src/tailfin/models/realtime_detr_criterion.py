@@ -42,9 +42,9 @@ NEARLY = 0.1  # by which a distance stays below the last bin
 
 
 class Bins(NamedTuple):
-    """D-FINE's bins of a side's distance: their number less one, what they stand for, and the scale of it."""
+    """D-FINE's bins of a side's distance: the last one's number, what they stand for, and the scale of it."""
 
-    count: int
+    last: int
     up: Tensor  # [1]
     scale: Tensor  # [1]
 
@@ -199,12 +199,12 @@ def side_targets(references: Tensor, boxes: Tensor, bins: Bins) -> tuple[Tensor,
     before = (references[:, :2] - edges[:, :2]) / unit - 0.5 * scale
     behind = (edges[:, 2:] - references[:, :2]) / unit - 0.5 * scale
     distance = torch.cat([before, behind], dim=1)
-    values = weighting_function(bins.count, bins.up, bins.scale)
+    values = weighting_function(bins.last, bins.up, bins.scale)  # type: ignore[arg-type]
     place = (values <= distance[..., None]).sum(-1) - 1
-    low = place.clamp(0, bins.count - 1)
+    low = place.clamp(0, bins.last - 1)
     to_low, to_high = (distance - values[low]).abs(), (values[low + 1] - distance).abs()
     share = to_low / (to_low + to_high)
-    share = torch.where(place < 0, 0.0, torch.where(place >= bins.count, 1.0, share))
+    share = torch.where(place < 0, 0.0, torch.where(place >= bins.last, 1.0, share))
     return low, share
 
 
