@@ -27,7 +27,7 @@ from tailfin.study.cells import Cell, differing, donor, make_cells, shared
 from tailfin.study.collect import difference
 from tailfin.study.executors import executor
 from tailfin.study.plan import minutes_left, seconds_per_step, status_lines, to_train
-from tailfin.study.spec import dump_study, keep, load_study, open_study
+from tailfin.study.spec import dump_study, keep, load_study, open_study, placed_sets
 
 SECOND = "{loss: {name: fcbl}, schedule: {epochs: 1, warmup: 0, milestones: [0.5]}}"
 STUDY = """
@@ -271,6 +271,17 @@ def test_real_cells_share_a_stage_and_are_compared(file, out, monkeypatch, quick
     assert "| margin | 0 |" in (out / "study.md").read_text() and "(one seed)" in (out / "study.md").read_text()
     again, _ = open_study(out)
     assert dump_study(again) == dump_study(study)
+
+
+def test_sets_without_a_place_are_left_out(file, out, tmp_path):
+    file.write_text(file.read_text().replace("control: plain", "  other: {recipe: demo/bacl}\ncontrol: plain", 1))
+    assert {cell.set for cell in cells_of(file, out)} == {"tiny"}
+    with pytest.raises(UserError, match='no set "others" .did you mean "other"'):
+        cells_of(file, out, sets=["others"])
+    keep(load_study(file, {"other": str(tmp_path)}), out)
+    keep(load_study(file), out)
+    assert open_study(out)[0].sets["other"].root == str(tmp_path)
+    assert placed_sets(load_study(file)) == ["tiny"]
 
 
 def test_the_command(file, out, monkeypatch):
