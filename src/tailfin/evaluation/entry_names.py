@@ -13,7 +13,7 @@ import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from operator import attrgetter
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 import numpy as np
@@ -60,7 +60,7 @@ def _entry(picture: str, category: str) -> type[Entry]:
         return Entry
     names = {"file_name": picture, "category_name": category}
     fields = [(field.name, field.type, *_default(field)) for field in msgspec.structs.fields(Entry)]
-    return msgspec.defstruct("Entry", fields, rename=names, gc=False)
+    return cast(type[Entry], msgspec.defstruct("Entry", fields, rename=names, gc=False))
 
 
 def _default(field: Any) -> tuple[Any, ...]:

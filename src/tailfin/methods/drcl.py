@@ -80,7 +80,7 @@ def views(source: Source, recipe: Recipe, config: Pretraining) -> tuple[Proposal
     """3.1: two views of every picture, and boxes of any class that both show."""
     wanted = config.proposals if config.uses_proposals else Proposals(source="gt")  # image terms need no file
     proposals = open_proposals(wanted, source, recipe.data.root)
-    options = {"third": config.third_view, "weak": config.weak_view}
+    options = {"third": config.third_view, "weak": config.weak_view, "overlap": config.needs_overlap}
     dataset = PretrainingDataset(source, recipe.data, recipe.seed, config.views, proposals, **options)
     return proposals, dataset
 

@@ -68,7 +68,7 @@ def stage_models(recipe: Recipe, source: Source, stats: ClassStats) -> Iterator[
         detector.features.check(detector)
     if settings is not None:
         stepwise.check_trains(detector, steps)
-        kept = (parts == 0)[source.index.labels] if settings.base == "head" else None
+        kept = None if parts is None or settings.base != "head" else (parts == 0)[source.index.labels]
         own = TrainingDataset(source, first.recipe.data, recipe.seed, kept=kept)
         yield _made(first, detector, detector, source, stats, start, dataset=own)
         for step in steps:
@@ -81,8 +81,8 @@ def stage_models(recipe: Recipe, source: Source, stats: ClassStats) -> Iterator[
             if taught is None:
                 yield _made(later, student, student, source, stats)
             else:
-                shell = Transfer(student, detector, torch.from_numpy(step.old), taught)
-                yield _made(later, shell, student, source, stats)._replace(beside=detector)
+                taught_by = Transfer(student, detector, torch.from_numpy(step.old), taught)
+                yield _made(later, taught_by, student, source, stats)._replace(beside=detector)
         return
     yield _made(first, detector, detector, source, stats, start)
     if recipe.method in ("decoupled", "bacl"):
