@@ -39,7 +39,7 @@ CASES = [
     ({"device": "cuda", "coco": ("mask_rcnn",)}, {"start": "coco", "size": 800, "epochs": 12}),
     ({"device": "cuda", "coco": ("faster_rcnn",)}, {"start": "packaged"}),
     ({"coco": ("mask_rcnn",)}, {"start": "packaged"}),  # on a CPU a ResNet-50 of 800 px is no choice
-    ({"memory": 2**29}, {"batch": 4}),
+    ({"memory": 2**28}, {"batch": 8}),
     ({"memory": 1}, {"batch": 2}),
     ({"processes": 4}, {"batch": 16}),
     ({"processes": 4, "memory": 1}, {"batch": 8}),

@@ -174,7 +174,8 @@ def test_command_and_refusals(tmp_path, photos):
     assert "between 0 and 1" in refused(model, out, score=2)
     assert not out.exists()
     pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
-    words = ["export", str(made(tmp_path, "cascade_mask_rcnn")), "--out", str(out), "--photos", str(photos), "--max-dets", "20"]
+    model = made(tmp_path, "cascade_mask_rcnn")
+    words = ["export", str(model), "--out", str(out), "--photos", str(photos), "--max-dets", "20"]
     shown = CliRunner().invoke(app, words)
     assert shown.exit_code == 0 and "detections on 3 photos, 0 different" in shown.output, shown.output
     assert "add --overwrite" in refused(model, out, photos=[photos])

@@ -78,7 +78,7 @@ def views(run: Run, recipe: Recipe, config: Pretraining) -> tuple[ProposalSource
     """3.1: two views of every picture, and boxes of any class that both show."""
     wanted = config.proposals if config.uses_proposals else Proposals(source="gt")  # image terms need no file
     proposals = open_proposals(wanted, run.train, recipe.data.root)
-    options = {"third": config.third_view, "weak": config.weak_view}
+    options = {"third": config.third_view, "weak": config.weak_view, "overlap": config.needs_overlap}
     dataset = PretrainingDataset(run.train, recipe.data, recipe.seed, config.views, proposals, **options)
     return proposals, dataset
 

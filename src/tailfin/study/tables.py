@@ -1,0 +1,132 @@
+"""What a study writes about its cells: `study.md`, `study.csv`, `differences.csv`, and a page of the runs."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from tailfin.errors import UserError
+from tailfin.files import write_atomic
+from tailfin.report.build import write_report
+from tailfin.study.cells import Cell, differing
+from tailfin.study.collect import Row, csv_value, difference, rows_of, spread
+from tailfin.study.spec import Study
+from tailfin.study.state import FINISHED, Fate
+
+COMPARED = ("AP", "APr")  # whose differences the table of arms has
+IN_REPORT = 12  # runs side by side
+
+
+def write_tables(study: Study, cells: Sequence[Cell], fates: Mapping[str, Fate], out: Path) -> list[Path]:
+    """Write all tables of what is finished, and the page; returns the files."""
+    rows = rows_of(cells, fates, study.metrics)
+    files = {
+        "study.md": markdown(study, rows, differing(cells), unfinished=len(cells) - len(rows)),
+        "study.csv": cells_csv(rows),
+        "differences.csv": differences_csv(study, rows),
+    }
+    for name, text in files.items():
+        write_atomic(out / name, text)
+    written = [out / name for name in files]
+    runs = report_runs(study, cells, fates)
+    if runs:
+        try:
+            written.append(write_report(runs, out / "report.html", title=study.title or None))
+        except UserError as error:
+            print(f"no report: {error}")
+    return written
+
+
+def markdown(study: Study, rows: Sequence[Row], notes: Sequence[str], unfinished: int = 0) -> str:
+    """One table per set, and what arms differ in beside their method."""
+    lines = [f"# {study.title or 'Study'}", ""]
+    if unfinished:
+        lines += [f"{unfinished} of {unfinished + len(rows)} cells are not finished.", ""]
+    for name in dict.fromkeys(row["set"] for row in rows):
+        lines += [f"## {name}", "", *set_table(study.metrics, rows, name), ""]
+    if notes:
+        lines += ["Not equal to the control:", "", *(f"* {note}" for note in notes), ""]
+    return "\n".join(lines)
+
+
+def set_table(metrics: Sequence[str], rows: Sequence[Row], set_name: str) -> list[str]:
+    """The lines of a set's table: means over seeds, AP's range, differences with 95 % intervals over common seeds."""
+    own = [row for row in rows if row["set"] == set_name]
+    compared = [name for name in COMPARED if name in metrics]
+    head = ["arm", "seeds", *metrics]
+    head += [f"{metrics[0]} range", *(f"{name} - control" for name in compared), "control", "minutes", "steps"]
+    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+    for arm in dict.fromkeys(row["arm"] for row in own):
+        mine = [row for row in own if row["arm"] == arm]
+        control = mine[0]["control"]
+        found = {name: spread(own, set_name, arm, name) for name in metrics}
+        first = found[metrics[0]]
+        span = f"{first[1]:.3f} to {first[2]:.3f}" if first is not None and first[3] > 1 else ""
+        values = ["" if one is None else f"{one[0]:.3f}" for one in found.values()]
+        apart = [difference_text(own, set_name, arm, control, name) for name in compared]
+        minutes = f"{sum(row['minutes'] for row in mine) / len(mine):.1f}"
+        steps = " or ".join(sorted({str(row["steps"]) for row in mine}))
+        seeds = ", ".join(str(row["seed"]) for row in mine)
+        shown = control if control != arm else ""
+        lines.append(f"| {' | '.join([arm, seeds, *values, span, *apart, shown, minutes, steps])} |")
+    return lines
+
+
+def difference_text(rows: Sequence[Row], set_name: str, arm: str, control: str, metric: str) -> str:
+    """A paired difference as text; bold where its interval excludes zero."""
+    found = difference(rows, set_name, arm, control, metric)
+    if found is None:
+        return ""
+    if found.half is None:
+        return f"{found.mean:+.3f} (one seed)"
+    text = f"{found.mean:+.3f} ± {found.half:.3f}"
+    return f"**{text}**" if found.sign else text
+
+
+def cells_csv(rows: Sequence[Row]) -> str:
+    """One line per cell."""
+    return _csv(list(rows[0]) if rows else ["set", "arm", "seed"], [list(row.values()) for row in rows])
+
+
+def differences_csv(study: Study, rows: Sequence[Row]) -> str:
+    """One line per arm, set and metric: its difference to the control."""
+    lines = []
+    for set_name, arm, control in pairs(study, rows):
+        for metric in study.metrics:
+            found = difference(rows, set_name, arm, control, metric)
+            if found is not None:
+                half = None if found.half is None else round(found.half, 5)
+                lines.append([set_name, arm, control, metric, round(found.mean, 5), half, found.seeds])
+    return _csv(["set", "arm", "control", "metric", "mean", "half_interval", "seeds"], lines)
+
+
+def pairs(study: Study, rows: Sequence[Row]) -> list[tuple[str, str, str]]:
+    """(set, arm, other arm) of all differences: to its control and to those that it is `against`."""
+    found = [
+        (row["set"], row["arm"], other)
+        for row in rows
+        for other in (row["control"], *study.arms[row["arm"]].against)
+        if other != row["arm"]
+    ]
+    return list(dict.fromkeys(found))
+
+
+def report_runs(study: Study, cells: Sequence[Cell], fates: Mapping[str, Fate]) -> list[Path]:
+    """The runs of the page: of each arm the first finished seed, the control first, on the first set that has any."""
+    for name in study.sets:
+        finished = [cell for cell in cells if cell.set == name and fates[cell.name].state == FINISHED]
+        first = {cell.arm: cell.folder for cell in reversed(finished)}
+        order = sorted(first, key=lambda arm: (arm != study.control, list(study.arms).index(arm)))
+        if order:
+            return [first[arm] for arm in order[:IN_REPORT]]
+    return []
+
+
+def _csv(head: Sequence[str], lines: Sequence[Sequence[object]]) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(head)
+    writer.writerows([csv_value(value) for value in line] for line in lines)
+    return text.getvalue()
