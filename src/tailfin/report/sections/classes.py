@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from tailfin.report.page import Section, color, defined, group_name, render
+from tailfin.report.page import Section, color, defined, group_choices, render
 from tailfin.report.runs import Run
-
-_GROUP_RANK = {"r": 0, "c": 1, "f": 2}
 
 
 def class_table(runs: Sequence[Run]) -> Section | None:
@@ -37,15 +35,12 @@ def class_table(runs: Sequence[Run]) -> Section | None:
     ]
     compared = len(measured) == 2
     rows = [_row(name, tables, columns, kinds, measured if compared else []) for name in _names(tables)]
-    groups = sorted(
-        {row["frequency"] for row in rows if row["frequency"]}, key=lambda key: (_GROUP_RANK.get(key, 9), key)
-    )
     html = render(
         "classes.html",
         rows=rows,
         columns=columns,
         changes=[_title(kind, "AP") for kind in kinds] if compared else [],
-        groups=[(key, group_name(key)) for key in groups],
+        groups=group_choices(row["frequency"] for row in rows),
         several=len(measured) > 1,
     )
     return Section("Classes", html)

@@ -35,16 +35,19 @@
   };
 
   const plots = [];
-  const draw = (figure) => {
-    const holder = figure.querySelector(".plot");
-    const spec = JSON.parse(figure.querySelector("script[type='application/json']").textContent);
-    const legend = { orientation: "h", x: 0, y: 1.02, xanchor: "left", yanchor: "bottom" };
-    const layout = { xaxis: {}, yaxis: {}, ...spec.layout, legend: { ...legend, ...spec.layout.legend } };
+  const place = (holder, data, layout) => {
     // The buttons are listed one by one: Plotly's own choice has one that uploads the chart.
     const buttons = [["toImage", "zoom2d", "pan2d", "resetScale2d"]];
     const config = { responsive: true, displaylogo: false, displayModeBar: "hover", modeBarButtons: buttons };
-    Plotly.newPlot(holder, spec.data, layout, config).then(() => Plotly.relayout(holder, theme(holder.layout)));
-    plots.push(holder);
+    const legend = { orientation: "h", x: 0, y: 1.02, xanchor: "left", yanchor: "bottom" };
+    const full = { xaxis: {}, yaxis: {}, ...layout, legend: { ...legend, ...layout.legend } };
+    if (!plots.includes(holder)) plots.push(holder);
+    return Plotly.react(holder, data, full, config).then(() => Plotly.relayout(holder, theme(holder.layout)));
+  };
+  const draw = (figure) => {
+    const holder = figure.querySelector(".plot");
+    const spec = JSON.parse(figure.querySelector("script[type='application/json']").textContent);
+    place(holder, spec.data, spec.layout);
     const button = figure.querySelector("[data-log]");
     if (button) button.addEventListener("click", () => {
       const log = button.getAttribute("aria-pressed") !== "true";
@@ -57,10 +60,33 @@
       Plotly.relayout(holder, change);
     });
   };
-  if (window.Plotly) document.querySelectorAll("figure.chart").forEach(draw);
+  if (window.Plotly) document.querySelectorAll("figure.chart:not(.picked)").forEach(draw);
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {
     plots.forEach((holder) => Plotly.relayout(holder, theme(holder.layout)));
   });
+
+  // ---- the curve of one class, chosen in the table of thresholds
+  const picked = document.getElementById("class-curve");
+  if (picked && window.Plotly) {
+    const stored = JSON.parse(document.getElementById("class-curves").textContent);
+    const tables = stored.tables.map((text) => Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0)));
+    document.getElementById("score-table").addEventListener("click", (event) => {
+      const button = event.target.closest("[data-curve]");
+      if (!button) return;
+      const row = Number(button.dataset.curve);
+      const data = stored.runs.map(([name, tone], run) => {
+        const values = [...tables[run].slice(51 * row, 51 * row + 51)];
+        const end = values.reduce((last, value, index) => (value ? index : last), 0) + 1;
+        return { x: values.slice(0, end).map((_, index) => index / 50), y: values.slice(0, end).map((value) => value / 2.55),
+          mode: "lines", line: { color: tone, width: 2 }, name: name.replace(/&/g, "&amp;").replace(/</g, "&lt;"), hovertemplate: "recall %{x}: <b>%{y:.0f} %</b>" };
+      });
+      picked.hidden = false;
+      picked.querySelector("figcaption").textContent = `${button.textContent.trim()}: precision against recall`;
+      place(picked.querySelector(".plot"), data, { height: 300, margin: { l: 60, r: 20, t: 30, b: 50 }, showlegend: data.length > 1,
+        xaxis: { title: { text: "recall" }, range: [0, 1.01] }, yaxis: { title: { text: "precision (%)" }, range: [0, 103] } });
+      picked.scrollIntoView({ block: "nearest" });
+    });
+  }
 
   // ---- tables: sort by a column, filter by name and group
   document.querySelectorAll("table.sortable").forEach((table) => {
