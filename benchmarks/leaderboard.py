@@ -48,9 +48,8 @@ differences `benchmarks/studies/results/earlier.differences.csv` repeats.
 * **Not told apart**: it holds zero.
 
 With one seed the interval over pictures decides, and the verdict says so: another seed may turn it. One seed without
-any interval is told by its direction alone, which says little. All of this is of
-small pictures, few classes and hundreds of steps: a claim about LVIS at 12 to 24 epochs is neither confirmed nor
-refuted by it.
+any interval is told by its direction alone, which says little. All of this is of small pictures, few classes and
+hundreds of steps: a claim about LVIS at 12 to 24 epochs is neither confirmed nor refuted by it.
 """
 
 
