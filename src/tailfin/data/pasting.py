@@ -79,14 +79,14 @@ class Pasting:
 
     def partner(
         self, image: Tensor, target: Sample, rng: np.random.Generator, read: Callable[[int], tuple[Tensor, Sample]]
-    ) -> tuple[tuple[Tensor, Sample], np.ndarray]:
+    ) -> tuple[tuple[Tensor, Sample], Tensor]:
         """The picture to paste from, its target, and which of its objects; `read` gives a training picture's."""
         if self.crops is not None:
             found = self.crops.sample(rng, image, self.objects.weights, self.most, self.scale, list(target))
-            return found, np.arange(len(found[1]["labels"]))
+            return found, torch.arange(len(found[1]["labels"]))
         label, picture = self.objects.draw(rng)
         found = read(picture)
-        return found, self.objects.selected(found[1]["labels"].numpy(), label, rng)
+        return found, torch.from_numpy(self.objects.selected(found[1]["labels"].numpy(), label, rng))
 
 
 class CropFolder:
@@ -131,7 +131,9 @@ class CropFolder:
         labels = np.array(list(self.files))
         chances = weights[labels] / weights[labels].sum()
         image, size = background, (int(background.shape[-2]), int(background.shape[-1]))
-        boxes, masks, valid = [], [], []
+        boxes: list[list[int]] = []
+        masks: list[Tensor] = []
+        valid: list[bool] = []
         chosen = labels[rng.choice(len(labels), int(rng.integers(1, most + 1)), p=chances)]
         for label in chosen.tolist():
             files = self.files[label]
