@@ -26,6 +26,7 @@ from tailfin.checkpoint import load_model_file
 from tailfin.config import check_data_is_named, load_recipe, recipe_from_file
 from tailfin.data.dataset import Source, to_test_size
 from tailfin.data.index import image_folder, open_index
+from tailfin.data.layouts import as_given
 from tailfin.errors import UserError, nearest
 from tailfin.evaluation.operating import OperatingPoints
 from tailfin.evaluation.results import merge_shards, result_files
@@ -268,7 +269,7 @@ def resolve_recipe(
     values["data"]["root"] = str(Path(resolved.data.root).absolute())  # so that RUN/recipe.yaml means the same anywhere
     for split, file, images in (("train", train, train_images), ("val", val, val_images)):
         if file is not None:
-            values["data"][split] = {"annotations": str(Path(file).absolute()), "images": ""}
+            values["data"][split] = {"annotations": as_given(file), "images": ""}
         if images is not None:
             values["data"][split]["images"] = str(Path(images).absolute())
     if weights is not None:
@@ -299,17 +300,18 @@ def _with_coco_files(recipe: Recipe, folder: Path) -> Recipe:
     """The recipe with data of another layout (YOLO, VOC) converted into `folder`; a validation part of the training
     set is taken where none is named."""
     from tailfin.config import check_recipe
-    from tailfin.data.layouts import as_coco, is_annotation_file, splits_of
+    from tailfin.data.layouts import as_coco, below, is_annotation_file, splits_of
 
     values = recipe.model_dump(mode="json")
     data, root = values["data"], Path(recipe.data.root)
     train = data["train"]["annotations"]
-    if train and not data["val"]["annotations"] and "val" in splits_of(root / train):
+    if train and not data["val"]["annotations"] and "val" in splits_of(below(root, train)):
         data["val"] = {"annotations": train, "images": ""}
     for split in ("train", "val"):
         files = data[split]
-        if files["annotations"] and not is_annotation_file(root / files["annotations"]):
-            given = as_coco(root / files["annotations"], split, folder, files["images"] or None)
+        source = below(root, files["annotations"])
+        if files["annotations"] and not is_annotation_file(source):
+            given = as_coco(source, split, folder, files["images"] or None)
             data[split] = {"annotations": str(given.annotations), "images": str(given.images)}
             for note in given.notes:
                 Progress("", 1).note(note)
