@@ -265,7 +265,8 @@ class EvaluationDataset(Dataset):
 
 def to_test_size(image: Tensor, config: Data) -> Tensor:
     """A picture uint8 [3, H, W] resized for inference."""
-    size = shortest_edge_size(image.shape[-2:], *config.inference_size)
+    short, bound = config.inference_size
+    size = (short, short) if config.resize == "stretch" else shortest_edge_size(image.shape[-2:], short, bound)
     return resize(image, {"boxes": torch.zeros((0, 4))}, size)[0]
 
 

@@ -15,10 +15,11 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from tailfin.errors import UserError
-from tailfin.files import write_atomic
+from tailfin.files import write_atomic, write_json
 from tailfin.report.page import asset, render, run_marks
 from tailfin.report.runs import Run, check_run, read_runs
 from tailfin.report.sections import SECTIONS
+from tailfin.report.sections.labels import labels_document
 from tailfin.version import __version__
 
 
@@ -63,6 +64,13 @@ def build_report(runs: Sequence[str | Path], *, title: str | None = None, live: 
         version=__version__,
         written=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
     )
+
+
+def write_labels(runs: Sequence[str | Path], out: str | Path) -> Path:
+    """Write the labels worth a look of runs on one file as a COCO document; see `tailfin.evaluation.doubts`."""
+    target = Path(out).expanduser()
+    write_json(target, labels_document(read_runs([check_run(run) for run in runs])))
+    return target
 
 
 def default_path(paths: Sequence[Path]) -> Path:

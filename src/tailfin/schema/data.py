@@ -24,10 +24,11 @@ class Data(Section):
     val: DataFiles = DataFiles()
     synthesize: Literal["", "demo"] = ""  # make the embedded synthetic set where `train` and `val` do not exist
 
-    # training pictures keep their aspect. "multiscale": one of `sizes` becomes the short side; "square": they fit into
+    # training pictures keep their aspect, but for "stretch", which makes each a square of `sizes[0]`, at test time too;
+    # "multiscale": one of `sizes` becomes the short side; "square": they fit into
     # a square of `sizes[0]`; "jitter" (large-scale jitter): a random scale in `jitter_scale` of it, then a crop to it;
     # "detr": "multiscale", in half of the cases after a resize to one of `crop_resize` and a crop with sides in `crop`
-    resize: Literal["multiscale", "square", "jitter", "detr"] = "multiscale"
+    resize: Literal["multiscale", "square", "stretch", "jitter", "detr"] = "multiscale"
     sizes: tuple[Size, ...] = (640, 672, 704, 736, 768, 800)
     max_size: Size = 1333
     jitter_scale: tuple[Positive, Positive] = (0.1, 2.0)
@@ -76,5 +77,5 @@ class Data(Section):
     def inference_size(self) -> tuple[int, int]:
         """(short side, bound of the long side) at test time."""
         short = self.test_size or max(self.sizes)
-        bound = self.test_max_size or (short if self.resize in ("square", "jitter") else self.max_size)
+        bound = self.test_max_size or (short if self.resize in ("square", "stretch", "jitter") else self.max_size)
         return short, max(short, bound)

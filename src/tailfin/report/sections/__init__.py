@@ -17,6 +17,7 @@ from tailfin.report.sections.curves import curves
 from tailfin.report.sections.errors import errors
 from tailfin.report.sections.examples import examples
 from tailfin.report.sections.groups import groups
+from tailfin.report.sections.labels import labels
 from tailfin.report.sections.overview import overview
 from tailfin.report.sections.provenance import provenance
 from tailfin.report.sections.scatter import scatter
@@ -38,6 +39,7 @@ SECTIONS: tuple[Callable[[Sequence[Run]], Section | None], ...] = (
     classifier,
     curves,
     examples,
+    labels,
     pretraining,
     steps,
     provenance,

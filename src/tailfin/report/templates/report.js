@@ -126,6 +126,29 @@
     });
   });
 
+  // ---- data to save
+  const save = (text, name, kind) => {
+    const link = document.createElement("a");
+    link.href = URL.createObjectURL(new Blob([text], { type: kind }));
+    link.download = name;
+    link.click();
+    setTimeout(() => URL.revokeObjectURL(link.href), 10000);
+  };
+  document.querySelectorAll("[data-save]").forEach((button) => button.addEventListener("click", () => {
+    save(document.getElementById(button.dataset.save).textContent, button.dataset.name, "application/json");
+  }));
+
+  // ---- from the class table to the class's row in the others
+  document.addEventListener("click", (event) => {
+    const link = event.target.closest("a[data-find]");
+    if (!link) return;
+    document.querySelectorAll("input[data-filter]").forEach((input) => {
+      if (input.dataset.filter === "class-table") return;
+      input.value = link.dataset.find;
+      input.dispatchEvent(new Event("input", { bubbles: true }));
+    });
+  });
+
   // ---- navigation: mark the section in view
   const links = new Map([...document.querySelectorAll("nav a")].map((link) => [link.hash.slice(1), link]));
   const inView = new Set();
