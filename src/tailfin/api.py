@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +21,7 @@ from torch import Tensor
 
 from tailfin import evaluation
 from tailfin.checkpoint import load_model_file
+from tailfin.coco_form import converted, with_coco_files
 from tailfin.config import check_data_is_named, load_recipe, recipe_from_file
 from tailfin.data.dataset import Source, to_test_size
 from tailfin.data.index import image_folder, open_index
@@ -228,7 +227,7 @@ def train(
             if given is not None and out is not None and Path(given).resolve().is_relative_to(Path(out).resolve()):
                 raise UserError(f"{option} {given} is inside --out {out}, which would be replaced: give another --out")
         folder = on_main(process_state(), lambda: run_folder(out, resolved, overwrite=overwrite))
-        resolved = on_main(process_state(), lambda: _with_coco_files(resolved, folder.absolute() / "data"))
+        resolved = on_main(process_state(), lambda: with_coco_files(resolved, folder.absolute() / "data"))
     first, others = (Path(given) if given is not None else None for given in (stage1, reuse))
     try:
         run = Run(resolved, folder, overwrite=overwrite, stage1=first, reuse=others)
@@ -287,35 +286,6 @@ def resolve_recipe(
         values["data"]["train"] = {"annotations": str(train_json.absolute()), "images": ""}
         values["data"]["val"] = {"annotations": str(val_json.absolute()), "images": ""}
     return check_recipe(values, resolved.name or "recipe")
-
-
-@contextmanager
-def converted(recipe: Recipe) -> Iterator[Recipe]:
-    """The recipe with COCO files in the place of data of another layout, for as long as the block lasts."""
-    with tempfile.TemporaryDirectory(prefix="tailfin-data-") as folder:
-        yield _with_coco_files(recipe, Path(folder).resolve())
-
-
-def _with_coco_files(recipe: Recipe, folder: Path) -> Recipe:
-    """The recipe with data of another layout (YOLO, VOC) converted into `folder`; a validation part of the training
-    set is taken where none is named."""
-    from tailfin.config import check_recipe
-    from tailfin.data.layouts import as_coco, below, is_annotation_file, splits_of
-
-    values = recipe.model_dump(mode="json")
-    data, root = values["data"], Path(recipe.data.root)
-    train = data["train"]["annotations"]
-    if train and not data["val"]["annotations"] and "val" in splits_of(below(root, train)):
-        data["val"] = {"annotations": train, "images": ""}
-    for split in ("train", "val"):
-        files = data[split]
-        source = below(root, files["annotations"])
-        if files["annotations"] and not is_annotation_file(source):
-            given = as_coco(source, split, folder, files["images"] or None)
-            data[split] = {"annotations": str(given.annotations), "images": str(given.images)}
-            for note in given.notes:
-                Progress("", 1).note(note)
-    return check_recipe(values, recipe.name or "recipe") if values != recipe.model_dump(mode="json") else recipe
 
 
 def with_largest_batch(recipe: Recipe) -> Recipe:

@@ -44,7 +44,7 @@ def open_hub_set(source: str) -> dict[str, Any]:
         raise UserError(f"{source} cannot be loaded: {' '.join(str(error).split())[:200]}") from None
     if not isinstance(found, Mapping):
         return {"train": found}
-    return {SPLITS.get(split, split): part for split, part in found.items()}
+    return {SPLITS.get(str(split), str(split)): part for split, part in found.items()}
 
 
 def coco_of(part: Any, folder: Path, split: str) -> Document:
