@@ -1,4 +1,4 @@
-"""A recipe with data of another layout than COCO's (`data/layouts.py`): converted into the run folder, or for a while."""
+"""A recipe with data of another layout than COCO's (`data/layouts.py`): converted to the run folder, or for a block."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from tailfin.schema.base import Count, Fraction, Positive, Section, Size
+from tailfin.schema.base import Count, Fraction, NotNegative, Positive, Section, Size
 
 
 class DataFiles(Section):
@@ -45,6 +45,17 @@ class Data(Section):
     # step-wise learning)
     empty_crop: Literal["keep", "next"] = "keep"
     copy_paste: bool = False  # simple copy-paste: objects of a second picture, with their masks where the file has them
+    # classes are drawn with weights n^-paste_power, n their training objects, then a picture with one; 0: all pictures
+    # alike and any of their objects, as published
+    paste_power: NotNegative = 0.0
+    paste_crops: str = ""  # folder CLASS/PICTURE of crops that are pasted in the place of a second picture's objects
+    paste_most: Count = 3  # crops per picture, one at least
+    paste_scale: tuple[Positive, Positive] = (0.5, 1.5)  # of a crop's size
+    mosaic: Fraction = 0.0  # share of training pictures that become a mosaic of four
+    mosaic_scale: tuple[Positive, Positive] = (0.5, 1.0)  # of each of the four
+    mixup: Fraction = 0.0  # share that are added to a second picture
+    mixup_alpha: Positive = 8.0  # the weight comes from Beta(alpha, alpha): the larger, the nearer to one half
+    mixed_epochs: Annotated[int, Field(ge=0)] = 0  # mosaic and mixup in the first so many epochs of a stage; 0: in all
     # test pictures: short side and bound of the long side; 0 takes the largest training size
     test_size: Annotated[int, Field(ge=0)] = 0
     test_max_size: Annotated[int, Field(ge=0)] = 0
@@ -69,6 +80,11 @@ class Data(Section):
             raise ValueError("jitter_scale must be (smaller, larger)")
         if self.value_range is not None and self.value_range[0] >= self.value_range[1]:
             raise ValueError("value_range must be (smaller, larger)")
+        for key in ("paste_scale", "mosaic_scale"):
+            if getattr(self, key)[0] > getattr(self, key)[1]:
+                raise ValueError(f"{key} must be (smaller, larger)")
+        if (self.paste_power or self.paste_crops) and not self.copy_paste:
+            raise ValueError("paste_power and paste_crops say what copy_paste pastes: set copy_paste=true")
         if self.crop[0] > self.crop[1]:
             raise ValueError("crop must be (smaller, larger)")
         return self
