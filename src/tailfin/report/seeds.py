@@ -1,7 +1,7 @@
 """Runs of one recipe that differ by their seed alone, as one column, and how sure the difference of two columns is.
 
-The interval holds 95 % of what a paired bootstrap over images gives (`tailfin.evaluation.bootstrap`): where it reaches 0
-the difference may be the choice of pictures. The range of several seeds stands beside their mean.
+The interval holds 95 % of what a paired bootstrap over images gives (`tailfin.evaluation.bootstrap`): where it reaches
+0 the difference may be the choice of pictures. The range of several seeds stands beside their mean.
 """
 
 from __future__ import annotations
