@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tailfin.data.box_forms import FORMS, guess
+from tailfin.data.box_forms import guess
 from tailfin.data.columns import RawColumns, parse
 from tailfin.data.images import MAX_PIXELS, Header, depth, read_header, read_image, size_problem, value_range
 from tailfin.data.index import AnnotationIndex, from_columns, image_folder, image_path
@@ -147,7 +147,7 @@ def _notes(index: AnnotationIndex, raw: RawColumns, headers: list[Header], folde
         yield lists
     sizes = np.stack([index.widths, index.heights], 1)[index.image_of].astype(np.float64)
     if not raw.form_stated and (form := guess(index.boxes, sizes)) is not None:
-        yield f"{form.reason}: are they {FORMS[form.form]}?"
+        yield form.question
     if clean.dropped:
         yield f"{_many(clean.dropped, 'box')} without area inside the image: dropped in training, kept in evaluation"
     if clean.clipped:
