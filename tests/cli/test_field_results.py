@@ -367,3 +367,20 @@ def test_a_named_file_of_any_ending_is_read(tailfin, trained, tiny_set, tmp_path
     assert "in 1 pictures" in tailfin("predict", trained, file, "--out", tmp_path / "p.json").out
     file.write_bytes(b"nothing")
     assert "by its content" in tailfin("predict", trained, file, "--out", tmp_path / "q.json").error
+
+
+def test_pictures_of_kinds_that_are_not_read_and_lost_links_are_told_of(tailfin, trained, tiny_set, tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    (folder / "a.png").write_bytes(sorted(tiny_set[1].with_suffix("").iterdir())[0].read_bytes())
+    for name in ("b.heic", "c.NEF", "notes.txt"):
+        (folder / name).write_bytes(b"x")
+    (folder / "d.jpg").symlink_to(folder / "gone.jpg")
+    outcome = tailfin("predict", trained, folder, "--out", tmp_path / "p.json")
+    assert (
+        outcome.code == 0 and "2 files are of kinds that are not read here and left out (first: b.heic" in outcome.err
+    )
+    assert "1 files skipped" in outcome.out + outcome.err and "d.jpg does not exist" in outcome.out + outcome.err
+    (folder / "a.png").unlink()
+    (folder / "d.jpg").unlink()
+    assert "there is no picture or video in this folder: 2 files are" in tailfin("predict", trained, folder).error
