@@ -114,6 +114,7 @@ def picture_size(data: Data, index: AnnotationIndex, first: list[tuple[torch.Ten
     trained = {
         "multiscale": f"short side {sizes}, long side at most {data.max_size}",
         "square": f"fitted into {data.sizes[0]} x {data.sizes[0]}",
+        "stretch": f"stretched to {data.sizes[0]} x {data.sizes[0]}",
         "jitter": f"scaled by {data.jitter_scale[0]:g} to {data.jitter_scale[1]:g}, cropped to {data.sizes[0]}",
         "detr": f"short side {sizes}, long side at most {data.max_size}, half of them cropped before",
     }[data.resize]

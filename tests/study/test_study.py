@@ -27,7 +27,7 @@ from tailfin.study.cells import Cell, differing, donor, make_cells, shared
 from tailfin.study.collect import difference
 from tailfin.study.executors import executor
 from tailfin.study.plan import minutes_left, seconds_per_step, status_lines, to_train
-from tailfin.study.spec import dump_study, keep, load_study, open_study
+from tailfin.study.spec import dump_study, keep, load_study, open_study, placed_sets
 
 SECOND = "{loss: {name: fcbl}, schedule: {epochs: 1, warmup: 0, milestones: [0.5]}}"
 STUDY = """
@@ -89,6 +89,7 @@ def pretend(monkeypatch, results):
 
     monkeypatch.setattr(work, "tailfin", tailfin)
     monkeypatch.setattr(tables, "write_report", lambda runs, out, title: out)
+    monkeypatch.setattr(tables.PictureIntervals, "of", lambda *_: {})
     return called
 
 
@@ -235,6 +236,9 @@ def test_differences_are_paired(monkeypatch):
     assert difference(rows[:1] + rows[5:6], "s", "one", "two", "AP").half is None
     assert difference(rows[:5], "s", "one", "two", "AP") is None
     assert tables.difference_text(rows, "s", "one", "two", "AP").startswith("**") == (low * high > 0)
+    one_seed = rows[:1] + rows[5:6]
+    assert tables.difference_text(one_seed, "s", "one", "two", "AP", (0.01, 0.02)).endswith("[+0.010, +0.020]**")
+    assert not tables.difference_text(one_seed, "s", "one", "two", "AP", (-0.01, 0.02)).startswith("*")
 
 
 def test_real_cells_share_a_stage_and_are_compared(file, out, monkeypatch, quick_training):
@@ -268,9 +272,26 @@ def test_real_cells_share_a_stage_and_are_compared(file, out, monkeypatch, quick
     lines = list(csv.DictReader((out / "study.csv").open()))
     assert [line["arm"] for line in lines] == ["plain", "two", "margin", "norcal"]
     assert {line["steps"] for line in lines} == {"13"} and lines[2]["taken"] == "representation"
-    assert "| margin | 0 |" in (out / "study.md").read_text() and "(one seed)" in (out / "study.md").read_text()
+    assert "| margin | 0 |" in (out / "study.md").read_text()
+    lines = list(csv.DictReader((out / "differences.csv").open()))
+    assert all(float(line["low_pictures"]) <= float(line["high_pictures"]) for line in lines if line["metric"] == "AP")
+    known = json.loads((out / "pictures.json").read_text())
+    assert list(known) == ["tiny/two/plain", "tiny/margin/two", "tiny/norcal/plain"]
+    monkeypatch.setattr("tailfin.study.bootstrap.paired_bootstrap", None)  # what is known is not drawn again
+    tables.write_tables(study, cells, fates, out)
     again, _ = open_study(out)
     assert dump_study(again) == dump_study(study)
+
+
+def test_sets_without_a_place_are_left_out(file, out, tmp_path):
+    file.write_text(file.read_text().replace("control: plain", "  other: {recipe: demo/bacl}\ncontrol: plain", 1))
+    assert {cell.set for cell in cells_of(file, out)} == {"tiny"}
+    with pytest.raises(UserError, match='no set "others" .did you mean "other"'):
+        cells_of(file, out, sets=["others"])
+    keep(load_study(file, {"other": str(tmp_path)}), out)
+    keep(load_study(file), out)
+    assert open_study(out)[0].sets["other"].root == str(tmp_path)
+    assert placed_sets(load_study(file)) == ["tiny"]
 
 
 def test_the_command(file, out, monkeypatch):

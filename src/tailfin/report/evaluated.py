@@ -34,6 +34,10 @@ MIN_SCORE = 0.05  # of the detections that objects are taken for: below it nobod
 AIMS = ("f1", "precision=0.9")  # of the thresholds per class
 
 
+_States = tuple[tuple[Path, int, int], ...]
+Key = tuple[_States, tuple[tuple[int, int], ...], "tuple[int, ...] | None", str]
+
+
 @dataclass(frozen=True)
 class Look:
     """What a run's detections say, class by class in the order of `truth.category_ids`."""
@@ -71,12 +75,22 @@ def annotations_file(recipe: Recipe | None, name: str) -> Path:
 
 def look(run: Run) -> Look:
     """What there is to see in a run's detections, with the frequency groups that its numbers have."""
+    return look_at(look_key(run))
+
+
+def look_at(key: Key) -> Look:
+    """The same of what `look_key` gives."""
+    return _look(*key)
+
+
+def look_key(run: Run) -> Key:
+    """What a look depends on: the files' state, training counts and bounds of the groups, the protocol."""
     counts = [
         (int(entry["id"]), int(entry["image_count"])) for entry in run.categories if defined(entry.get("image_count"))
     ]
     bounds = None if run.recipe is None else run.recipe.evaluation.group_bounds
     protocol = str((run.metrics or {}).get("protocol", "lvis"))
-    return _look(_states(run), tuple(counts), bounds, protocol if protocol in LIMITS else "lvis")
+    return _states(run), tuple(counts), bounds, protocol if protocol in LIMITS else "lvis"
 
 
 def looks(runs: Sequence[Run]) -> tuple[list[tuple[int, Look]], str]:
@@ -92,8 +106,6 @@ def looks(runs: Sequence[Run]) -> tuple[list[tuple[int, Look]], str]:
 
 
 # ---- details ---------------------------------------------------------------------------------------------------------
-
-_States = tuple[tuple[Path, int, int], ...]
 
 
 def _states(run: Run) -> _States:

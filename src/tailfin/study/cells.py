@@ -19,7 +19,7 @@ from tailfin.config import check_recipe, load_recipe
 from tailfin.errors import UserError, nearest
 from tailfin.schema.recipe import Recipe
 from tailfin.schema.stages import stages
-from tailfin.study.spec import Arm, Calibrate, Study, filled
+from tailfin.study.spec import Arm, Calibrate, Study, filled, placed_sets
 from tailfin.study.steps import Files, open_files, planned_steps, steps_overrides
 
 MADE_HERE = ("data.root", "data.train", "data.val")  # overrides of a set that name files of this machine
@@ -84,18 +84,17 @@ def make_cells(
     study: Study, out: Path, *, arms: Sequence[str] = (), seeds: Sequence[int] = (), sets: Sequence[str] = ()
 ) -> list[Cell]:
     """All cells, or those of some arms, seeds and sets (with the cells that calibrations among them need)."""
-    for kind, given, known in (("arm", arms, study.arms), ("set", sets, study.sets)):
-        for name in given:
-            if name not in known:
-                raise UserError(f'the study has no {kind} "{name}"{nearest(name, known)}')
+    for name in arms:
+        if name not in study.arms:
+            raise UserError(f'the study has no arm "{name}"{nearest(name, study.arms)}')
     wanted = {name for name in study.arms if not arms or name in arms}
     needed = {own.of for name in wanted if (own := study.arms[name].calibrate) is not None}
     order = [name for name in study.arms if name in wanted | needed]
     loaded = _Loaded()
     found: dict[tuple[str, str, int], Cell] = {}
     for seed in sorted({seed for name in order for seed in seeds_of(study, study.arms[name])}):
-        for one in study.sets:
-            if seeds and seed not in seeds or sets and one not in sets:
+        for one in placed_sets(study, sets):
+            if seeds and seed not in seeds:
                 continue
             for name in order:
                 own_sets = study.arms[name].sets

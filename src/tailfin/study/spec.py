@@ -35,6 +35,7 @@ from tailfin.schema.base import Count, NotNegative, Section
 from tailfin.schema.problems import explain
 
 KEPT = "study.yaml"  # in the folder of the cells
+PLACES = ("data.root", "data.train", "data.train.annotations")  # overrides that say where a set is
 NAME = re.compile(r"[\w.+-]+")
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Steps = Count | tuple[Count, ...] | Literal["own"]  # of the whole cell, of each stage, or as the recipe has them
@@ -166,11 +167,25 @@ def open_study(path: Path, out: Path | None = None, data: Sequence[str] = ()) ->
     return load_study(path / KEPT, roots), path.absolute()
 
 
+def placed_sets(study: Study, names: Sequence[str] = ()) -> list[str]:
+    """The sets to run on: those that are named, else those whose files are somewhere, else all."""
+    for name in names:
+        if name not in study.sets:
+            raise UserError(f'the study has no set "{name}"{nearest(name, study.sets)}')
+    placed = [name for name, one in study.sets.items() if one.root or any(key in PLACES for key in one.overrides)]
+    return [name for name in study.sets if name in (names or placed or study.sets)]
+
+
 def keep(study: Study, out: Path) -> None:
-    """The study in the folder of its cells, for `tailfin study show FOLDER`."""
+    """The study in the folder of its cells, for `tailfin study show FOLDER`; places that sets had before stay."""
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
-    write_atomic(out / KEPT, dump_study(study))
+    sets = dict(study.sets)
+    if (out / KEPT).is_file():
+        for name, one in load_study(out / KEPT).sets.items():
+            if name in sets and one.root and not sets[name].root:
+                sets[name] = sets[name].model_copy(update={"root": one.root})
+    write_atomic(out / KEPT, dump_study(study.model_copy(update={"sets": sets})))
 
 
 def dump_study(study: Study) -> str:

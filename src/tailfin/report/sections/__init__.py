@@ -16,7 +16,9 @@ from tailfin.report.sections.costs import costs
 from tailfin.report.sections.curves import curves
 from tailfin.report.sections.errors import errors
 from tailfin.report.sections.examples import examples
+from tailfin.report.sections.fed import fed
 from tailfin.report.sections.groups import groups
+from tailfin.report.sections.labels import labels
 from tailfin.report.sections.overview import overview
 from tailfin.report.sections.provenance import provenance
 from tailfin.report.sections.scatter import scatter
@@ -37,7 +39,9 @@ SECTIONS: tuple[Callable[[Sequence[Run]], Section | None], ...] = (
     scores,
     classifier,
     curves,
+    fed,
     examples,
+    labels,
     pretraining,
     steps,
     provenance,
