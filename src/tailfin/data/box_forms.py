@@ -88,7 +88,7 @@ def guess(boxes: Floats, sizes: Floats) -> Guess | None:
     if (np.abs(boxes) <= 1.01).all() and _fractional(boxes) and not tiny:
         form = _fractions_form(boxes)
         return Guess(form, f"all {len(boxes):,} boxes are smaller than 1 pixel", len(boxes) > 1)
-    small = (boxes[:, 2:] < 1).all(1) & (boxes[:, 2:] > 0).any(1)
+    small = np.asarray((boxes[:, 2:] < 1).all(1) & (boxes[:, 2:] > 0).any(1))
     known = (sizes > 0).all(1)
     boxes, sizes = boxes[known], sizes[known]
     if not len(boxes):
