@@ -225,9 +225,9 @@ def _released_hub(
     state: dict[str, Tensor], stats: ClassStats, loss: ClassificationLoss, source: str
 ) -> Released | None:
     """A folder of transformers' goes through its own loader, which knows files by former and by the authors' names."""
-    path = None if source == "coco" else _file_and_part(source)[0]
-    if path is not None and path.name == "model.safetensors" and (config := path.with_name("config.json")).is_file():
-        if read_object(config).get("model_type") in HUB_TYPES:
+    if source != "coco" and (path := _file_and_part(source)[0]).name == "model.safetensors":
+        config = path.with_name("config.json")
+        if config.is_file() and read_object(config).get("model_type") in HUB_TYPES:
             state = load_folder(path.parent)
     return convert_hub(state, stats.names, _labels_beside(source), source) if is_hub(state) else None
 
