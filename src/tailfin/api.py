@@ -21,9 +21,11 @@ from torch import Tensor
 
 from tailfin import evaluation
 from tailfin.checkpoint import load_model_file
+from tailfin.coco_form import converted, with_coco_files
 from tailfin.config import check_data_is_named, load_recipe, recipe_from_file
 from tailfin.data.dataset import Source, to_test_size
 from tailfin.data.index import image_folder, open_index
+from tailfin.data.layouts import as_given
 from tailfin.errors import UserError, nearest
 from tailfin.evaluation.operating import OperatingPoints
 from tailfin.evaluation.results import merge_shards, result_files
@@ -225,12 +227,20 @@ def train(
             if given is not None and out is not None and Path(given).resolve().is_relative_to(Path(out).resolve()):
                 raise UserError(f"{option} {given} is inside --out {out}, which would be replaced: give another --out")
         folder = on_main(process_state(), lambda: run_folder(out, resolved, overwrite=overwrite))
+        resolved = on_main(process_state(), lambda: with_coco_files(resolved, folder.absolute() / "data"))
     first, others = (Path(given) if given is not None else None for given in (stage1, reuse))
-    run = Run(resolved, folder, overwrite=overwrite, stage1=first, reuse=others)
     try:
-        method(resolved.method)(run)
-    finally:
-        run.close()
+        run = Run(resolved, folder, overwrite=overwrite, stage1=first, reuse=others)
+        try:
+            method(resolved.method)(run)
+        finally:
+            run.close()
+    except UserError:
+        if not (folder / "recipe.yaml").exists():  # nothing has begun: no folder stays that would be in the way
+            shutil.rmtree(folder / "data", ignore_errors=True)
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
+        raise
     return folder
 
 
@@ -258,7 +268,7 @@ def resolve_recipe(
     values["data"]["root"] = str(Path(resolved.data.root).absolute())  # so that RUN/recipe.yaml means the same anywhere
     for split, file, images in (("train", train, train_images), ("val", val, val_images)):
         if file is not None:
-            values["data"][split] = {"annotations": str(Path(file).absolute()), "images": ""}
+            values["data"][split] = {"annotations": as_given(file), "images": ""}
         if images is not None:
             values["data"][split]["images"] = str(Path(images).absolute())
     if weights is not None:
@@ -283,7 +293,9 @@ def with_largest_batch(recipe: Recipe) -> Recipe:
     from tailfin.auto_batch import largest_batch
     from tailfin.processes import process_state
 
-    found, lines = largest_batch(recipe)
+    with converted(recipe) as ready:
+        found, lines = largest_batch(ready)
+    found = found.model_copy(update={"data": recipe.data})
     if process_state().is_main_process:
         for line in lines:
             Progress("", 1).note(line)

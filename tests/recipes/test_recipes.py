@@ -27,7 +27,8 @@ LOCALIZERS = [name for name in recipes.names() if "/localizer_" in name]  # see 
 DETRS = [name for name in recipes.names() if name.endswith("/deformable_detr_tiny")]  # see test_published_stepwise.py
 # see test_packaged_recipes.py
 PACKAGED = [name for name in recipes.names() if name.split(":")[0].endswith(("/packaged", "_lite0"))]
-APART = STEPWISE + LOCALIZERS + DETRS + PACKAGED
+REALTIME = [name for name in recipes.names() if "/d_fine_" in name]  # see test_realtime_recipes.py
+APART = REALTIME + STEPWISE + LOCALIZERS + DETRS + PACKAGED
 SMALL = [name for name in recipes.names() if name.split("/")[0] in ("demo", "fod", "road12") and name not in APART]
 
 # method of a recipe (its variant, or the last word of its name) -> losses of its stages

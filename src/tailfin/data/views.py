@@ -236,7 +236,8 @@ class PretrainingDataset(TrainingDataset):
         overlap: bool = False,
         masks: bool = False,
     ) -> None:
-        super().__init__(source, config.model_copy(update={"copy_paste": False}), seed, masks=masks)
+        plain = {"copy_paste": False, "paste_power": 0.0, "paste_crops": "", "mosaic": 0.0, "mixup": 0.0}
+        super().__init__(source, config.model_copy(update=plain), seed, masks=masks)
         self.views, self.proposals, self.third, self.weak = views, proposals, third, weak
         self.overlap = overlap
         index = source.index

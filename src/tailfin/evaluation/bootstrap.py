@@ -70,12 +70,12 @@ def paired_bootstrap(
     if draws < 1 or not 0 < level < 1:
         raise UserError(f"draws is {draws}, level {level}: at least 1 draw and a level between 0 and 1 are needed")
     letters = frequencies(first.categories, group_bounds, as_train_counts(train_counts))
-    matched = [[matches(own, protocol, max_dets) for own in side] for side in readings]
-    values, drawn = compare(*matched, letters, draws=draws, seed=seed)
+    a, b = ([matches(own, protocol, max_dets) for own in side] for side in readings)
+    values, drawn = compare(a, b, letters, draws=draws, seed=seed)
     rows = [_row(values[0][:, k], values[1][:, k], drawn[:, k], level) for k in range(drawn.shape[1])]
     names = metric_names()
     return {
-        "images": matched[0][0].images,
+        "images": a[0].images,
         "draws": draws,
         "level": level,
         "metrics": {name: row for name, row in zip(names, rows, strict=False) if row is not None},

@@ -22,10 +22,8 @@ from scipy import sparse
 
 from tailfin.errors import UserError, nearest
 from tailfin.evaluation.detections import Detections
-from tailfin.evaluation.overlaps import crowd_share
-from tailfin.evaluation.reading import Reading, assign, reading
+from tailfin.evaluation.reading import Reading, reading
 
-IOU = 0.5
 PRIOR = 10  # objects that the threshold of all classes counts as
 DRAWS = 200  # of the bootstrap
 EDGE = 1e-6  # thresholds lie between this and 1 - this
@@ -107,13 +105,12 @@ def operating_points(
     """Thresholds of all classes of an annotation file, from detections on its pictures.
 
     `annotations` and `results` are those of `evaluate`, or a `Reading` in their place; the aim is the best F1 by
-    default. Crowds and ignored objects are no examples, and detections on
-    them, or of classes that an LVIS picture has not been judged for, count neither way.
+    default. What counts is said by `Reading.counted`.
     """
     aim = aim or Aim("f1")
     source = reading(annotations, results)
     truth, counted = source.truth, source.evidence
-    rows, hit = counted_detections(source)
+    rows, hit = source.counted
     found = source.detections.select(rows)
     classes = len(truth.categories)
     pairs = truth.image_rows[counted], truth.category_rows[counted]
@@ -175,24 +172,6 @@ def threshold_for(scores: NDArray[Any], hits: NDArray[np.bool_], examples: int, 
     value = scores[last]
     below = value[place + 1] if place + 1 < len(value) else 0.0
     return float((value[place] + below) / 2), reached
-
-
-def counted_detections(source: Reading) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """Rows of the detections that count for precision, and which of them are right; see `operating_points`."""
-    truth, found = source.truth, source.detections
-    near = source.near
-    same = found.category_rows[near.detections] == truth.category_rows[near.objects]
-    near = near.where(same & (near.iou >= IOU))
-    rank = np.empty(len(found), dtype=np.int64)
-    rank[np.argsort(-found.scores, kind="stable")] = np.arange(len(found))
-    hit = assign(near.where(source.evidence[near.objects]), rank) >= 0
-    dropped = np.zeros(len(found), dtype=bool)
-    dropped[near.detections[truth.ignore[near.objects] & ~truth.crowd[near.objects]]] = True
-    for part in crowd_share(truth, found, source.iou_type):
-        inside = (part.iou >= IOU) & (found.category_rows[part.detections] == truth.category_rows[part.objects])
-        dropped[part.detections[inside]] = True
-    rows = np.flatnonzero(source.judged & (hit | ~dropped))
-    return rows, hit[rows]
 
 
 # ---- details ---------------------------------------------------------------------------------------------------------

@@ -19,9 +19,10 @@ from numpy.typing import NDArray
 
 from tailfin.errors import UserError
 from tailfin.evaluation.detections import Detections, load_detections, with_geometry
-from tailfin.evaluation.overlaps import box_overlap, mask_overlap, pairs
+from tailfin.evaluation.overlaps import box_overlap, crowd_share, mask_overlap, pairs
 from tailfin.evaluation.truth import GroundTruth, load_truth
 
+IOU = 0.5  # from here on a detection is on the object, where precision and recall are counted
 LEAST = 0.1  # pairs with a smaller IoU are not kept
 IoUType = Literal["bbox", "segm"]
 
@@ -64,6 +65,28 @@ class Reading:
     def near(self) -> Near:
         """Of all detections and all objects."""
         return self._near(np.arange(len(self.detections)))
+
+    @cached_property
+    def counted(self) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """Rows of the detections that count for precision, and which of them are right (IoU 0.5, each object once).
+
+        Crowds and ignored objects are no examples, and detections on them, or of classes that an LVIS picture has not
+        been judged for, count neither way.
+        """
+        truth, found = self.truth, self.detections
+        near = self.near
+        same = found.category_rows[near.detections] == truth.category_rows[near.objects]
+        near = near.where(same & (near.iou >= IOU))
+        rank = np.empty(len(found), dtype=np.int64)
+        rank[np.argsort(-found.scores, kind="stable")] = np.arange(len(found))
+        hit = assign(near.where(self.evidence[near.objects]), rank) >= 0
+        dropped = np.zeros(len(found), dtype=bool)
+        dropped[near.detections[truth.ignore[near.objects] & ~truth.crowd[near.objects]]] = True
+        for part in crowd_share(truth, found, self.iou_type):
+            inside = (part.iou >= IOU) & (found.category_rows[part.detections] == truth.category_rows[part.objects])
+            dropped[part.detections[inside]] = True
+        rows = np.flatnonzero(self.judged & (hit | ~dropped))
+        return rows, hit[rows]
 
     def near_of(self, rows: NDArray[np.int64]) -> Near:
         """Of the detections `rows` alone; masks of others are not compared."""

@@ -154,7 +154,7 @@ class _Case:
         labels, good = labels[rows], (self.right | made_right)[rows]
         starts = np.flatnonzero(np.diff(labels, prepend=-1))
         sizes = np.diff(starts, append=len(labels))
-        total = np.cumsum(good)
+        total = np.cumsum(good, dtype=np.int64)
         total -= np.repeat(total[starts] - good[starts], sizes)
         place = np.arange(len(labels)) - np.repeat(starts, sizes) + 1
         positives = number[labels]
@@ -188,7 +188,7 @@ def _sort_out(found: Reading, rules: Rules, limit: int) -> _Case:
     near = near.where((rank[near.detections] >= 0) & counted[near.objects])
     near = Near(rank[near.detections], near.objects, near.iou)
     by_rank = np.lexsort((near.objects, near.detections))
-    near = Near(*(column[by_rank] for column in near))
+    near = Near(near.detections[by_rank], near.objects[by_rank], near.iou[by_rank])
     same = labels[near.detections] == truth.category_rows[near.objects]
     target = assign(near.where(same & (near.iou >= HIT)), np.arange(len(order)))
     right = target >= 0
