@@ -96,7 +96,7 @@ def class_parts(recipe: Recipe, stats: ClassStats, begun: Path | None = None) ->
             )
         return smooth_tail.divide_by_rank(stats.instance_count, settings.division)
     if begun is not None and begun.exists():
-        old = json.loads(load_model_file(begun).metadata["known"])
+        old = load_model_file(begun).fact("known")
     else:
         old = class_names(recipe.weights)
     if old is None:
