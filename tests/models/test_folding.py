@@ -11,7 +11,7 @@ from torch import nn
 from tailfin import ClassStats
 from tailfin.config import load_recipe
 from tailfin.models import build_detector
-from tailfin.models.backbones import resnet_body
+from tailfin.models.backbones import Body, resnet_body
 from tailfin.models.folding import fold_norms, for_inference
 from tailfin.models.timm_body import timm_body
 
@@ -57,9 +57,9 @@ def test_a_detector_finds_the_same() -> None:
 
 
 def test_a_body_whose_order_misleads_stays() -> None:
-    class Swapped(nn.Module):
+    class Swapped(Body):
         def __init__(self) -> None:
-            super().__init__()
+            nn.Module.__init__(self)
             self.conv, self.norm = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)
             self.taken = {"a": "a"}
 

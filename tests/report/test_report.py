@@ -35,6 +35,7 @@ SECTIONS = (
     "confusion",
     "scores",
     "training",
+    "what-the-sampler-fed",
     "example-detections",
     "provenance",
 )
@@ -133,7 +134,7 @@ def test_unfinished_run(make_data: Callable, make_run: Callable, parse_page: Cal
     assert "iteration 550, epoch 2.20 of 4" in page.text
     assert "No run has been evaluated yet" in page.text
     ids = {attributes.get("id") for tag, attributes in page.elements if tag == "section"}
-    assert ids == {"run", "summary", "training", "provenance"}
+    assert ids == {"run", "summary", "training", "what-the-sampler-fed", "provenance"}
 
 
 def test_an_almost_empty_run(tmp_path: Path, parse_page: Callable) -> None:
@@ -317,7 +318,8 @@ def test_names_in_errors_and_confusion_stay_text(make_data: Callable, make_run: 
     runs = read_runs([make_run("one", data, found=())])
     for section in (errors(runs), swallowed(runs), costs(runs), scores(runs)):
         page = parse_page(str(section.html))
-        assert page.count("img") == 0 and page.open == []
+        shown = [str(attributes["src"]) for tag, attributes in page.elements if tag == "img"]
+        assert all(source.startswith("data:image/jpeg;base64,") for source in shown) and page.open == []
     assert HOSTILE[0] in parse_page(str(swallowed(runs).html)).text
 
 

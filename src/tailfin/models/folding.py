@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tailfin.models.backbones import Body
 from tailfin.models.detector import Detector
 
 TOLERANCE = 1e-3  # of the largest feature
@@ -29,7 +30,7 @@ def for_inference(model: Detector) -> int:
     backbone: Any = model.backbone
     folded = 0
     body = getattr(backbone, "body", None)
-    if isinstance(body, nn.Module):
+    if isinstance(body, Body):
         device = next(model.parameters()).device
         probe = torch.rand((1, 3, PROBE, PROBE), generator=torch.Generator().manual_seed(0)).to(device)
         other = copy.deepcopy(body)
