@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -69,10 +71,6 @@ def figures(html: str) -> list[dict]:
 def numbers(values) -> list[float]:
     """Plotly's arrays: plain lists or base64."""
     if isinstance(values, dict):
-        import base64
-
-        import numpy as np
-
         return np.frombuffer(base64.b64decode(values["bdata"]), values["dtype"]).tolist()
     return values
 
