@@ -84,7 +84,8 @@ def _walk(value: NDArray[np.uint64], size: NDArray[np.uint64], key: NDArray[np.u
         done = value < size
         found[left[done]] = value[done]
         rest = ~done
-        left, value, half, mask, size, key = (own[rest] for own in (left, value, half, mask, size, key))
+        left, value, size, key = left[rest], value[rest], size[rest], key[rest]
+        half, mask = half[rest], mask[rest]
 
 
 def _mixed(value: NDArray[np.uint64]) -> NDArray[np.uint64]:
