@@ -205,7 +205,7 @@ class TrainingDataset(Dataset):
             target = {key: value for key, value in target.items() if key != "masks"}
         if self.config.unchecked_classes == "ignore":
             target["known"] = torch.from_numpy(self.source.index.known(row))
-        return image.contiguous(), {**target, "image_id": torch.tensor(row)}
+        return packed(image), {**target, "image_id": torch.tensor(row)}
 
     def _augmented(self, row: int, rng: np.random.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         index, clean = self.source.index, self.clean
@@ -237,6 +237,11 @@ class TrainingDataset(Dataset):
     def _segmented(self) -> bool:
         """Whether every object that trains has a mask."""
         return bool((self.source.index.segmentations().kinds[self.clean.rows] > 0).all())
+
+
+def packed(image: Tensor) -> Tensor:
+    """The picture [3, H, W] in memory of its own size, channels first or last: a crop would keep the whole picture's."""
+    return image if image.permute(1, 2, 0).is_contiguous() else image.contiguous()
 
 
 def seen_masks(masks: Tensor) -> Tensor:
