@@ -109,9 +109,7 @@ def _sampled(value: Tensor, places: Tensor, weights: Tensor, shapes: Shapes) -> 
     return summed.unflatten(0, (-1, value.shape[2])).flatten(1, 2).transpose(1, 2)
 
 
-def _levels(
-    value: Tensor, places: Tensor, weights: Tensor, shapes: Shapes
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def _levels(value: Tensor, places: Tensor, weights: Tensor, shapes: Shapes) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Per level its map [B H, D, h, w], where it is read [B H, Q, P, 2] in -1..1, and the weights [B H, Q, P]."""
     start = 0
     for number, (height, width) in enumerate(shapes):

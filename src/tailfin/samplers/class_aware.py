@@ -70,7 +70,9 @@ def keyed_permutation(place: NDArray[np.int64], size: NDArray[np.int64], key: ND
     return found
 
 
-def _walk(value: NDArray[np.uint64], size: NDArray[np.uint64], key: NDArray[np.uint64], found: NDArray[np.int64]) -> None:
+def _walk(
+    value: NDArray[np.uint64], size: NDArray[np.uint64], key: NDArray[np.uint64], found: NDArray[np.int64]
+) -> None:
     """`keyed_permutation` of some places, written into `found`."""
     _, bits = np.frexp((np.maximum(size, 2) - 1).astype(np.float64))  # of the largest place
     half = ((bits + 1) // 2).astype(np.uint64)
