@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tailfin import losses, recipes
+from tailfin.auto.plan import wishes
 from tailfin.cli.main import verb
 from tailfin.config import load_recipe
 
@@ -123,6 +124,8 @@ def test_commands_are_right(page):
         while hasattr(command, "commands"):
             command = command.commands[rest.pop(0)]
         values = command.make_context("tailfin", list(rest)).params
-        if values.get("recipe") and values["recipe"] != "RECIPE" and not values["recipe"].endswith(".yaml"):
+        if values.get("recipe") == "auto":
+            wishes(values.get("overrides") or ())
+        elif values.get("recipe") and values["recipe"] != "RECIPE" and not values["recipe"].endswith(".yaml"):
             load_recipe(values["recipe"], values.get("overrides") or ())
     assert page.name not in ("README.md", "data.md", "training.md", "recipes.md") or len(commands(page)) > 4

@@ -36,6 +36,7 @@ ORDER = (
     ("memory", "methods", "dry_run", "auto_batch"),
     ("api",),
     ("calibrate", "cost", "export", "hub", "neighbours", "predicting", "propose", "convert", "merging"),
+    ("auto", "study"),
     ("cli", "__main__"),
 )
 PLACES = {f"tailfin.{name}": place for place, names in enumerate(ORDER) for name in names}

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -225,12 +227,20 @@ def train(
             if given is not None and out is not None and Path(given).resolve().is_relative_to(Path(out).resolve()):
                 raise UserError(f"{option} {given} is inside --out {out}, which would be replaced: give another --out")
         folder = on_main(process_state(), lambda: run_folder(out, resolved, overwrite=overwrite))
+        resolved = on_main(process_state(), lambda: _with_coco_files(resolved, folder.absolute() / "data"))
     first, others = (Path(given) if given is not None else None for given in (stage1, reuse))
-    run = Run(resolved, folder, overwrite=overwrite, stage1=first, reuse=others)
     try:
-        method(resolved.method)(run)
-    finally:
-        run.close()
+        run = Run(resolved, folder, overwrite=overwrite, stage1=first, reuse=others)
+        try:
+            method(resolved.method)(run)
+        finally:
+            run.close()
+    except UserError:
+        if not (folder / "recipe.yaml").exists():  # nothing has begun: no folder stays that would be in the way
+            shutil.rmtree(folder / "data", ignore_errors=True)
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
+        raise
     return folder
 
 
@@ -278,12 +288,42 @@ def resolve_recipe(
     return check_recipe(values, resolved.name or "recipe")
 
 
+@contextmanager
+def converted(recipe: Recipe) -> Iterator[Recipe]:
+    """The recipe with COCO files in the place of data of another layout, for as long as the block lasts."""
+    with tempfile.TemporaryDirectory(prefix="tailfin-data-") as folder:
+        yield _with_coco_files(recipe, Path(folder).resolve())
+
+
+def _with_coco_files(recipe: Recipe, folder: Path) -> Recipe:
+    """The recipe with data of another layout (YOLO, VOC) converted into `folder`; a validation part of the training
+    set is taken where none is named."""
+    from tailfin.config import check_recipe
+    from tailfin.data.layouts import as_coco, is_annotation_file, splits_of
+
+    values = recipe.model_dump(mode="json")
+    data, root = values["data"], Path(recipe.data.root)
+    train = data["train"]["annotations"]
+    if train and not data["val"]["annotations"] and "val" in splits_of(root / train):
+        data["val"] = {"annotations": train, "images": ""}
+    for split in ("train", "val"):
+        files = data[split]
+        if files["annotations"] and not is_annotation_file(root / files["annotations"]):
+            given = as_coco(root / files["annotations"], split, folder, files["images"] or None)
+            data[split] = {"annotations": str(given.annotations), "images": str(given.images)}
+            for note in given.notes:
+                Progress("", 1).note(note)
+    return check_recipe(values, recipe.name or "recipe") if values != recipe.model_dump(mode="json") else recipe
+
+
 def with_largest_batch(recipe: Recipe) -> Recipe:
     """The recipe with the largest batch that the memory holds; says how it was found."""
     from tailfin.auto_batch import largest_batch
     from tailfin.processes import process_state
 
-    found, lines = largest_batch(recipe)
+    with converted(recipe) as ready:
+        found, lines = largest_batch(ready)
+    found = found.model_copy(update={"data": recipe.data})
     if process_state().is_main_process:
         for line in lines:
             Progress("", 1).note(line)

@@ -24,7 +24,11 @@ from tailfin.files import read_text
 from tailfin.joins import ClassJoin, join_classes, listed
 from tailfin.recipe_values import parse_yaml
 
-CLASS_LAYERS = ("cls_score", "class_embed", "bbox_pred")  # modules with a row, or four, per class
+# modules with a row, or four, per class
+CLASS_LAYERS = (
+    *("cls_score", "class_embed", "bbox_pred"),
+    *("enc_score_head", "enc_out_class_embed", "denoising_class_embed"),  # of query-based detectors
+)
 CLASS_ROWS = ("weight", "bias", "weight_v", "weight_g")  # their tensors that have them, one after another
 CLASS_STATE = ("loss", "class_loss", "extra_rows", "refinement")  # whose state is of the old classes in their order
 DENSE = "head.classifier."  # of a dense detector: rows of every anchor, one anchor after another

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,17 +12,15 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from torch import nn
 
 from tailfin.data.dataset import TrainingDataset, open_source, unchecked_note
 from tailfin.data.index import AnnotationIndex
-from tailfin.data.proposals import open_proposals
 from tailfin.data.smooth_tail import ALL, PlannedStep, planned_steps
 from tailfin.errors import printable
 from tailfin.inference import check_kinds, check_validation
 from tailfin.memory import TrainingMemory, training_memory, watched_step
+from tailfin.methods.plan import StageModel, stage_models
 from tailfin.methods.stepwise import class_parts
-from tailfin.models import build_detector
 from tailfin.plan_notes import plan_notes
 from tailfin.processes import check_trackers
 from tailfin.report.draw import draw_detections
@@ -47,16 +44,17 @@ def show_plan(recipe: Recipe, out: Path | None, *, overwrite: bool = False) -> N
     stats = ClassStats.from_index(train.index, group_bounds=recipe.evaluation.group_bounds)
     if recipe.data.val.annotations:
         check_validation(stats, open_source(recipe.data.val, recipe.data.root, "val").index, recipe.evaluation.iou)
-    dataset = TrainingDataset(train, recipe.data, recipe.seed)
-    plan = batch_plan(recipe, dataset, stats)
-    if recipe.pretraining is not None and recipe.pretraining.uses_proposals:
-        open_proposals(recipe.pretraining.proposals, train, recipe.data.root)
-    model, start = build_detector(recipe, stats, start=recipe.weights != "imagenet")  # downloads nothing
-    kinds: Any = model.kinds
-    check_kinds(model, recipe.evaluation.iou, "evaluation.iou")
-    if "segm" in kinds:
-        dataset = dataset.with_masks()
-    first = [dataset.sample(*key) for key in next(plan.keys(0, slice(0, 1), 1))]
+    made, memories = [], []
+    for stage in stage_models(recipe, train, stats):
+        check_kinds(stage.detector, recipe.evaluation.iou, "evaluation.iou")
+        samples = [stage.dataset.sample(*key) for key in next(stage.plan.keys(0, slice(0, 1), 1))]
+        if stage.stage.number:  # else it is given, and not trained
+            memories.append((memory_estimate(stage, samples), stage.stage))
+        made.append((stage, samples))
+    start = made[0][0].start
+    # the recipe's own sections are those of the first stage that is no pre-training
+    own, first = next(pair for pair in made if pair[0].stage.name != PRETRAIN)
+    model, dataset, plan = own.detector, own.dataset, own.plan
 
     table = Table("", "", title=Text(f"plan of {recipe.name}"), title_justify="left", show_header=False)
 
@@ -93,11 +91,13 @@ def show_plan(recipe: Recipe, out: Path | None, *, overwrite: bool = False) -> N
     parameters = sum(p.numel() for p in model.parameters())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     row("parameters", f"{parameters / 1e6:.1f} M, {trainable / 1e6:.1f} M of them train")
-    memory = memory_estimate(model, recipe, first)
+    memory, largest = max(memories, key=lambda pair: pair[0].total)
+    rates_of = largest.recipe.schedule
     row(
         "memory, one process",
-        f"about {memory.total / 2**30:.2f} GiB: {memory.held / 2**30:.2f} for weights, gradients and optimiser, "
-        f"{memory.activations / 2**30:.2f} for {schedule.batch // schedule.accumulation} images in float32",
+        f"about {memory.total / 2**30:.2f} GiB{f' in stage {largest.name}' if len(planned) > 1 else ''}: "
+        f"{memory.held / 2**30:.2f} for weights, gradients and optimiser, "
+        f"{memory.activations / 2**30:.2f} for {rates_of.batch // rates_of.accumulation} images in float32",
     )
     picture = Path(f"{out}-dry-run.jpg") if out is not None else Path("dry-run.jpg")
     picture.parent.mkdir(parents=True, exist_ok=True)
@@ -114,6 +114,7 @@ def picture_size(data: Data, index: AnnotationIndex, first: list[tuple[torch.Ten
     trained = {
         "multiscale": f"short side {sizes}, long side at most {data.max_size}",
         "square": f"fitted into {data.sizes[0]} x {data.sizes[0]}",
+        "stretch": f"stretched to {data.sizes[0]} x {data.sizes[0]}",
         "jitter": f"scaled by {data.jitter_scale[0]:g} to {data.jitter_scale[1]:g}, cropped to {data.sizes[0]}",
         "detr": f"short side {sizes}, long side at most {data.max_size}, half of them cropped before",
     }[data.resize]
@@ -180,14 +181,15 @@ def _step(step: PlannedStep, stats: ClassStats, rate: float, trained: str) -> st
     )
 
 
-def memory_estimate(
-    model: nn.Module, recipe: Recipe, samples: list[tuple[torch.Tensor, dict[str, torch.Tensor]]]
-) -> TrainingMemory:
-    """At the peak of a step on a micro-batch in float32, from the largest picture of the first batch."""
+def memory_estimate(planned: StageModel, samples: list[tuple[torch.Tensor, dict[str, torch.Tensor]]]) -> TrainingMemory:
+    """At the peak of a step of a stage on a micro-batch in float32, from the largest picture of its first batch."""
     image, target = max(samples, key=lambda sample: sample[0].shape[-1] * sample[0].shape[-2])
-    states = 2 if recipe.schedule.optimizer == "adamw" else 1
-    pictures = recipe.schedule.batch // recipe.schedule.accumulation
-    return training_memory(model, watched_step(model, image, target), pictures, states)
+    schedule = planned.stage.recipe.schedule
+    states = 2 if schedule.optimizer == "adamw" else 1
+    step = watched_step(planned.module, image, target)
+    found = training_memory(planned.module, step, schedule.batch // schedule.accumulation, states)
+    beside = sum(t.numel() * t.element_size() for t in planned.beside.state_dict().values()) if planned.beside else 0
+    return found._replace(held=found.held + beside)
 
 
 def _batch_picture(samples: list[tuple[torch.Tensor, dict[str, torch.Tensor]]], names: list[str]) -> Image.Image:

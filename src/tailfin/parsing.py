@@ -33,9 +33,12 @@ class Box(msgspec.Struct, array_like=True, gc=False, eq=False):
     rest: Any = None
 
 
-def load_typed(source: Any, kind: type[T], what: str) -> tuple[T, str]:
+def load_typed(
+    source: Any, kind: type[T], what: str, *, by_keys: Callable[[bytes, str], type[T]] | None = None
+) -> tuple[T, str]:
     """Decode a JSON file (path) or plain Python values as `kind`; also how to name the source in messages.
 
+    `by_keys` says the kind of a JSON text (and its label), where it depends on the keys there.
     Raises `UserError` for a missing file, broken JSON, a missing key or a value of the wrong type; NaN and infinity,
     which Python's `json` writes although JSON has no word for them, are found at their place.
     """
@@ -47,6 +50,7 @@ def load_typed(source: Any, kind: type[T], what: str) -> tuple[T, str]:
             raise UserError(f"{label} is empty")
     else:
         label, data = what, _encode(source)
+    kind = by_keys(data, label) if by_keys is not None else kind
     try:
         return _decode(data, kind, label), label
     except RecursionError:

@@ -252,7 +252,11 @@ def _metrics(stage: Stage[Recipe], theirs: Stage[Recipe], model: Path, whole: Pa
 
     def how(recipe: Recipe) -> Any:
         calibration = None if recipe.calibration is None else recipe.calibration.model_dump()
-        return recipe.evaluation.model_dump(exclude=NO_MEASURE), recipe.data.inference_size, calibration
+        return (
+            recipe.evaluation.model_dump(exclude=NO_MEASURE),
+            (recipe.data.inference_size, recipe.data.resize == "stretch"),
+            calibration,
+        )
 
     if how(stage.recipe) != how(theirs.recipe):
         return None

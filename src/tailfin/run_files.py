@@ -38,7 +38,13 @@ _RUN = (
     "metrics.json",
     "report.html",
     "exemplars.json",
+    "auto.json",  # these five by `tailfin train auto`
+    "calibrated.safetensors",
+    "calibration.json",
+    "model.onnx",
+    "model.pt2",
 )
+DATA = re.compile(r"data/(train|val|holdout|test)\.json")  # annotations in another form than COCO's, converted
 _STAGE = (
     "model.safetensors",
     "best.safetensors",
@@ -57,6 +63,7 @@ def _names(names: tuple[str, ...]) -> str:
 WRITTEN = re.compile(
     rf"{_names(_RUN)}|\.lock|results\.shards/rank-\d{{5}}\.shard|exemplars\.shards/\d{{6}}\.npz"
     rf"|stages/\d+-[^/]+/({_names(_STAGE)}|{_names(PLACES)}/(state\.pt|complete\.json))"
+    rf"|{DATA.pattern}"
     rf"|tailfin/([^/]+/)*(events\.out\.tfevents\.[^/]+|hparams\.yml)"  # TensorBoard's
 )
 FOLDERS = re.compile(rf"results\.shards|exemplars\.shards|stages(/\d+-[^/]+(/{_names(PLACES)})?)?|tailfin(/.+)?")
@@ -107,19 +114,21 @@ def check_replaceable(run: Path) -> None:
 def empty_run(run: Path) -> list[str]:
     """Delete what a run has written in its folder, and folders that are empty then; returns what stays.
 
+    Converted annotations stay: those of the run that follows are there already.
+
     Raises:
         UserError: the folder is no run's, another process writes to it, or stages lie behind a link.
     """
     check_replaceable(run)
     with locked(run), writing(run):
         for name in sorted(_files(run), key=lambda name: name == "recipe.yaml"):  # last: a kill leaves a run folder
-            if name != LOCK and (WRITTEN.fullmatch(name) or is_leftover(name)):
+            if name != LOCK and not DATA.fullmatch(name) and (WRITTEN.fullmatch(name) or is_leftover(name)):
                 (run / name).unlink(missing_ok=True)
         for folder, _, _ in os.walk(run, topdown=False):
             if FOLDERS.fullmatch(Path(folder).relative_to(run).as_posix()):
                 with contextlib.suppress(OSError):  # it holds what a run has not written
                     Path(folder).rmdir()
-        return [name for name in _files(run) if name != LOCK]
+        return [name for name in _files(run) if name != LOCK and not DATA.fullmatch(name)]
 
 
 @contextlib.contextmanager

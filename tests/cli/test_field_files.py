@@ -457,6 +457,47 @@ def test_keypoint_rows_without_kpt_shape_are_refused(tailfin, tmp_path, tail):
     assert "look like a box and keypoints" in tailfin("data", "convert", source, tmp_path / "o").error
 
 
+def test_a_box_with_its_polygon_behind_is_refused(tailfin, tmp_path):
+    row = "0 0.5 0.5 0.25 0.5 0.375 0.3 0.6 0.25 0.625 0.75 0.4 0.7\n"
+    source = yolo(tmp_path / "set", {"train": {"0.jpg": row}})
+    error = tailfin("data", "convert", source, tmp_path / "o").error
+    assert "rows hold a box and then the polygon that it is around (one has 13 numbers)" in error
+
+
+@pytest.mark.parametrize("form", ["xyxy-fractions", "xywh-fractions", "xyxy", "cxcywh"])
+def test_rows_with_boxes_of_another_form_are_refused_and_can_be_read(tailfin, tmp_path, form):
+    right = [(32.0, 24.0, 16.0, 12.0), (4.0, 3.0, 24.0, 30.0), (40.0, 6.0, 20.0, 39.0)]  # x, y, width, height
+    scale = (64, 48, 64, 48) if form.endswith("-fractions") else (1, 1, 1, 1)
+
+    def row(x: float, y: float, w: float, h: float) -> str:
+        numbers = {
+            "xywh": (x, y, w, h),
+            "xyxy": (x, y, x + w, y + h),
+            "cxcywh": (x + w / 2, y + h / 2, w, h),
+        }[form.partition("-")[0]]
+        return f"0 {' '.join(f'{number / size:.6f}' for number, size in zip(numbers, scale, strict=True))}\n"
+
+    text = "".join(row(*box) for box in right)
+    source = yolo(tmp_path / "set", {"train": {f"{k}.jpg": text for k in range(3)}})
+    error = tailfin("data", "convert", source, tmp_path / "o").error
+    if form.endswith("-fractions"):
+        assert "boxes pass the border of their picture, and read as" in error and f"--box-form {form} reads" in error
+    else:
+        assert "is outside 0 to 1 (coordinates are fractions" in error
+    document, _ = converted(tailfin, source, "--box-form", form)
+    boxes = [a["bbox"] for a in document["annotations"]]
+    assert np.abs(np.array(boxes) - np.array(right * 3)).max() < 1e-3
+
+
+def test_yolo_boxes_over_the_border_are_read(tailfin, tmp_path):
+    rows = "0 0.05 0.5 0.2 0.5\n0 0.9 0.9 0.4 0.3\n0 0.5 0.5 0.2 0.2\n"  # of no other form either
+    document, said = converted(tailfin, yolo(tmp_path / "set", {"train": {"0.jpg": rows}}))
+    assert len(document["annotations"]) == 3 and "pass the border" not in said
+    single = "0 0.5 0.5 0.9 0.95\n0 0.2 0.2 0.9 0.9\n"
+    _, said = converted(tailfin, yolo(tmp_path / "set2", {"train": {"0.jpg": single}}))
+    assert "1 of 2 boxes pass the border" in said and "are they? (--box-form xyxy-fractions)" in said
+
+
 def test_oriented_boxes_give_upright_boxes_and_are_told_of(tailfin, tmp_path):
     row = "0 0.5 0.2 0.8 0.5 0.5 0.8 0.2 0.5\n"
     document, said = converted(tailfin, yolo(tmp_path / "set", {"train": {f"{k}.jpg": row for k in range(3)}}))
@@ -559,6 +600,19 @@ def test_of_two_suffixes_the_file_name_inside_decides(tailfin, tmp_path):
     assert "its picture may be a.jpg or a.png" in tailfin("data", "convert", folder, tmp_path / "o").error
     folder = voc(tmp_path / "set3", {"1|b.jpg": CAR, "2|b.jpg": CAR}, ["b.jpg"])
     assert "both mean the picture" in tailfin("data", "convert", folder, tmp_path / "o").error
+
+
+def test_another_pictures_name_in_an_xml_file_is_told_of(tailfin, tmp_path):
+    folder = voc(tmp_path / "set", {"a|b.jpg": CAR, "c|old_name.jpg": CAR}, ["a.jpg", "b.jpg", "c.jpg"])
+    document, said = converted(tailfin, folder)
+    assert owners(document) == ["a.jpg", "c.jpg"]
+    assert "1 XML file gives the name of another picture, their own names count (first: a.xml says b.jpg)" in said
+
+
+def test_fractions_in_xml_files_are_refused(tailfin, tmp_path):
+    boxes = [("car", (0.2, 0.1, 0.5, 0.6)), ("car", (0.1, 0.1, 1.0, 0.9))]  # type: ignore[list-item]
+    folder = voc(tmp_path / "set", {"a": boxes}, ["a.jpg"])
+    assert "all 2 boxes are smaller than 1 pixel" in tailfin("data", "convert", folder, tmp_path / "o").error
 
 
 # ---- classes ---------------------------------------------------------------------------------------------------------

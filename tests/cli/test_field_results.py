@@ -132,6 +132,33 @@ def test_category_names_that_contradict_the_ids_count(measured):
     assert metrics["AP"] == ONE and "category_id and category_name contradict each other" in said
 
 
+@pytest.mark.parametrize("key", ["filename", "image_name", "image_path", "image"])
+def test_pictures_are_told_under_other_programs_keys(measured, key):
+    document = truth()
+    results = [{**e, "image_id": 7 - e["image_id"], key: f"x/{e['image_id']:05d}.jpg"} for e in perfect(document)]
+    metrics, said = measured(document, results)
+    assert metrics["AP"] == ONE and f"image_id and {key} contradict each other: matched by {key}" in said
+    del results[1][key]
+    assert f"entry 1 has no {key}, and elsewhere image_id and {key} contradict" in measured(document, results)[1]
+    odd = [{**entry, key: "/9j/4AAQSkZJRg=="} for entry in perfect(document)]  # no name: the picture itself
+    assert measured(document, odd) == (measured(document, perfect(document))[0], "")
+
+
+@pytest.mark.parametrize("key", ["class_name", "category", "label", "class", "name"])
+def test_classes_are_told_under_other_programs_keys(measured, key):
+    document = truth()
+    names = {1: "car", 2: "Bus", 3: "tram "}
+    results = [{**e, "category_id": e["category_id"] % 3 + 1, key: names[e["category_id"]]} for e in perfect(document)]
+    metrics, said = measured(document, results)
+    assert metrics["AP"] == ONE and f"category_id and {key} contradict each other" in said
+    for other in (7, "object"):  # a number, and what is no class
+        assert measured(document, perfect(document, **{key: other}))[0]["AP"] == ONE
+
+
+def test_results_in_an_object_are_refused_in_words(measured):
+    assert 'an object, and a list [{"image_id": ...' in measured(truth(), {"annotations": perfect(truth())})[1]
+
+
 def test_ids_as_floats_stems_and_other_text(measured):
     document = truth()
     floats = [

@@ -112,6 +112,49 @@ def test_dry_run_refuses_what_training_refuses(tailfin, tiny_recipe, tiny_set, t
     assert "start.pth does not exist" in tailfin(*train, "--weights", "start.pth").error
 
 
+FEATURE_MEMORY = ["second.loss=ebl", "second.features={name: feature_memory, stores: shared}"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["second.trains=[rpn]", "second.fresh_classifier=true"], "the second stage freezes roi_heads"),
+        (["second.classifier=simcal", "second.loss=seesaw"], "a form of softmax cross-entropy of its own"),
+        ([*FEATURE_MEMORY, "second.trains=[head, classifier]"], "feature_memory.stores: the shared layers train"),
+    ],
+)
+def test_dry_run_and_training_refuse_a_second_stage_before_the_first(
+    tailfin, tiny_recipe, tiny_set, tmp_path, monkeypatch, words, message
+):
+    monkeypatch.chdir(tmp_path)
+    train = ["train", tiny_recipe, "--train", tiny_set[0], "--val", tiny_set[1], "method=decoupled", *words]
+    for more in (["--dry-run"], ["--out", tmp_path / "run"]):
+        outcome = tailfin(*train, *more)
+        assert outcome.code == 2 and message in outcome.error, outcome.err
+    assert files(tmp_path) == set()
+
+
+def test_dry_run_estimates_the_stage_that_needs_most(tailfin, tiny_recipe, tiny_set, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "400")
+    train = ["train", tiny_recipe, "--train", tiny_set[0], "--val", tiny_set[1], "--dry-run", "data.copy_paste=false"]
+    two = ["method=bacl", "second.loss=fcbl", "second.features=hallucination"]
+    all_parts = "second.trains=[backbone, fpn, rpn, head, classifier, box]"
+    views = ["pretraining.preset=drcl", "pretraining.schedule.batch=4", "pretraining.proposals.source=gt_jitter"]
+
+    def memory(*words):
+        outcome = tailfin(*train, *words)
+        assert outcome.code == 0, outcome.err
+        (line,) = (line for line in outcome.out.splitlines() if "memory, one process" in line)
+        return line
+
+    assert "in stage" not in memory()
+    small, large = memory(*two), memory(*two, all_parts, "second.schedule.batch=32")
+    assert "GiB in stage representation" in small and "for 4 images" in small
+    assert "GiB in stage classifier" in large and "for 32 images" in large
+    assert "GiB in stage pretrain" in memory(*views)
+
+
 def test_data_of_the_working_directory_is_not_taken_by_chance(tailfin, tiny_set, tmp_path, monkeypatch):
     monkeypatch.chdir(tiny_set[0].parent)
     error = tailfin("train", "fod/faster_rcnn_r18_softmax", "--out", tmp_path / "run").error

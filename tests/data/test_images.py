@@ -54,11 +54,30 @@ def test_every_mode_becomes_rgb(tmp_path: Path, mode: str, ending: str, expected
     else:
         image = plain.convert(mode)
     path = save(tmp_path / f"x.{ending}", image)
+    if mode == "YCbCr" and Image.open(path).mode == "RGB":  # Pillow before 13: refused, and not read wrongly
+        path.write_bytes(path.read_bytes() + bytes(4096))
+        with pytest.raises(UserError, match="YCbCr TIFF without compression, which this version of Pillow"):
+            read_image(path)
+        return
     array = read_image(path, width=24, height=16)
     assert array.shape == (16, 24, 3) and array.dtype == np.uint8
     assert array.flags.writeable and array.flags.c_contiguous
     tolerance = 6 if ending in ("jpg", "webp") or mode in ("LAB", "P") else 1
     assert np.abs(array.astype(int) - expected).max() <= tolerance
+
+
+def test_a_tiff_whose_colours_pillow_would_read_from_the_wrong_places_is_refused(tmp_path: Path) -> None:
+    path = save(tmp_path / "x.tif", Image.new("YCbCr", (24, 16), (124, 86, 182)))
+    data = path.read_bytes()
+    halved = data.replace(
+        b"\x12\x02\x03\x00\x02\x00\x00\x00\x01\x00\x01", b"\x12\x02\x03\x00\x02\x00\x00\x00\x02\x00\x02"
+    )
+    assert halved != data
+    path.write_bytes(halved + bytes(4096))
+    with pytest.raises(
+        UserError, match="fewer samples of colour than of light, which Pillow cannot read: save it as RGB"
+    ):
+        read_image(path)
 
 
 def test_alpha_is_dropped_not_blended(tmp_path: Path) -> None:

@@ -184,6 +184,20 @@ def test_unusable_json(source, tmp_path, content, message):
     assert message in str(error.value) and str(path) in str(error.value)
 
 
+def test_json_whose_file_names_contradict_its_ids_is_refused(source, tmp_path):
+    path, index = tmp_path / "p.json", source.index
+    names = [index.file_name(row) for row in range(2)]
+    for name, right in ((f"elsewhere/{names[0]}", True), (names[1], False)):
+        entry = {"image_id": int(index.image_ids[0]), "bbox": [1, 1, 4, 4], "score": 0.5, "file_name": name}
+        path.write_text(json.dumps([entry]))
+        for _ in range(2):  # the second time from the cache
+            if right:
+                assert read_proposals(path, index).counts.tolist()[0] == 1
+                continue
+            with pytest.raises(UserError, match=f"is {names[0]} in .*, the entry says {names[1]}: the ids are those"):
+                read_proposals(path, index)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

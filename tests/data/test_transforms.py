@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tailfin.data import transforms
+from tailfin.data.dataset import to_test_size
 from tailfin.data.transforms import (
     MIN_SIDE,
     augment,
@@ -104,7 +105,11 @@ def test_large_scale_jitter(picture, seed, size):
         assert_found(image, target)
 
 
-@given(picture=pictures(), seed=st.integers(0, 1000), mode=st.sampled_from(["multiscale", "square", "jitter"]))
+@given(
+    picture=pictures(),
+    seed=st.integers(0, 1000),
+    mode=st.sampled_from(["multiscale", "square", "stretch", "jitter"]),
+)
 @quick
 def test_augment(picture, seed, mode):
     config = Data(resize=mode, sizes=(48, 64, 80), max_size=100, jitter_scale=(0.8, 1.6), color_jitter=0.1)
@@ -112,6 +117,9 @@ def test_augment(picture, seed, mode):
     if mode == "multiscale":
         assert min(image.shape[-2:]) in (48, 64, 80) or max(image.shape[-2:]) == 100
         assert max(image.shape[-2:]) <= 100
+    elif mode == "stretch":
+        assert image.shape[-2:] == (48, 48)
+        assert to_test_size(picture[0], Data(resize="stretch", sizes=(48,))).shape[-2:] == (48, 48)
     else:
         assert max(image.shape[-2:]) <= 48
     if len(target["boxes"]) and (target["boxes"][0, 2:] - target["boxes"][0, :2] > 3).all():

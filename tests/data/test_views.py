@@ -9,10 +9,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn import functional as F
 
 from tailfin.data.dataset import TrainingDataset, open_source, training_loader
 from tailfin.data.proposals import open_proposals
-from tailfin.data.views import Geometry, PretrainingDataset, classes_of, paired_geometries, two_views
+from tailfin.data.views import (
+    Geometry,
+    PretrainingDataset,
+    area_of,
+    classes_of,
+    common_window,
+    paired_geometries,
+    two_views,
+)
 from tailfin.samplers.plan import BatchPlan
 from tailfin.schema.data import Data
 from tailfin.schema.pretraining import Proposals, Views
@@ -150,7 +159,12 @@ def test_jittered_proposals_stay_near_and_inside():
 @pytest.fixture
 def dataset(tiny_set):
     def make(
-        third: bool = False, masks: bool = False, weak: bool = False, data: dict | None = None, **views
+        third: bool = False,
+        masks: bool = False,
+        weak: bool = False,
+        overlap: bool = False,
+        data: dict | None = None,
+        **views,
     ) -> PretrainingDataset:
         config = Data.model_validate(
             {
@@ -163,9 +177,41 @@ def dataset(tiny_set):
         )
         source = open_source(config.train, "", "train")
         proposals = open_proposals(Proposals(source="gt_jitter"), source)
-        return PretrainingDataset(source, config, 5, Views(**views), proposals, third=third, weak=weak, masks=masks)
+        options = {"third": third, "weak": weak, "masks": masks, "overlap": overlap}
+        return PretrainingDataset(source, config, 5, Views(**views), proposals, **options)
 
     return make
+
+
+def test_overlap_is_the_same_window_in_both_views(dataset):
+    """The pixels of both windows are the same picture's, mirrored where the views say so."""
+    samples = dataset(overlap=True, crop_area=(0.3, 0.6), min_valid=0, **PLAIN)
+    flipped = 0
+    for row in samples.rows()[:8].tolist():
+        image, target = samples[(0, row, 0)]
+        windows = []
+        for picture, box, flip in zip((image, target["view"]), target["overlap"], target["flipped"], strict=True):
+            assert (box >= -1e-3).all() and (box[2:] - torch.tensor(picture.shape[:0:-1]) <= 1e-3).all()
+            left, top, right, bottom = box.round().int().tolist()
+            if right - left < 8 or bottom - top < 8:
+                break
+            window = F.interpolate(picture[None, :, top:bottom, left:right].float(), size=(12, 12), mode="area")
+            windows.append(window.flip(-1) if flip else window)
+            flipped += int(flip)
+        if len(windows) == 2:
+            assert (windows[0] - windows[1]).abs().mean() < 12, row
+    assert flipped > 2
+
+
+def test_the_second_crop_lies_in_the_first_as_far_as_asked():
+    image, none = (100, 100), np.zeros((0, 4), dtype=np.float32)
+    for wanted in (0.0, 0.3):
+        config = Views(crop_area=(0.1, 0.2), min_valid=0, min_overlap=wanted, redraws=60)
+        shares = []
+        for seed in range(60):
+            (first, second), _ = paired_geometries(image, none, config, np.random.default_rng(seed), (64,), 64)
+            shares.append(area_of(common_window(first, second)) / (second.width * second.height))
+        assert (min(shares) == 0) if not wanted else (min(shares) >= wanted)
 
 
 @pytest.mark.parametrize("masks", [False, True])

@@ -43,6 +43,8 @@ RECIPES = {
     "fod/drcl_r18": ["pretraining.views.sizes=[64]"],
     "fod/stepwise_faster_rcnn_r18": [],
     "fod/stepwise_tiny": [],
+    "fod/d_fine_tiny": ["weights=none", "detector.norm=bn", "detector.frozen_layers=0"],
+    "fod/d_fine_tiny:eqfl": ["weights=none", "detector.norm=bn", "detector.frozen_layers=0"],
     "road12/mask_rcnn_r18": [],
     "road12/cascade_mask_rcnn_r18": [],
 }

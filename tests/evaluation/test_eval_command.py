@@ -112,6 +112,15 @@ def test_folder_of_shards_and_comparison(files: Path) -> None:
     assert [found[str(files / name)]["bbox"]["AP"] for name in ("shards", "good.json")] == pytest.approx([0.5, 1])
 
 
+def test_a_comparison_says_how_sure_it_is(files: Path) -> None:
+    out = files / "metrics.json"
+    pair = ("--results", files / "good.json", "--against", files / "half.json", "--annotations", files / "val.json")
+    assert "this against" in succeed(*pair, "--json", out).output
+    own = json.loads(out.read_text())["against"]["bbox"]["metrics"]["AP"]
+    assert own["a"] == pytest.approx([0.5]) and own["b"] == pytest.approx([1]) and own["low"] <= 0.5 <= own["high"]
+    assert "--no-cats" in fail(*pair, "--protocol", "coco", "--no-cats")
+
+
 def test_warnings_are_plain_lines(files: Path) -> None:
     entry = {"category_id": 1, "bbox": BOX, "score": 0.5}
     cut = [{"image_id": k, **entry} for k in range(2) for _ in range(100)]

@@ -23,6 +23,8 @@ SMALL: dict[str, Any] = {
     "image": {"queue": 20, "hidden": 16, "dim": 8},
     "box": {"queue": 30, "hidden": 16, "dim": 8},
     "dense": {"queue": 20, "hidden": 16, "dim": 8},
+    "slots": {"prototypes": 6, "hidden": 16, "dim": 8},
+    "transport": {"hidden": 16, "dim": 8},
     "reconstruction": {"widths": [16, 8, 8]},
 }
 
@@ -78,7 +80,9 @@ def samples(count: int = 2, seed: int = 0, boxes: int = 3, width: int = 64) -> t
 
     targets = [
         {"boxes": some(1), "labels": torch.tensor([number % 3]), "view": picture(), "proposals": some(boxes),
-         "view_proposals": some(boxes), "third": picture(), "third_proposals": some(boxes)}
+         "view_proposals": some(boxes), "third": picture(), "third_proposals": some(boxes),
+         "overlap": torch.tensor([[16.0, 8.0, 64.0, 64.0], [0.0, 0.0, 40.0, 64.0]]),
+         "flipped": torch.tensor([False, number % 2 == 0])}
         for number in range(count)
     ]  # fmt: skip
     return [picture(width) for _ in range(count)], targets

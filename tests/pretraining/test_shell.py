@@ -107,7 +107,10 @@ def test_a_one_stage_detector(name, preset):
     torch.testing.assert_close(moved, torch.full_like(moved, 1 - own.config.momentum), rtol=0.05, atol=1e-6)
 
 
-LOSSES = {"hcl": {"loss_hcl"}, "lcl": {"loss_lcl"}, "dense": {"loss_dense"}, "ar": {"loss_ar"}, "sr": {"loss_sr"}}
+LOSSES = {
+    **{term: {f"loss_{term}"} for term in ("hcl", "lcl", "dense", "emd", "ar", "sr")},
+    "slots": {"loss_group", "loss_slot"},
+}
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -276,6 +279,8 @@ def test_padding_does_not_count_in_the_holistic_feature():
         {"det_loss": "class_agnostic"},
         {"image": {"loss": "nt_xent"}, "momentum_schedule": "cosine"},
         {"preset": "densecl", "symmetric": True},
+        {"preset": "slotcon", "symmetric": False},
+        {"preset": "self_emd", "third_view": False},
     ],
 )
 @pytest.mark.parametrize("width", [64, 50])
@@ -356,6 +361,8 @@ JOINED = {
     "moco_v2": {},
     "soco": {},
     "densecl": {},
+    "slotcon": {},
+    "self_emd": {},
     "drcl": {"weights": {"det": 0, "ar": 0, "sr": 0, "hcl": 1.0, "lcl": 1.0}},
 }
 

@@ -27,7 +27,8 @@ LOCALIZERS = [name for name in recipes.names() if "/localizer_" in name]  # see 
 DETRS = [name for name in recipes.names() if name.endswith("/deformable_detr_tiny")]  # see test_published_stepwise.py
 # see test_packaged_recipes.py
 PACKAGED = [name for name in recipes.names() if name.split(":")[0].endswith(("/packaged", "_lite0"))]
-APART = STEPWISE + LOCALIZERS + DETRS + PACKAGED
+REALTIME = [name for name in recipes.names() if "/d_fine_" in name]  # see test_realtime_recipes.py
+APART = REALTIME + STEPWISE + LOCALIZERS + DETRS + PACKAGED
 SMALL = [name for name in recipes.names() if name.split("/")[0] in ("demo", "fod", "road12") and name not in APART]
 
 # method of a recipe (its variant, or the last word of its name) -> losses of its stages
@@ -345,9 +346,9 @@ def test_show_tells_what_a_row_is():
 
 
 def test_show_of_a_blocked_row_gives_its_facts_and_reason():
-    result = run("show", "2drcl/1/slotcon/coco/r50")
+    result = run("show", "stepwise/1/ahrl/lvis_v1/r50")
     assert result.exit_code == 0
-    assert "cannot be run, not yet: needs SlotCon pre-training" in result.output
+    assert "cannot be run, never: method without code (AHRL)" in result.output
     assert all(line.startswith("#") for line in result.output.splitlines())
 
 
@@ -395,8 +396,8 @@ def test_copy_refuses(tmp_path, monkeypatch):
     assert path.read_text() == "old"
     assert run("copy", "fod/losses:focal", "mine.yaml", "--overwrite").exit_code == 0
     assert path.read_text() != "old"
-    blocked = "2drcl/1/slotcon/coco/r50"
-    for name, told in (("fod/losses:fokal", "did you mean"), (blocked, "not yet")):
+    blocked = "stepwise/1/ahrl/lvis_v1/r50"
+    for name, told in (("fod/losses:fokal", "did you mean"), (blocked, "never")):
         result = run("copy", name, "new.yaml")
         assert isinstance(result.exception, UserError) and told in str(result.exception)
         assert not Path("new.yaml").exists()

@@ -19,8 +19,10 @@ from tailfin.report.page import direction, flat, percent, signed
 from tailfin.report.runs import read_runs
 from tailfin.report.sections.classes import class_table
 from tailfin.report.sections.confusion import swallowed
+from tailfin.report.sections.costs import costs
 from tailfin.report.sections.errors import errors
 from tailfin.report.sections.examples import examples
+from tailfin.report.sections.scores import scores
 
 HOSTILE = ("<script>alert(1)</script>", '"><img src=x onerror=alert(2)>', "a&amp;b </script>", "%{x} {{ 7*7 }} <b>'")
 SECTIONS = (
@@ -29,7 +31,9 @@ SECTIONS = (
     "ap-against-training-images",
     "classes",
     "errors",
+    "what-mistakes-cost",
     "confusion",
+    "scores",
     "training",
     "example-detections",
     "provenance",
@@ -296,10 +300,22 @@ def test_errors_and_confusion_are_those_of_the_detections(make_data: Callable, m
     assert matrix["data"][0]["type"] == "heatmap"
 
 
+def test_what_a_cut_leaves_is_said(make_data: Callable, make_run: Callable, parse_page: Callable) -> None:
+    """Of two objects a picture all are found at 0.9 by one run, and half of them, with the other half wrong, by the
+    other."""
+    data = make_data()
+    runs = read_runs([make_run("right", data), make_run("wrong", data, found=(1, 2))])
+    text = parse_page(str(scores(runs).html)).text
+    assert "right precision 100.0" in text and "recall 100.0" in text
+    assert "wrong precision 50.0" in text and "boxes per picture 2.0" in text
+    text = parse_page(str(costs(runs).html)).text
+    assert "all right 100.0 0.0" in text and "all wrong 41.4 58.6 0.0" in text and "rare wrong 0.0 100.0" in text
+
+
 def test_names_in_errors_and_confusion_stay_text(make_data: Callable, make_run: Callable, parse_page: Callable) -> None:
     data = make_data(names=HOSTILE)
     runs = read_runs([make_run("one", data, found=())])
-    for section in (errors(runs), swallowed(runs)):
+    for section in (errors(runs), swallowed(runs), costs(runs), scores(runs)):
         page = parse_page(str(section.html))
         assert page.count("img") == 0 and page.open == []
     assert HOSTILE[0] in parse_page(str(swallowed(runs).html)).text

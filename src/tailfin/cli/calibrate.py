@@ -109,11 +109,12 @@ def calibrate(
         )
         if choice.dropped:
             typer.echo(f"{choice.dropped}", err=True)
-    _show(choice, by)
+    show_choice(choice, by)
     typer.echo(f"{choice.label}: {out}")
 
 
-def _show(choice: Choice, by: str) -> None:
+def show_choice(choice: Choice, by: str = "AP") -> None:
+    """The tables of what was tried and measured."""
     from rich.console import Console
     from rich.table import Table
 

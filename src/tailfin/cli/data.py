@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -15,9 +16,10 @@ from tailfin.cli.data_coco_lt import coco_lt
 from tailfin.cli.data_proposals import proposals
 from tailfin.cli.data_smooth_tail import smooth_tail
 from tailfin.cli.output import echo, table_console
-from tailfin.data.check import check_file
+from tailfin.data.check import CheckReport, check_file
 from tailfin.data.images import MAX_PIXELS
 from tailfin.data.index import AnnotationIndex, image_folder, open_index
+from tailfin.data.layouts import as_coco, splits_of
 from tailfin.errors import UserError
 from tailfin.files import write_json
 from tailfin.progress import Progress
@@ -65,26 +67,30 @@ def stats(
 
 @app.command()
 def check(
-    file: Annotations,
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE|FOLDER", help="COCO or LVIS file, YOLO folder or data.yaml, VOC folder.")
+    ],
     images: Images = None,
     all_problems: Annotated[bool, typer.Option("--all", help="List every problem, not the first alone.")] = False,
     decode: Annotated[bool, typer.Option("--decode", help="Decode every picture: finds truncated ones.")] = False,
     max_pixels: Annotated[int, typer.Option(min=1, help="Refuse larger pictures.")] = MAX_PIXELS,
 ) -> None:
-    """Check an annotation file and its pictures: exit code 0 if they can be used, 2 if not."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the bound here is our own, and an error
-        report = check_file(file, images, all_problems, decode=decode, max_pixels=max_pixels, track=_track)
-    if not report.usable:
-        for problem in report.problems:
-            echo(problem, err=True)
-        if others := report.num_problems - len(report.problems):
-            echo(f"{others} more problem{'s' if others > 1 else ''} (--all lists them)", err=True)
+    """Check annotations and their pictures: exit code 0 if they can be used, 2 if not.
+
+    Of a YOLO or VOC folder every split is converted, as `tailfin train` does it, and checked.
+    """
+    usable = True
+    with tempfile.TemporaryDirectory(prefix="tailfin-check-") as folder:
+        for split in splits_of(file) or [""]:
+            given = as_coco(file, split, Path(folder).resolve(), images)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the bound here is our own, an error
+                report = check_file(
+                    given.annotations, given.images, all_problems, decode=decode, max_pixels=max_pixels, track=_track
+                )
+            usable &= _told(report, f"{file}, {split}" if split else str(report.path), given.notes)
+    if not usable:
         raise typer.Exit(2)
-    echo(f"{report.path}: usable; pictures in {report.images}")
-    echo("  " + ", ".join(f"{count} {what}" for what, count in report.summary.items()))
-    for note in report.notes:
-        echo(f"  note: {note}")
 
 
 for verb in (data_make.synth, data_make.split, data_make.convert, data_make.merge, proposals):
@@ -94,6 +100,21 @@ app.command("smooth-tail")(smooth_tail)
 
 
 # ---- details ---------------------------------------------------------------------------------------------------------
+
+
+def _told(report: CheckReport, name: str, notes: list[str]) -> bool:
+    """Say what was found; whether the annotations can be used."""
+    if not report.usable:
+        for problem in report.problems:
+            echo(problem, err=True)
+        if others := report.num_problems - len(report.problems):
+            echo(f"{others} more problem{'s' if others > 1 else ''} (--all lists them)", err=True)
+        return False
+    echo(f"{name}: usable; pictures in {report.images}")
+    echo("  " + ", ".join(f"{count} {what}" for what, count in report.summary.items()))
+    for note in [*notes, *report.notes]:
+        echo(f"  note: {note}")
+    return True
 
 
 def _track(pictures: Iterable, total: int) -> Iterator:

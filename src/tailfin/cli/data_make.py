@@ -139,14 +139,20 @@ def convert(
     no_images: Annotated[bool, typer.Option("--no-images", help="Write annotations only.")] = False,
     masks: Annotated[bool, typer.Option("--masks", help="To YOLO: write polygons instead of boxes.")] = False,
     split: Annotated[str | None, typer.Option(help="Convert this split alone.")] = None,
+    box_form: Annotated[
+        str | None,
+        typer.Option(help="Form of the boxes of YOLO's rows, where it is not theirs: xyxy-fractions, xywh, ..."),
+    ] = None,
     overwrite: _OVERWRITE = False,
 ) -> None:
     """Convert between COCO JSON, YOLO and Pascal VOC."""
+    from tailfin.data.box_forms import check_form
     from tailfin.data.convert import convert as convert_layout
 
     report = convert_layout(
         source, out, origin=_layout("--from", from_), target=_layout("--to", to), images=images,
-        placing=_placing(link, no_images), masks=masks, split=split, overwrite=overwrite,
+        placing=_placing(link, no_images), masks=masks, split=split,
+        box_form=check_form(box_form) if box_form is not None else None, overwrite=overwrite,
     )  # fmt: skip
     echo(f"{report.out}: {report.target}, {report.classes} classes")
     for name, number in report.images.items():

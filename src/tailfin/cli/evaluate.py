@@ -22,11 +22,12 @@ from tailfin.evaluation import (
     TrainCounts,
     comparison_table,
     metrics_table,
+    paired_bootstrap,
     per_category_table,
 )
 from tailfin.evaluation import evaluate as evaluate_results
 from tailfin.evaluation.operating import Aim, operating_points
-from tailfin.evaluation.table import operating_table
+from tailfin.evaluation.table import difference_table, operating_table
 from tailfin.files import existing_file, write_json
 from tailfin.schema.recipe import Evaluation
 
@@ -74,6 +75,12 @@ def evaluate(
     per_category: Annotated[bool, typer.Option("--per-category", help="Show every class too.")] = False,
     thresholds: Annotated[
         str | None, typer.Option(help="Show a threshold per class for the f1, precision=0.9 or recall=0.8 asked for.")
+    ] = None,
+    against: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Run or results to compare with: differences with an interval over images; repeat for seeds."
+        ),
     ] = None,
     save: Annotated[Path | None, typer.Option(help="Folder that keeps the results JSON of a run or model.")] = None,
     json: Annotated[Path | None, typer.Option(help="Write the metrics to this file.")] = None,
@@ -136,15 +143,41 @@ def evaluate(
                 name: evaluate_results(annotations, source, protocol, kinds, **options)
                 for name, source in found.items()
             }
+            differences = {} if not against else _differences(annotations, found, against, protocol, kinds, options)
             points = {} if aim is None else {n: operating_points(annotations, own, aim) for n, own in found.items()}
     for text in dict.fromkeys(str(warning.message) for warning in caught):
         echo(f"warning: {text}", err=True)
     _show(metrics, per_category)
+    for kind, table in differences.items():
+        table_console().print(difference_table(table, f"{kind}, this against {', '.join(map(str, against or []))}"))
     for name, found_points in points.items():
         table_console().print(operating_table(found_points, name if len(points) > 1 else ""))
     if json is not None:
-        write_json(json, next(iter(metrics.values())) if len(metrics) == 1 else metrics, indent=2)
+        document = next(iter(metrics.values())) if len(metrics) == 1 else dict(metrics)
+        write_json(json, {**document, "against": differences} if differences else document, indent=2)
         echo(f"metrics written to {json}")
+
+
+def _differences(
+    annotations: Path,
+    found: dict[str, Any],
+    against: list[Path],
+    protocol: str,
+    kinds: tuple[str, ...],
+    options: dict[str, Any],
+) -> dict[str, dict[str, Any]]:
+    """`paired_bootstrap` per IoU type; several --results are seeds, and so are several --against."""
+    if not options["use_cats"]:
+        raise UserError("--against compares the AP of classes: leave out --no-cats")
+    if "box_form" in options:
+        raise UserError("--against reads boxes as [x, y, width, height]: leave out --box-form")
+    chosen = {key: options[key] for key in ("max_dets", "group_bounds", "train_counts")}
+    return {
+        kind: paired_bootstrap(
+            list(against), list(found.values()), annotations, protocol=protocol, iou_type=kind, **chosen
+        )
+        for kind in kinds
+    }
 
 
 def _model_and_files(

@@ -24,6 +24,7 @@ from tailfin.version import __version__
 VERBS = {
     "demo": "Make the embedded long-tailed set, train the plain baseline and BACL on it, and compare them.",
     "train": "Train a detector, measure it and write its report.",
+    "study": "Train a grid of recipes, sets and seeds once, each cell resumable, and compare the arms.",
     "evaluate": "Average precision and recall of a run, a model or a results file.",
     "predict": "Detect objects in pictures; no annotations are needed.",
     "report": "Write one HTML file about runs, side by side, or serve it with --live.",

@@ -19,6 +19,9 @@ def report(
         typer.Option(help="The HTML file. Default: RUN/report.html, or report.html in the folder that holds all runs."),
     ] = None,
     title: Annotated[str | None, typer.Option(help="Heading of the page.")] = None,
+    labels: Annotated[
+        Path | None, typer.Option(help="Write the labels worth a look as a COCO file for a label tool, too.")
+    ] = None,
     live: Annotated[
         Path | None, typer.Option(metavar="RUN", help="Serve a page about this run that follows it while it trains.")
     ] = None,
@@ -27,14 +30,17 @@ def report(
     """Write one HTML file about runs, side by side, or serve it with --live."""
     given = list(runs or [])
     if live is not None:
-        if out is not None:
-            raise UserError("--out and --live do not go together: the live page is served, not written")
+        if out is not None or labels is not None:
+            name = "--out" if out is not None else "--labels"
+            raise UserError(f"{name} and --live do not go together: the live page is served, not written")
         from tailfin.report.live import serve
 
         serve([*given, live], port, ready=lambda url: typer.echo(f"live report: {url} (Ctrl-C ends it)"))
         return
     if not given:
         raise UserError("no run directory given: tailfin report RUN... (or --live RUN)")
-    from tailfin.report.build import write_report
+    from tailfin.report.build import write_labels, write_report
 
+    if labels is not None:
+        typer.echo(f"labels to check: {write_labels(given, labels)}")
     typer.echo(f"report: {write_report(given, out, title=title)}")

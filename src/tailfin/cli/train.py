@@ -3,24 +3,33 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from tailfin.errors import UserError
 
+if TYPE_CHECKING:
+    from tailfin.auto.steps import Done
+
+AUTO = "auto"  # in the place of a recipe's name
+
 
 def train(
     recipe: Annotated[
-        str | None, typer.Argument(help="Name (see `tailfin recipes list`) or YAML path, with :VARIANT, or a row's id.")
+        str | None,
+        typer.Argument(
+            help="Name (see `tailfin recipes list`) or YAML path, with :VARIANT, or a row's id; auto: chosen for you."
+        ),
     ] = None,
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes, e.g. schedule.epochs=4 loss=focal.")
     ] = None,
     train_json: Annotated[
-        Path | None, typer.Option("--train", help="Training annotations (COCO or LVIS JSON).")
+        Path | None,
+        typer.Option("--train", help="Training annotations: COCO or LVIS JSON, YOLO folder or data.yaml, VOC folder."),
     ] = None,
-    val_json: Annotated[Path | None, typer.Option("--val", help="Validation annotations.")] = None,
+    val_json: Annotated[Path | None, typer.Option("--val", help="Validation annotations, likewise.")] = None,
     train_images: Annotated[Path | None, typer.Option(help="Folder of the training images.")] = None,
     val_images: Annotated[Path | None, typer.Option(help="Folder of the validation images.")] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder; without it one is named under runs/.")] = None,
@@ -42,13 +51,24 @@ def train(
     auto_batch: Annotated[
         bool, typer.Option("--auto-batch", help="Take the largest batch that the memory holds, found by one step.")
     ] = False,
+    export: Annotated[
+        str | None, typer.Option("--export", metavar="onnx|pt2|openvino", help="auto: write this file too, checked.")
+    ] = None,
+    holdout: Annotated[
+        Path | None, typer.Option(help="auto: annotated pictures that calibration and thresholds are chosen on.")
+    ] = None,
+    holdout_images: Annotated[Path | None, typer.Option(help="auto: folder of the hold-out images.")] = None,
+    thresholds: Annotated[
+        str | None, typer.Option(help="auto: f1 (default), precision=0.9 or recall=0.8; of the thresholds per class.")
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show plan, memory estimate and one augmented batch; train nothing.")
     ] = False,
 ) -> None:
     """Train a detector, measure it and write its report.
 
-    Under torchrun or accelerate launch the same command uses every process.
+    Under torchrun or accelerate launch the same command uses every process. `tailfin train auto --train T --val V`
+    chooses the recipe (docs/choosing.md), calibrates the detector and finds thresholds.
     """
     from tailfin import api
 
@@ -69,8 +89,31 @@ def train(
         "--reuse": reuse,
         "--auto-batch": auto_batch or None,
     }
+    own = {"--export": export, "--holdout": holdout, "--holdout-images": holdout_images, "--thresholds": thresholds}
+    if recipe != AUTO and (given := [name for name, value in own.items() if value is not None]):
+        raise UserError(f"{given[0]} goes with `tailfin train auto`")
     if resume is not None:
         _check_resumed_as_begun(resume, overrides or [], [name for name, value in options.items() if value is not None])
+    if recipe == AUTO:
+        if train_json is None or any(value is not None for value in (weights, stage1, reuse)) or auto_batch:
+            raise UserError("train auto needs --train, and chooses start and batch: start=none, batch=8 change them")
+        _auto(
+            {"train": train_json, "val": val_json, "train_images": train_images, "val_images": val_images}
+            | {"holdout": holdout, "holdout_images": holdout_images},
+            overrides or [],
+            thresholds,
+            export,
+            out,
+            overwrite,
+            dry_run,
+        )
+        return
+    if resume is not None and not dry_run:
+        from tailfin.auto import steps
+
+        if steps.is_auto(resume):
+            _show_auto(steps.go_on(resume, say=_say))
+            return
     if recipe is not None and train_json is None:
         _say_file_of_recipe(recipe, overrides or [])
     if dry_run:
@@ -83,7 +126,8 @@ def train(
             if recipe is not None
             else api.recipe_from_file(Path(str(resume)) / "recipe.yaml")
         )
-        show_plan(api.with_largest_batch(resolved) if auto_batch else resolved, out, overwrite=overwrite)
+        with api.converted(resolved) as ready:
+            show_plan(api.with_largest_batch(ready) if auto_batch else ready, out, overwrite=overwrite)
         return
     if resume is not None:
         folder = api.train("", out=resume, resume=True)
@@ -103,6 +147,57 @@ def train(
             auto_batch=auto_batch,
         )
     show_result(folder)
+
+
+def _auto(
+    files: dict[str, Path | None],
+    overrides: list[str],
+    thresholds: str | None,
+    export: str | None,
+    out: Path | None,
+    overwrite: bool,
+    dry_run: bool,
+) -> None:
+    """`tailfin train auto`: begin or go on, or show the plan."""
+    import tempfile
+
+    from tailfin.auto import steps
+    from tailfin.data.layouts import as_given
+
+    named: dict[str, Any] = {name: None if path is None else as_given(path) for name, path in files.items()}
+    wanted = steps.Wanted(**named, overrides=tuple(overrides), thresholds=thresholds or "f1", export=export)
+    if not dry_run:
+        _show_auto(steps.train_auto(wanted, out, overwrite=overwrite, say=_say))
+        return
+    from tailfin.dry_run import show_plan
+
+    with tempfile.TemporaryDirectory(prefix="tailfin-auto-") as work:
+        plan = steps.plan_of(wanted, Path(work).resolve())
+        for line in [*plan.files.notes, *plan.lines()]:
+            _say(line)
+        show_plan(plan.recipe, out, overwrite=overwrite)
+
+
+def _say(text: str) -> None:
+    from tailfin.cli.output import echo
+
+    echo(text)
+
+
+def _show_auto(done: Done) -> None:
+    """The numbers of a finished `train auto`, its thresholds and its files; on the main process only."""
+    if not done.main:
+        return
+    show_result(done.run)
+    if done.choice is not None:
+        from tailfin.cli.calibrate import show_choice
+
+        _say(f"calibration: {done.choice.label}; chosen, as the thresholds, on {done.holdout}")
+        show_choice(done.choice)
+    if done.thresholds:
+        _say("thresholds: " + ", ".join(f"{name} {value:.2f}" for name, value in done.thresholds.items()))
+    for file in done.files:
+        _say(f"wrote {file}")
 
 
 def _check_resumed_as_begun(run: Path, overrides: list[str], options: list[str]) -> None:

@@ -37,14 +37,16 @@ def convert(
     placing: Placing = "copy",
     masks: bool = False,
     split: str | None = None,
+    box_form: str | None = None,
     overwrite: bool = False,
 ) -> Report:
     """Convert the data set `source` (a COCO file or folder, a data.yaml or YOLO folder, a VOC folder) to `out`.
 
     `origin` is found by looking when it is None; `target` defaults to COCO for the other two. `images` is the picture
     folder of a COCO source (default: the usual rule). `placing` copies, links or leaves the pictures. `masks` writes
-    polygons to YOLO instead of boxes. `split` takes or names a single split. An `out` ending in .json is one COCO file
-    without pictures. Every mistake in the source is a `UserError` with file and line or id; nothing is written then.
+    polygons to YOLO instead of boxes. `box_form` is that of a YOLO source's boxes (a key of `box_forms.FORMS`), where
+    it is not YOLO's. `split` takes or names a single split. An `out` ending in .json is one COCO file without
+    pictures. Every mistake in the source is a `UserError` with file and line or id; nothing is written then.
     """
     source, out = Path(source), Path(out)
     if not source.exists():
@@ -59,9 +61,13 @@ def convert(
     if out.resolve() == source.resolve() or source.resolve().is_relative_to(out.resolve()):
         raise UserError(f"{out} holds the source {source}; give another target")
 
+    if box_form is not None and origin != "yolo":
+        raise UserError(
+            f"--box-form goes with YOLO's rows, {source} is {origin}; `tailfin data merge` has it for COCO files"
+        )
     readers: dict[Layout, Callable[[], list[Part]]] = {
         "coco": lambda: read_coco(source, images=images, split=split),
-        "yolo": lambda: read_yolo(source),
+        "yolo": lambda: read_yolo(source, box_form),
         "voc": lambda: read_voc(source),
     }
     parts = readers[origin]()

@@ -32,6 +32,8 @@ from tailfin.data.copy_paste import box_paste, copy_paste
 from tailfin.data.images import read_image
 from tailfin.data.index import AnnotationIndex, image_folder, image_path, open_index
 from tailfin.data.masks import BROKEN
+from tailfin.data.mixing import mixup, mosaic
+from tailfin.data.pasting import Pasting
 from tailfin.data.transforms import augment, resize, shortest_edge_size
 from tailfin.errors import UserError, printable
 from tailfin.samplers.plan import BatchPlan, Key
@@ -104,6 +106,11 @@ class TrainingDataset(Dataset):
         self.seed = seed
         self.masks = masks
         self.clean = source.index.clean(kept)
+        self.pasting: Pasting | None = None
+        if config.paste_crops or config.paste_power:
+            pictures = np.repeat(np.arange(len(source.index)), np.diff(self.clean.offsets))
+            labels = source.index.labels[self.clean.rows]
+            self.pasting = Pasting(config, labels, pictures, source.index.names)
         self.skipped: dict[str, int] = {}  # message of a picture that cannot be used -> samples without it so far
 
     @cached_property
@@ -178,7 +185,8 @@ class TrainingDataset(Dataset):
     def sample(self, epoch: int, row: int, copy: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Augmented picture uint8 [3, H, W] and target (boxes, labels, image_id; masks, mask_valid; known) of a key.
 
-        `known`, bool [C], are the checked classes of the picture itself; a pasted object has its label, no more.
+        `known`, bool [C], are the checked classes of the picture itself, and of all pictures of a mosaic or mixup; a
+        pasted object has its label, no more.
         Where a crop has left no object and `empty_crop` is "next", those of the next training picture that keeps one.
         """
         image, target = self._drawn(epoch, row, copy)
@@ -191,21 +199,41 @@ class TrainingDataset(Dataset):
         return image, target
 
     def _drawn(self, epoch: int, row: int, copy: int) -> tuple[Tensor, dict[str, Tensor]]:
-        rng = np.random.default_rng([self.seed, 3, epoch, row, copy])
+        rng, config, pictures = np.random.default_rng([self.seed, 3, epoch, row, copy]), self.config, [row]
         image, target = self._augmented(row, rng)
-        if self.config.copy_paste:
-            rows = self.rows()
-            partner = self._augmented(int(rows[rng.integers(len(rows))]), rng)
-            paste = copy_paste if self.paste_masks else box_paste
-            image, target = paste(image, target, *partner, rng)
+        mixes = not config.mixed_epochs or epoch < config.mixed_epochs
+        if mixes and config.mosaic and rng.random() < config.mosaic:
+            pictures += [self._any_row(rng) for _ in range(3)]
+            others = [self._augmented(other, rng) for other in pictures[1:]]
+            image, target = mosaic([(image, target), *others], rng, config.mosaic_scale)
+        if config.copy_paste:
+            image, target = self._pasted(image, target, rng)
+        if mixes and config.mixup and rng.random() < config.mixup:
+            pictures.append(self._any_row(rng))
+            image, target = mixup((image, target), self._augmented(pictures[-1], rng), rng, config.mixup_alpha)
         if self.masks:
             target["masks"] = target["masks"].contiguous()  # a crop would keep the whole picture's in memory
             target["mask_valid"] = target["mask_valid"] & seen_masks(target["masks"])
         else:
             target = {key: value for key, value in target.items() if key != "masks"}
         if self.config.unchecked_classes == "ignore":
-            target["known"] = torch.from_numpy(self.source.index.known(row))
+            known = [self.source.index.known(own) for own in pictures]  # looked for in all that are in the picture
+            target["known"] = torch.from_numpy(np.logical_and.reduce(known))
         return packed(image), {**target, "image_id": torch.tensor(row)}
+
+    def _any_row(self, rng: np.random.Generator) -> int:
+        rows = self.rows()
+        return int(rows[rng.integers(len(rows))])
+
+    def _pasted(
+        self, image: Tensor, target: dict[str, Tensor], rng: np.random.Generator
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The picture with objects of another one, or of the folder of crops, pasted onto it."""
+        paste = copy_paste if self.paste_masks else box_paste
+        if self.pasting is None:
+            return paste(image, target, *self._augmented(self._any_row(rng), rng), rng)
+        partner, selected = self.pasting.partner(image, target, rng, lambda row: self._augmented(row, rng))
+        return paste(image, target, *partner, rng, selected=selected)
 
     def _augmented(self, row: int, rng: np.random.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         index, clean = self.source.index, self.clean
@@ -240,7 +268,7 @@ class TrainingDataset(Dataset):
 
 
 def packed(image: Tensor) -> Tensor:
-    """The picture [3, H, W] in memory of its own size, channels first or last: a crop would keep the whole picture's."""
+    """The picture [3, H, W] in memory of its own size, channels first or last: a crop would keep that of the whole."""
     return image if image.permute(1, 2, 0).is_contiguous() else image.contiguous()
 
 
@@ -270,7 +298,8 @@ class EvaluationDataset(Dataset):
 
 def to_test_size(image: Tensor, config: Data) -> Tensor:
     """A picture uint8 [3, H, W] resized for inference."""
-    size = shortest_edge_size(image.shape[-2:], *config.inference_size)
+    short, bound = config.inference_size
+    size = (short, short) if config.resize == "stretch" else shortest_edge_size(image.shape[-2:], short, bound)
     return resize(image, {"boxes": torch.zeros((0, 4))}, size)[0]
 
 

@@ -30,7 +30,8 @@ from tailfin.files import existing_file
 MAX_PIXELS = 64_000_000
 HEIC = (".heic", ".heif", ".hif")
 ORIENTATION = 0x0112  # EXIF tag: 1 upright, 2-4 mirrored or upside down, 5-8 turned by 90 degrees
-TIFF_WIDTH, TIFF_HEIGHT = 256, 257  # tags
+TIFF_WIDTH, TIFF_HEIGHT, TIFF_COMPRESSION, TIFF_PHOTOMETRIC, TIFF_SUBSAMPLING = 256, 257, 259, 262, 530  # tags
+YCBCR = 6
 
 
 @dataclass(frozen=True)
@@ -175,7 +176,21 @@ def _open(path: str | Path, max_pixels: int) -> Image.Image:
         size = f"{image.width} x {image.height}"
         image.close()
         raise UserError(f"image {path} is {size}, larger than the bound of {max_pixels:,} pixels")
+    if image.format == "TIFF" and (what := _misread(image)):
+        image.close()
+        raise UserError(f"image {path} is a YCbCr TIFF without compression, {what}: save it as RGB")
     return image
+
+
+def _misread(image: Image.Image) -> str:
+    """What Pillow gets wrong about a TIFF of YCbCr samples as they are, where it does: it takes four bytes for each
+    pixel (before version 13), or three where colours are stored for every other one."""
+    tags = image.tag_v2  # type: ignore[attr-defined]
+    if tags.get(TIFF_PHOTOMETRIC) != YCBCR or tags.get(TIFF_COMPRESSION, 1) != 1:
+        return ""
+    if tuple(tags.get(TIFF_SUBSAMPLING, (2, 2))) != (1, 1):
+        return "with fewer samples of colour than of light, which Pillow cannot read"
+    return "" if image.mode == "YCbCr" else "which this version of Pillow takes for RGBX"
 
 
 def _header(image: Image.Image, *, loaded: bool) -> Header:

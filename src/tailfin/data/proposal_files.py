@@ -12,10 +12,11 @@ images or scores are in another order, are sorted in memory, once, and memory-ma
 from __future__ import annotations
 
 import io
+import json
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from tailfin.data import cache
 from tailfin.data.index import AnnotationIndex
 from tailfin.errors import UserError
 from tailfin.files import existing_file, read_npz, whole_file
+from tailfin.joins import PictureNames
 from tailfin.parsing import Box, boxes_array, column, load_typed, nearest_id, rows_of
 
 Boxes = NDArray[np.float32]  # [N, 4] xyxy
@@ -62,14 +64,15 @@ class _Entry(msgspec.Struct, gc=False):
     image_id: int
     bbox: Box
     score: float = 0.0
+    file_name: Any = None
 
 
 def read_proposals(path: str | Path, index: AnnotationIndex) -> StoredProposals:
     """Proposals of a file for the images of `index`.
 
     The file is COCO results JSON (`image_id`, `bbox` xywh, `score`) or what `write_proposals` wrote (.npz). Images
-    that the index lacks are passed over; boxes outside their picture and a file without any image of the index are a
-    `UserError`: such a file belongs to other data.
+    that the index lacks are passed over; boxes outside their picture, a file without any image of the index, and a
+    `file_name` of another picture than that of its `image_id` are a `UserError`: such a file belongs to other data.
     """
     path = existing_file(path, "proposals file")
     bundle = _columns(path)
@@ -81,6 +84,7 @@ def read_proposals(path: str | Path, index: AnnotationIndex) -> StoredProposals:
         near = nearest_id(int(ids[0]), np.sort(index.image_ids)) if len(ids) else ""
         what = "holds no proposal" if not len(ids) else "holds proposals of other pictures"
         raise UserError(f"proposals {path} {what}{first}{f' {index.path}{near}' if len(ids) else ''}")
+    _check_names(path, json.loads(bundle.metadata.get("names", "{}")), index)
     starts = np.where(known, offsets[rows], 0)
     counts = np.where(known, np.diff(offsets)[rows], 0)
 
@@ -163,9 +167,9 @@ def _columns(path: Path) -> cache.Bundle:
             columns = {**checked.columns, "boxes": mapped["boxes"], "scores": mapped["scores"]}
             return cache.Bundle(columns, checked.metadata, path)
     bundle = cache.load(path, stamp, "proposals")
-    if bundle is not None:
+    if bundle is not None and (path.suffix == ".npz" or "names" in bundle.metadata):
         return bundle
-    owners, boxes, scores, made_by = _from_npz(path) if path.suffix == ".npz" else _from_json(path)
+    owners, boxes, scores, facts = _from_npz(path) if path.suffix == ".npz" else _from_json(path)
     order = np.lexsort([-scores, owners])
     ids, counts = np.unique(owners, return_counts=True)
     columns = {
@@ -174,22 +178,40 @@ def _columns(path: Path) -> cache.Bundle:
         "boxes": boxes[order].astype(np.float32),
         "scores": scores[order].astype(np.float32),
     }
-    return cache.store(path, stamp, "proposals", columns, {"made_by": made_by})
+    return cache.store(path, stamp, "proposals", columns, facts)
 
 
-def _from_json(path: Path) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64], str]:
+def _from_json(path: Path) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64], dict[str, str]]:
     entries, label = load_typed(path, list[_Entry], "proposals file")
     owners = column(entries, lambda entry: entry.image_id, np.int64, label)
     boxes = boxes_array([entry.bbox for entry in entries], label, lambda row: f"entry {row}")
     boxes[:, 2:] += boxes[:, :2]
-    return owners, boxes, column(entries, lambda entry: entry.score, np.float64, label), ""
+    names = {str(entry.image_id): entry.file_name for entry in entries if isinstance(entry.file_name, str)}
+    scores = column(entries, lambda entry: entry.score, np.float64, label)
+    return owners, boxes, scores, {"made_by": "", "names": json.dumps(names)}
 
 
-def _from_npz(path: Path) -> tuple[NDArray[np.int64], Boxes, NDArray[np.float32], str]:
+def _check_names(path: Path, names: Mapping[str, str], index: AnnotationIndex) -> None:
+    """Refuse entries whose picture, by its name, is not the one that their id has in `index`."""
+    if not names:
+        return
+    rows = {str(number): row for row, number in enumerate(index.image_ids.tolist())}
+    own = [index.file_name(row) for row in range(len(index))]
+    pictures = PictureNames(own)
+    for number, name in names.items():
+        row = rows.get(number)
+        if name and row is not None and own[row] and row not in pictures.find(name):
+            raise UserError(
+                f"proposals {path}: image_id {number} is {own[row]} in {index.path}, the entry says {name}: the ids "
+                "are those of another file"
+            )
+
+
+def _from_npz(path: Path) -> tuple[NDArray[np.int64], Boxes, NDArray[np.float32], dict[str, str]]:
     values = read_npz(path, "proposals file")
     made_by = _check(path, values)
     ids, counts = values["image_ids"], np.diff(values["offsets"])
-    return np.repeat(ids.astype(np.int64), counts), values["boxes"], values["scores"], made_by
+    return np.repeat(ids.astype(np.int64), counts), values["boxes"], values["scores"], {"made_by": made_by}
 
 
 def _mapped(path: Path, whole: bool) -> dict[str, NDArray[Any]] | None:

@@ -26,6 +26,8 @@ def augment(image: Tensor, target: Sample, config: Data, rng: np.random.Generato
         image = _color_jitter(image, config.color_jitter, rng)
     if config.resize == "jitter":
         image, target = large_scale_jitter(image, target, config.sizes[0], config.jitter_scale, rng)
+    elif config.resize == "stretch":
+        image, target = resize(image, target, (config.sizes[0], config.sizes[0]))
     else:
         if config.resize == "detr" and rng.random() < 0.5:
             image, target = resize_and_crop(image, target, config.crop_resize, config.crop, rng)

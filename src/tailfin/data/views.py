@@ -77,6 +77,12 @@ class Geometry:
         return view.flip(-1) if self.flip else view
 
     @property
+    def window(self) -> Boxes:
+        """What it shows of the picture, float32 [1, 4]."""
+        corners = (self.left, self.top, self.left + self.width, self.top + self.height)
+        return np.array([corners], dtype=np.float32)
+
+    @property
     def _offset(self) -> NDArray[np.float64]:
         return np.array([self.left, self.top] * 2, dtype=np.float64)
 
@@ -153,10 +159,23 @@ def paired_geometries(
         first, second = (_draw(size, area, config, rng, sizes, bound) for _ in range(2))
         rules = (config.min_kept, config.min_side)
         rows = np.flatnonzero(first.valid(boxes, *rules) & second.valid(boxes, *rules))
+        shared = common_window(first, second)
+        apart = area_of(shared) < config.min_overlap * second.width * second.height
         lost = rarest is not None and len(rarest) and not first.valid(rarest, config.min_kept, 0.0).any()
-        if len(rows) >= wanted and not lost:
+        if len(rows) >= wanted and not lost and not apart:
             break
     return (first, second), rows
+
+
+def common_window(first: Geometry, second: Geometry) -> Boxes:
+    """What both views show of the picture, float32 [1, 4]; without area where they show nothing in common."""
+    corners = np.maximum(first.window[:, :2], second.window[:, :2])
+    return np.concatenate([corners, np.maximum(np.minimum(first.window[:, 2:], second.window[:, 2:]), corners)], axis=1)
+
+
+def area_of(boxes: Boxes) -> float:
+    """Of all boxes together, square pixels."""
+    return float((boxes[:, 2:] - boxes[:, :2]).prod(axis=1).sum())
 
 
 def view_pixels(image: Tensor, geometry: Geometry, config: Views, number: int, rng: np.random.Generator) -> Tensor:
@@ -192,12 +211,15 @@ class PretrainingDataset(TrainingDataset):
     `proposals` [P, 4] in the first and `view_proposals` [P, 4] in the second view, row for row the same box, and
     `proposal_labels` int64 [P], the class of the object it lies on or -1; `rarest`, the class of the picture that the
     fewest training pictures show, or -1; `image_id`. With `third`: `third` and `third_proposals`, the second view's
-    window at half its size with colours of its own. All boxes are xyxy, float32, pixels of their view. P may be 0.
+    window at half its size with colours of its own. With `overlap`: `overlap` [2, 4], what both views show, in pixels
+    of the first and of the second (without area where that is nothing), and `flipped` bool [2]. All boxes are xyxy,
+    float32, pixels of their view. P may be 0.
 
     Args:
         proposals: what gives a picture's boxes (`tailfin.data.proposals.open_proposals`).
         third: a third view.
         weak: a picture for the detector's own losses.
+        overlap: where the views show the same.
         masks: masks of the annotated objects, too.
     """
 
@@ -211,10 +233,13 @@ class PretrainingDataset(TrainingDataset):
         *,
         third: bool = False,
         weak: bool = False,
+        overlap: bool = False,
         masks: bool = False,
     ) -> None:
-        super().__init__(source, config.model_copy(update={"copy_paste": False}), seed, masks=masks)
+        plain = {"copy_paste": False, "paste_power": 0.0, "paste_crops": "", "mosaic": 0.0, "mixup": 0.0}
+        super().__init__(source, config.model_copy(update=plain), seed, masks=masks)
         self.views, self.proposals, self.third, self.weak = views, proposals, third, weak
+        self.overlap = overlap
         index = source.index
         shown = np.unique(index.image_of.astype(np.int64) * len(index.categories) + index.labels)
         self.image_count = np.bincount(shown % len(index.categories), minlength=len(index.categories))
@@ -255,6 +280,11 @@ class PretrainingDataset(TrainingDataset):
             "rarest": torch.tensor(labels[counts.argmin()] if len(labels) else -1),
             "image_id": torch.tensor(row),
         }
+        if self.overlap:
+            shared = common_window(first.geometry, second.geometry)
+            both = [view.geometry.to_view(shared)[0] for view in (first, second)]
+            target["overlap"] = torch.from_numpy(np.stack(both))
+            target["flipped"] = torch.tensor([view.geometry.flip for view in (first, second)])
         if self.third:
             half = replace(
                 second.geometry,

@@ -19,6 +19,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from xml.etree import ElementTree
 
+import numpy as np
+
 from tailfin.data.document import Document, file_name
 from tailfin.data.folders import Placing, place_image
 from tailfin.data.images import is_hidden, pictures_below, read_header, size_problem
@@ -35,7 +37,9 @@ _FOLDERS = {"train": "train", "val": "val", "valid": "val", "validation": "val",
 def read_voc(source: Path) -> list[Part]:
     """The splits of a VOC folder; XML files beside their pictures, also in train/, valid/ and test/, are read too."""
     splits, absent = _find(source)
-    entries = {split: _entries(found) for split, found in splits.items()}
+    others: dict[str, list[str]] = {split: [] for split in splits}
+    entries = {split: _entries(found, others[split]) for split, found in splits.items()}
+    _check_pixels(source, entries)
     names = _class_names(source, entries)
     number_of = {name: k + 1 for k, name in enumerate(names)}
     categories = [{"id": number, "name": name} for name, number in number_of.items()]
@@ -55,6 +59,9 @@ def read_voc(source: Path) -> list[Part]:
         notes = []
         if bare := sum(xml is None for xml, _ in splits[split][1]):
             notes.append(f"{split}: {bare} pictures without an XML file kept as pictures without objects")
+        if odd := others[split]:
+            files = "1 XML file gives" if len(odd) == 1 else f"{len(odd)} XML files give"
+            notes.append(f"{split}: {files} the name of another picture, their own names count (first: {odd[0]})")
         parts.append(Part(split, document, [picture for picture, _, _ in found], notes))
     parts[0].notes[:0] = absent
     return parts
@@ -121,6 +128,11 @@ class _Pictures:
     def stems(self) -> dict[str, list[str]]:
         """Names by what they are without the suffix."""
         return self._by_stem
+
+    def has(self, stem: str, inner: str) -> bool:
+        """Whether the picture that a file called `stem` names lies beside its own, or where the name says."""
+        inner, parent = plain_name(inner), stem.rpartition("/")[0]
+        return any(name in self.paths for name in (f"{parent}/{inner}" if parent else inner, inner))
 
     def find(self, stem: str, inner: str, where: Path) -> tuple[Path, bool]:
         """The picture of an XML file called `stem` (`folder/name`) that gives `inner` as its file name, and whether it
@@ -254,8 +266,11 @@ def _class_names(source: Path, entries: dict[str, list[Entry]]) -> list[str]:
 Entry = tuple[Path, tuple[int, int], list[tuple[str, dict[str, Any]]]]  # picture, (width, height), (class, fields)
 
 
-def _entries(found: Found) -> list[Entry]:
-    """The pictures of a split with their objects; a picture that two XML files mean is a `UserError`."""
+def _entries(found: Found, others: list[str]) -> list[Entry]:
+    """The pictures of a split with their objects; a picture that two XML files mean is a `UserError`.
+
+    To `others` come the files that have a picture of their own name and give the name of another one that is there.
+    """
     pictures, files = found
     entries: list[Entry] = []
     owner: dict[Path, Path] = {}
@@ -264,16 +279,32 @@ def _entries(found: Found) -> list[Entry]:
             picture = pictures.paths[name]
             entries.append((picture, read_header(picture).shown_size, []))
             continue
-        entry = _read_xml(xml, name, pictures)
+        entry = _read_xml(xml, name, pictures, others)
         if owner.setdefault(entry[0], xml) != xml:
             raise UserError(f"{owner[entry[0]]} and {xml} both mean the picture {entry[0]}: one of them lacks its own")
         entries.append(entry)
     return entries
 
 
-def _read_xml(path: Path, stem: str, pictures: _Pictures) -> Entry:
+def _check_pixels(source: Path, entries: dict[str, list[Entry]]) -> None:
+    """Refuse boxes that are fractions of the pictures' sizes."""
+    boxes = [fields["bbox"] for found in entries.values() for _, _, objects in found for _, fields in objects]
+    corners = np.array(boxes, np.float64).reshape(-1, 4)
+    corners[:, :2] += 1
+    corners[:, 2:] += corners[:, :2] - 1
+    if len(corners) > 1 and (np.abs(corners) <= 1.01).all() and (corners != np.rint(corners)).any(1).mean() > 0.5:
+        raise UserError(
+            f"{source}: all {len(corners):,} boxes are smaller than 1 pixel: they look like fractions of the pictures' "
+            "sizes, and VOC has pixels"
+        )
+
+
+def _read_xml(path: Path, stem: str, pictures: _Pictures, others: list[str]) -> Entry:
     root, lines = parse_xml(path)
-    picture, same = pictures.find(stem, (root.findtext("filename") or "").strip(), path)
+    inner = (root.findtext("filename") or "").strip()
+    picture, same = pictures.find(stem, inner, path)
+    if same and PurePosixPath(plain_name(inner)).stem != PurePosixPath(stem).name and pictures.has(stem, inner):
+        others.append(f"{path.name} says {inner}")
     try:
         size = (int(root.findtext("size/width") or 0), int(root.findtext("size/height") or 0))
     except ValueError:

@@ -10,6 +10,7 @@ The rows themselves are in `yolo_rows.py`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,12 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
+from tailfin.data.box_forms import FORMS
 from tailfin.data.document import Document, file_name
 from tailfin.data.folders import Placing, place_image
 from tailfin.data.images import is_hidden, is_picture, pictures_below, read_header
 from tailfin.data.parts import Part, Report, annotations_by_image, clip_box, common_folder
-from tailfin.data.yolo_rows import Rows, is_number, parse_row, row_kind, shape_fields
+from tailfin.data.yolo_rows import Rows, check_form, is_number, parse_row, row_kind, shape_fields
 from tailfin.data.yolo_yaml import _names, _root, check_names, class_list, find_yaml, load_plain_yaml
 from tailfin.errors import UserError
 from tailfin.files import read_text, write_atomic
@@ -30,13 +32,15 @@ from tailfin.joins import plain_name
 _KEYS = {"train": "train", "val": "val", "validation": "val", "valid": "val", "test": "test"}
 
 
-def read_yolo(source: Path) -> list[Part]:
+def read_yolo(source: Path, box_form: str | None = None) -> list[Part]:
     """The splits of a data.yaml, of the folder that holds it, or of a folder with classes.txt; class k becomes category
-    k + 1."""
+    k + 1. `box_form` is that of the rows (`box_forms.FORMS`), where it is not YOLO's own."""
     path = find_yaml(source)
     names, splits, settings, absent = _without_yaml(source) if path is None else _splits(path)
     labelled = {split: _label_files(pictures) for split, (_, pictures) in splits.items()}
     rows = row_kind(path or source, settings, [file for found in labelled.values() for file in found if file])
+    if box_form is not None:
+        rows = replace(rows, form=box_form)
     categories = [{"id": k + 1, "name": name} for k, name in enumerate(names)]
     parts: list[Part] = []
     for split, (place, pictures) in splits.items():
@@ -49,8 +53,22 @@ def read_yolo(source: Path) -> list[Part]:
             )
         parts.append(_read_split(split, pictures, labels, categories, rows, *before))
         parts[-1].notes.extend(f"{split}: {note}" for note in _orphans(pictures))
+    if box_form is None and (doubt := check_form(_boxes(parts), str(path or source))):
+        absent = [*absent, doubt]
     parts[0].notes[:0] = absent
     return parts
+
+
+def _boxes(parts: Sequence[Part]) -> NDArray[np.float64]:
+    """Boxes [N, 4] that came as such, centre and size as fractions."""
+    found = []
+    for part in parts:
+        sizes = {image["id"]: (image["width"], image["height"]) for image in part.document["images"]}
+        for annotation in part.document["annotations"]:
+            if "segmentation" not in annotation:
+                (x, y, w, h), (width, height) = annotation["bbox"], sizes[annotation["image_id"]]
+                found.append([(x + w / 2) / width, (y + h / 2) / height, w / width, h / height])
+    return np.array(found, np.float64).reshape(-1, 4)
 
 
 def write_yolo(parts: Sequence[Part], folder: Path, placing: Placing, report: Report, *, masks: bool = False) -> None:
@@ -265,7 +283,9 @@ def _read_split(
                 objects += 1
                 label, values = parse_row(line, f"{labels}, line {line_number}", len(categories), rows)
                 ids = {"id": objects, "image_id": number, "category_id": label + 1}
-                shape = shape_fields(values, width, height)
+                shape = shape_fields(values, width, height, rows.form)
+                if min(shape["bbox"][2:]) < 0:
+                    raise UserError(f"{labels}, line {line_number}: not {FORMS[rows.form]}: its size would be negative")
                 if rows.kind == "oriented" and "segmentation" in shape:
                     del shape["segmentation"]
                     shape["area"] = round(shape["bbox"][2] * shape["bbox"][3], 4)

@@ -16,8 +16,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tailfin.data.box_forms import FORMS, to_xywh
 from tailfin.errors import UserError
 from tailfin.files import read_text
+
+BOX = "cxcywh-fractions"  # the form of YOLO's boxes
+OVER = 0.2  # share of boxes over the border from which they are of another form, where in that none is
+SURE = 3  # of such boxes; of fewer it is said
 
 
 @dataclass(frozen=True)
@@ -26,6 +31,7 @@ class Rows:
 
     kind: str  # "shapes" (boxes and polygons), "keypoints" or "oriented"
     keypoints: int = 0  # numbers behind the box
+    form: str = BOX  # of boxes, a key of `box_forms.FORMS`
 
 
 SAMPLED = 300  # label files that say what kind of rows a set has
@@ -52,6 +58,11 @@ def row_kind(path: Path, settings: dict[str, Any], files: Sequence[Path]) -> Row
     lengths = {len(row) for row in rows}
     if settings.get("task") == "obb" or (lengths == {9} and _turned(np.array(rows)[:, 1:])):
         return Rows("oriented")
+    if boxed := next((row for row in rows if _box_and_polygon(row)), None):
+        raise UserError(
+            f"{path}: rows hold a box and then the polygon that it is around (one has {len(boxed)} numbers): a row has "
+            "either; leave one of them out"
+        )
     if len(lengths) == 1 and len(rows) >= ALIKE and _like_keypoints(np.array(rows)):
         raise UserError(
             f"{path}: all rows have {lengths.pop()} numbers, which look like a box and keypoints: say so with "
@@ -71,6 +82,36 @@ def _turned(corners: NDArray[np.float64]) -> bool:
     closed = np.abs(sides[:, 0] + sides[:, 2]).max(1) / length < 0.05
     upright = (np.abs(sides).min(2) / length[:, None] < 0.02).all(1)
     return bool(closed.mean() > 0.95 and (~upright).mean() > 0.05)
+
+
+def _box_and_polygon(row: list[float]) -> bool:
+    """Whether the first four numbers of a row are the box around the points of the others."""
+    if len(row) < 11 or len(row) % 2 == 0:
+        return False
+    points = np.array(row[5:]).reshape(-1, 2)
+    low, high = points.min(0), points.max(0)
+    around = np.concatenate([(low + high) / 2, high - low])
+    return bool(np.abs(around - row[1:5]).max() < 0.002 and (high - low).min() > 0.01)
+
+
+def check_form(boxes: NDArray[np.float64], where: str) -> str:
+    """Raise `UserError` where boxes [N, 4] (centre and size, fractions) are surely of another form; words where they
+    may be, else nothing."""
+    half, slack = boxes[:, 2:] / 2, 0.01
+    over = ((boxes[:, :2] - half < -slack) | (boxes[:, :2] + half > 1 + slack)).any(1)
+    count = int(over.sum())
+    if not count or count < OVER * len(boxes):
+        return ""
+    if (boxes[:, 2:] > boxes[:, :2]).all():
+        form = "xyxy-fractions"
+    elif (boxes[:, :2] + boxes[:, 2:] <= 1 + slack).all():
+        form = "xywh-fractions"
+    else:
+        return ""
+    text = f"{count:,} of {len(boxes):,} boxes pass the border of their picture, and read as {FORMS[form]} none does"
+    if count >= SURE:
+        raise UserError(f"{where}: {text} (--box-form {form} reads them so, --box-form {BOX} as they are)")
+    return f"{text}: are they? (--box-form {form})"
 
 
 def _like_keypoints(rows: NDArray[np.float64]) -> bool:
@@ -116,9 +157,12 @@ def parse_row(line: str, where: str, classes: int, rows: Rows) -> tuple[int, lis
     if label != int(label) or not 0 <= label < classes:
         raise UserError(f"{where}: class {fields[0]} is not one of the {classes} classes 0 to {classes - 1}")
     outside = next((k for k, value in enumerate(values) if not -_SLACK <= value <= 1 + _SLACK), None)
+    if not rows.form.endswith("-fractions") and len(values) == 4:
+        outside = None
     if outside is not None:
         raise UserError(
-            f"{where}: {fields[outside + 1]} is outside 0 to 1 (coordinates are fractions of the picture's size)"
+            f"{where}: {fields[outside + 1]} is outside 0 to 1 (coordinates are fractions of the picture's size; "
+            "--box-form reads boxes in pixels)"
         )
     return int(label), values
 
@@ -134,11 +178,14 @@ def is_number(text: str) -> bool:
     return True
 
 
-def shape_fields(values: list[float], width: int, height: int) -> dict[str, Any]:
+def shape_fields(values: list[float], width: int, height: int, form: str = BOX) -> dict[str, Any]:
     """bbox, area and, for a polygon, segmentation in pixels."""
     if len(values) == 4:
-        cx, cy, w, h = values
-        box = [(cx - w / 2) * width, (cy - h / 2) * height, w * width, h * height]
+        if form == BOX:
+            cx, cy, w, h = values
+            box = [(cx - w / 2) * width, (cy - h / 2) * height, w * width, h * height]
+        else:
+            box = to_xywh(np.array([values]), form, np.array([[width, height]]))[0].tolist()
         return {"bbox": [round(value, 4) for value in box], "area": round(box[2] * box[3], 4)}
     points = np.array(values).reshape(-1, 2) * (width, height)
     (left, top), (right, bottom) = points.min(0).tolist(), points.max(0).tolist()

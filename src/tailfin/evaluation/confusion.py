@@ -16,20 +16,18 @@ from typing import Any
 
 import numpy as np
 
-from tailfin.evaluation.detections import load_detections, with_geometry
-from tailfin.evaluation.overlaps import box_overlap, pairs
-from tailfin.evaluation.truth import load_truth
+from tailfin.evaluation.reading import Reading, reading
 
 HIT = 0.5  # a larger IoU is on the object
 
 
 def confusion(
-    annotations: str | os.PathLike[str] | Mapping[str, Any], results: Any, *, min_score: float = 0.0
+    annotations: str | os.PathLike[str] | Mapping[str, Any] | Reading, results: Any = None, *, min_score: float = 0.0
 ) -> dict[str, Any]:
     """The classes that objects are taken for, by boxes; objects marked iscrowd or ignore are left out.
 
     Args:
-        annotations, results: as of `evaluate`.
+        annotations, results: as of `evaluate`, or a `Reading` in their place.
         min_score: detections with a lower score are not looked at.
 
     Returns:
@@ -40,19 +38,15 @@ def confusion(
     Raises:
         UserError: unreadable input.
     """
-    truth = load_truth(annotations)
-    detections, _ = with_geometry(load_detections(results, truth, "bbox"), truth, "bbox")
+    source = reading(annotations, results)
+    truth, detections, evidence = source.truth, source.detections, source.evidence
     classes = len(truth.category_ids)
-    evidence = ~(truth.crowd | truth.ignore)
-    rows = np.flatnonzero(detections.scores >= min_score)
-    rows = rows[np.argsort(-detections.scores[rows], kind="stable")]  # the best first, then in input order
+    near = source.near
+    near = near.where((near.iou > HIT) & evidence[near.objects] & (detections.scores[near.detections] >= min_score))
+    best = np.lexsort((near.detections, -detections.scores[near.detections], near.objects))  # then in input order
+    objects, first = np.unique(near.objects[best], return_index=True)
     taken = np.full(len(truth.category_rows), -1, dtype=np.int64)  # category row that each object is taken for
-    for part in pairs(truth, evidence, detections, rows, box_overlap(truth, detections)):
-        hit = part.iou > HIT
-        objects, labels = part.objects[hit], detections.category_rows[part.detections[hit]]
-        own, first = np.unique(objects, return_index=True)
-        fresh = taken[own] < 0  # parts come in the order of scores
-        taken[own[fresh]] = labels[first[fresh]]
+    taken[objects] = detections.category_rows[near.detections[best[first]]]
     labels = truth.category_rows[evidence]
     found = np.bincount(labels[taken[evidence] == labels], minlength=classes)
     missed = np.bincount(labels[taken[evidence] < 0], minlength=classes)

@@ -20,10 +20,10 @@ from hotcoco import mask as mask_utils  # pycocotools' area() fails on more than
 
 from tailfin.data.box_forms import FORMS, guess, to_xywh
 from tailfin.errors import UserError
-from tailfin.evaluation.entry_names import entry_rows
+from tailfin.evaluation.entry_names import Entry, entries_of, entry_rows
 from tailfin.evaluation.results import Shards
 from tailfin.evaluation.truth import GroundTruth, encode_mask, has_mask
-from tailfin.parsing import Box, boxes_array, column, load_typed, nearest_id, rows_of, with_text_counts
+from tailfin.parsing import boxes_array, column, load_typed, nearest_id, rows_of, with_text_counts
 
 COMMON_LIMITS = (100, 300, 500, 1000)  # per-image limits that detectors are often run with
 
@@ -78,7 +78,7 @@ def load_detections(source: Any, truth: GroundTruth, iou_type: str) -> Detection
     if not isinstance(source, (str, os.PathLike, list, tuple)):
         raise UserError(f"results: a path or a list of entries is needed, not a {type(source).__name__}")
     readable = source if isinstance(source, (str, os.PathLike)) else with_text_counts(source)
-    entries, label = load_typed(readable, list[_Entry], "results")
+    entries, label = load_typed(readable, list[Entry], "results", by_keys=entries_of)
     return _from_entries(entries, label, truth, iou_type)
 
 
@@ -164,17 +164,7 @@ def warn_if_cut_per_image(detections: Detections) -> None:
         )
 
 
-class _Entry(msgspec.Struct, gc=False):
-    image_id: int | float | str
-    category_id: int | float | str
-    score: float
-    bbox: Box | None = None
-    file_name: Any = None
-    category_name: Any = None
-    segmentation: msgspec.Raw = msgspec.Raw(b"")
-
-
-def _from_entries(entries: list[_Entry], label: str, truth: GroundTruth, iou_type: str) -> Detections:
+def _from_entries(entries: Sequence[Entry], label: str, truth: GroundTruth, iou_type: str) -> Detections:
     found = list(map(attrgetter("bbox"), entries))
     boxed = len(found) - found.count(None)
     if iou_type == "bbox" and 0 < boxed < len(entries):

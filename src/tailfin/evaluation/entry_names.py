@@ -1,33 +1,91 @@
 """Which image and class an entry of a results file means: its ids, and the names that some programs write beside them.
 
 `tailfin predict` numbers pictures 1, 2, ... since it has no annotation file, and writes `file_name` and `category_name`
-into every entry; Ultralytics writes `file_name`, and the stem of a name as `image_id`. Where ids and names contradict
-each other the names count, with a warning; where a name is not to be found, the entry is refused.
+into every entry; Ultralytics writes `file_name`, and the stem of a name as `image_id`; others have keys of their own
+(`PICTURE_KEYS`, `CLASS_KEYS`). Where ids and names contradict each other the names count, with a warning; where a name
+is not to be found, the entry is refused, but texts under the others' keys of which none is a name mean something else.
 """
 
 from __future__ import annotations
 
+import functools
+import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from operator import attrgetter
-from typing import Any
+from typing import Any, cast
 
+import msgspec
 import numpy as np
 
 from tailfin.errors import UserError
 from tailfin.evaluation.truth import GroundTruth
 from tailfin.joins import PictureNames
-from tailfin.parsing import column, nearest_id, rows_of
+from tailfin.parsing import Box, column, nearest_id, rows_of
+
+PICTURE_KEYS = ("file_name", "filename", "image_name", "img_name", "image_path", "image")
+CLASS_KEYS = ("category_name", "class_name", "category", "label", "class", "name")
+HEAD = 1 << 20  # bytes of a file in which its keys are looked for
+
+
+class Entry(msgspec.Struct, gc=False):
+    """A detection of COCO results."""
+
+    image_id: int | float | str
+    category_id: int | float | str
+    score: float
+    bbox: Box | None = None
+    file_name: Any = None
+    category_name: Any = None
+    segmentation: msgspec.Raw = msgspec.Raw(b"")
+
+
+def entries_of(data: bytes, label: str) -> type[list[Entry]]:
+    """The type of the entries of a JSON text, with the keys that it has for names: the first of those with a text."""
+    head = data[:HEAD]
+    if head.lstrip().startswith(b"{"):
+        raise UserError(f'{label}: an object, and a list [{{"image_id": ..., "bbox": ..., ...}}, ...] is needed')
+
+    def key(keys: Sequence[str]) -> str:
+        texts = set(re.findall(rb'"(' + "|".join(keys).encode() + rb')"\s*:\s*"', head))
+        return next((own for own in keys if own.encode() in texts), keys[0])
+
+    kind = _entry(key(PICTURE_KEYS), key(CLASS_KEYS))
+    return list[kind]  # type: ignore[valid-type]
+
+
+@functools.cache
+def _entry(picture: str, category: str) -> type[Entry]:
+    if (picture, category) == (PICTURE_KEYS[0], CLASS_KEYS[0]):
+        return Entry
+    names = {"file_name": picture, "category_name": category}
+    fields = [(field.name, field.type, *_default(field)) for field in msgspec.structs.fields(Entry)]
+    return cast(type[Entry], msgspec.defstruct("Entry", fields, rename=names, gc=False))
+
+
+def _default(field: Any) -> tuple[Any, ...]:
+    return () if field.required else (field.default,)
 
 
 def entry_rows(entries: Sequence[Any], label: str, truth: GroundTruth) -> tuple[np.ndarray, np.ndarray]:
     """Image rows and category rows of results entries, int64 [N] each."""
     pictures = PictureNames(truth.image_names)
     classes = _ClassNames([category.name for category in truth.categories])
+    keys = getattr(type(entries[0]), "__struct_encode_fields__", ()) if entries else ()
+    shown = dict(zip(type(entries[0]).__struct_fields__, keys, strict=True)) if keys else {}
     return (
-        _rows(entries, "image_id", "file_name", truth.image_ids, truth.image_names, pictures.find, label, truth.label),
         _rows(
-            entries, "category_id", "category_name", truth.category_ids, classes.names, classes.find, label, truth.label
+            entries, ("image_id", "file_name"), shown, truth.image_ids, truth.image_names, pictures.find, label, truth
+        ),
+        _rows(
+            entries,
+            ("category_id", "category_name"),
+            shown,
+            truth.category_ids,
+            classes.names,
+            classes.find,
+            label,
+            truth,
         ),
     )
 
@@ -50,17 +108,23 @@ class _ClassNames:
 
 def _rows(
     entries: Sequence[Any],
-    id_key: str,
-    name_key: str,
+    fields: tuple[str, str],
+    shown: Mapping[str, str],
     known: np.ndarray,
     own: Sequence[str | None],
     find: Callable[[str], list[int]],
     label: str,
-    truth_label: str,
+    truth: GroundTruth,
 ) -> np.ndarray:
-    """Rows of `known` (ascending ids) by id and name; a loop over the different pairs of them, not over the entries."""
-    ids = list(map(attrgetter(id_key), entries))
-    names = list(map(attrgetter(name_key), entries))
+    """Rows of `known` (ascending ids) by id and name; a loop over the different pairs of them, not over the entries.
+
+    `fields` are those of the id and of the name, `shown` the keys that the file has for them.
+    """
+    ids, names = (list(map(attrgetter(field), entries)) for field in fields)
+    id_key, name_key = (shown.get(field, field) for field in fields)
+    truth_label = truth.label
+    if name_key != fields[1] and not any(map(find, {name for name in names if isinstance(name, str) and name})):
+        names = [None] * len(names)  # not one is known: the key means something else
     if set(map(type, ids)) <= {int} and (names.count(None) == len(names) or not any(own)):
         rows, unknown = rows_of(column(entries, attrgetter(id_key), np.int64, label), known)
         if unknown is not None:
@@ -106,6 +170,12 @@ def _rows(
         else:
             raise UserError(_unknown(label, entry, id_key, number, known, truth_label))
         pairs[number, name] = row
+    bare = [row for row, (number, name) in enumerate(keys) if name is None and not isinstance(number, str)]
+    if moved and bare:
+        raise UserError(
+            f"{label}: entry {bare[0]} has no {name_key}, and elsewhere {id_key} and {name_key} contradict each "
+            f"other ({first}): what its {id_key} means is not known"
+        )
     if moved:
         count = sum(key in moved for key in keys)
         warnings.warn(

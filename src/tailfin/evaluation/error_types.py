@@ -22,10 +22,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tailfin.errors import UserError, nearest
-from tailfin.evaluation.detections import Detections, load_detections, with_geometry
+from tailfin.evaluation.detections import Detections
 from tailfin.evaluation.groups import TrainCounts, as_train_counts, frequencies
-from tailfin.evaluation.overlaps import Overlap, box_overlap, mask_overlap, pairs
-from tailfin.evaluation.truth import GroundTruth, load_truth
+from tailfin.evaluation.reading import IoUType, Reading, reading
 from tailfin.stats import GROUPS
 
 TYPES = ("correct", "location", "background", "classification", "other")
@@ -36,12 +35,11 @@ HIT, TOUCH = 0.5, 0.1  # a larger IoU is a hit; one above the second is about an
 Precedence = Literal["same_class", "best_iou"]
 Duplicates = Literal["literal", "location"]
 Unjudged = Literal["drop", "all"]
-IoUType = Literal["bbox", "segm"]
 
 
 def error_types(
-    annotations: str | os.PathLike[str] | Mapping[str, Any],
-    results: Any,
+    annotations: str | os.PathLike[str] | Mapping[str, Any] | Reading,
+    results: Any = None,
     top: int | Literal["per_class"] = "per_class",
     precedence: Precedence = "same_class",
     duplicates: Duplicates = "literal",
@@ -56,8 +54,8 @@ def error_types(
     Objects marked iscrowd or ignore are no evidence and do not count for N, but make their class judged in the image.
 
     Args:
-        annotations, results, group_bounds, train_counts: as of `evaluate`. Without the last two the groups are the
-            categories' own `frequency`.
+        annotations, results, group_bounds, train_counts: as of `evaluate`, or a `Reading` in the place of the first
+            two. Without the last two the groups are the categories' own `frequency`.
         top: predictions per class, the best scores over all images (ties: image id, then input order): the class's
             number of objects N, or one number for all classes.
         precedence: "same_class": overlap with an object of the predicted class above 0.1 decides; "best_iou": the
@@ -87,19 +85,17 @@ def error_types(
             raise UserError(f'{name} "{value}" does not exist{nearest(value, choices)}')
     if top != "per_class" and (not isinstance(top, Integral) or isinstance(top, bool) or top < 1):
         raise UserError(f'top must be a positive whole number or "per_class" (given: {top!r})')
-    truth = load_truth(annotations)
-    detections, _ = with_geometry(load_detections(results, truth, iou_type), truth, iou_type)
+    found = reading(annotations, results, iou_type)
+    truth, detections, evidence = found.truth, found.detections, found.evidence
     frequency = frequencies(truth.categories, group_bounds, as_train_counts(train_counts))
     classes = len(truth.category_ids)
 
-    evidence = ~(truth.crowd | truth.ignore)
     num_gt = np.bincount(truth.category_rows[evidence], minlength=classes)
     types = np.full(len(detections), NOT_BEST, dtype=np.int64)
     if unjudged == "drop":
-        types[~_judged(truth, detections)] = UNJUDGED
+        types[~found.judged] = UNJUDGED
     best = _best(detections, np.flatnonzero(types != UNJUDGED), num_gt if top == "per_class" else int(top), classes)
-    overlap = mask_overlap(truth, evidence, detections) if iou_type == "segm" else box_overlap(truth, detections)
-    own, other, target = _overlaps(truth, evidence, detections, best, overlap)
+    own, other, target = _overlaps(found, best)
     types[best] = _types(own, other, precedence)
     if duplicates == "location":
         hits = np.flatnonzero(types[best] == CORRECT)
@@ -123,14 +119,6 @@ def error_types(
     }
 
 
-def _judged(truth: GroundTruth, detections: Detections) -> NDArray[np.bool_]:
-    """bool [D]: the image shows the class (crowds too), lists it as absent, or is exhaustively annotated."""
-    classes = len(truth.category_ids)
-    known = np.union1d(truth.image_rows * classes + truth.category_rows, truth.negative_pairs)
-    pairs = detections.image_rows * classes + detections.category_rows
-    return truth.exhaustive[detections.image_rows] | np.isin(pairs, known)
-
-
 def _best(
     detections: Detections, rows: NDArray[np.int64], limit: int | NDArray[np.int64], classes: int
 ) -> NDArray[np.int64]:
@@ -144,24 +132,27 @@ def _best(
 
 
 def _overlaps(
-    truth: GroundTruth,
-    evidence: NDArray[np.bool_],
-    detections: Detections,
-    rows: NDArray[np.int64],
-    overlap_of: Overlap,
+    found: Reading, rows: NDArray[np.int64]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.int64]]:
-    """Of each of `rows`: largest IoU with its own class and with another one, and its object (own class, -1: none)."""
-    own, other = np.zeros(len(rows)), np.zeros(len(rows))
-    target = np.full(len(rows), -1, dtype=np.int64)
-    for part in pairs(truth, evidence, detections, rows, overlap_of):
-        same = detections.category_rows[part.detections] == truth.category_rows[part.objects]
-        own[part.places] = np.maximum.reduceat(np.where(same, part.iou, 0.0), part.starts)
-        other[part.places] = np.maximum.reduceat(np.where(same, 0.0, part.iou), part.starts)
-        best = np.repeat(own[part.places], part.counts)
-        reached = np.flatnonzero(same & (part.iou > 0) & (part.iou == best))
-        owner, lowest = np.unique(np.repeat(part.places, part.counts)[reached], return_index=True)
-        target[owner] = part.objects[reached[lowest]]
-    return own, other, target
+    """Of each of `rows`: largest IoU with its own class and with another one, and its object (own class, -1: none).
+
+    An IoU below 0.1 is none: no type depends on it.
+    """
+    truth, detections = found.truth, found.detections
+    near = found.near_of(rows)
+    near = near.where(found.evidence[near.objects])
+    own, other = np.zeros(len(detections)), np.zeros(len(detections))
+    target = np.full(len(detections), -1, dtype=np.int64)
+    if len(near.iou):
+        same = detections.category_rows[near.detections] == truth.category_rows[near.objects]
+        starts = np.flatnonzero(np.diff(near.detections, prepend=-1))
+        owner = near.detections[starts]
+        own[owner] = np.maximum.reduceat(np.where(same, near.iou, 0.0), starts)
+        other[owner] = np.maximum.reduceat(np.where(same, 0.0, near.iou), starts)
+        reached = np.flatnonzero(same & (near.iou == own[near.detections]))
+        owner, lowest = np.unique(near.detections[reached], return_index=True)
+        target[owner] = near.objects[reached[lowest]]
+    return own[rows], other[rows], target[rows]
 
 
 def _types(own: NDArray[np.float64], other: NDArray[np.float64], precedence: Precedence) -> NDArray[np.int64]:

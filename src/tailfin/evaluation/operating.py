@@ -21,10 +21,9 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from tailfin.errors import UserError, nearest
-from tailfin.evaluation.detections import Detections, load_detections, with_geometry
-from tailfin.evaluation.truth import GroundTruth, load_truth
+from tailfin.evaluation.detections import Detections
+from tailfin.evaluation.reading import Reading, reading
 
-IOU = 0.5
 PRIOR = 10  # objects that the threshold of all classes counts as
 DRAWS = 200  # of the bootstrap
 EDGE = 1e-6  # thresholds lie between this and 1 - this
@@ -100,28 +99,31 @@ class OperatingPoints:
             raise UserError(f"the operating points of the model are damaged: {error}") from None
 
 
-def operating_points(annotations: str | PathLike[str] | Mapping[str, Any], results: Any, aim: Aim) -> OperatingPoints:
+def operating_points(
+    annotations: str | PathLike[str] | Mapping[str, Any] | Reading, results: Any = None, aim: Aim | None = None
+) -> OperatingPoints:
     """Thresholds of all classes of an annotation file, from detections on its pictures.
 
-    `annotations` and `results` are those of `evaluate`. Crowds and ignored objects are no examples, and detections on
-    them, or of classes that an LVIS picture has not been judged for, count neither way.
+    `annotations` and `results` are those of `evaluate`, or a `Reading` in their place; the aim is the best F1 by
+    default. What counts is said by `Reading.counted`.
     """
-    truth = load_truth(annotations)
-    found, _ = with_geometry(load_detections(results, truth, "bbox"), truth, "bbox")
-    found, hit = _matched(truth, found)
+    aim = aim or Aim("f1")
+    source = reading(annotations, results)
+    truth, counted = source.truth, source.evidence
+    rows, hit = source.counted
+    found = source.detections.select(rows)
     classes = len(truth.categories)
-    counted = ~(truth.crowd | truth.ignore)
     pairs = truth.image_rows[counted], truth.category_rows[counted]
     examples = np.bincount(pairs[1], minlength=classes)
     order = np.lexsort((-found.scores, found.category_rows))
     scores, hits, labels = found.scores[order], hit[order], found.category_rows[order]
     starts = np.searchsorted(labels, np.arange(classes + 1))
     everything = np.argsort(-found.scores, kind="stable")
-    pooled, _ = _threshold(found.scores[everything], hit[everything], int(examples.sum()), aim)
+    pooled, _ = threshold_for(found.scores[everything], hit[everything], int(examples.sum()), aim)
     own, reached = np.full(classes, pooled), np.zeros(classes, dtype=bool)
     for row in np.flatnonzero(examples):  # a few operations on sorted columns per class
         part = slice(starts[row], starts[row + 1])
-        own[row], reached[row] = _threshold(scores[part], hits[part], int(examples[row]), aim)
+        own[row], reached[row] = threshold_for(scores[part], hits[part], int(examples[row]), aim)
     weight = examples / (examples + PRIOR)
     logit = weight * _logit(own) + (1 - weight) * _logit(np.full(classes, pooled))
     thresholds = 1 / (1 + np.exp(-logit))
@@ -149,10 +151,7 @@ def operating_points(annotations: str | PathLike[str] | Mapping[str, Any], resul
     )
 
 
-# ---- details ---------------------------------------------------------------------------------------------------------
-
-
-def _threshold(scores: NDArray[Any], hits: NDArray[np.bool_], examples: int, aim: Aim) -> tuple[float, bool]:
+def threshold_for(scores: NDArray[Any], hits: NDArray[np.bool_], examples: int, aim: Aim) -> tuple[float, bool]:
     """(threshold, whether the aim is reached) of detections by descending score."""
     if not len(scores) or not examples:
         return 0.5, False
@@ -175,45 +174,7 @@ def _threshold(scores: NDArray[Any], hits: NDArray[np.bool_], examples: int, aim
     return float((value[place] + below) / 2), reached
 
 
-def _matched(truth: GroundTruth, found: Detections) -> tuple[Detections, NDArray[np.bool_]]:
-    """The detections that count, and which of them are right."""
-    classes = len(truth.categories)
-    keys = truth.image_rows * classes + truth.category_rows
-    judged = np.union1d(keys, truth.negative_pairs)
-    own = found.image_rows * classes + found.category_rows
-    found = found.select(truth.exhaustive[found.image_rows] | np.isin(own, judged))
-    own = found.image_rows * classes + found.category_rows
-    objects = np.argsort(keys, kind="stable")
-    first = np.searchsorted(keys[objects], own)
-    count = np.searchsorted(keys[objects], own, side="right") - first
-    detection = np.repeat(np.arange(len(own)), count)
-    place = np.arange(count.sum()) + np.repeat(first - (np.cumsum(count) - count), count)
-    other = objects[place]
-    assert found.boxes is not None
-    overlap = _overlap(found.boxes[detection], truth.boxes[other], truth.crowd[other])
-    near = overlap >= IOU
-    detection, other, overlap = detection[near], other[near], overlap[near]
-    aside = (truth.crowd | truth.ignore)[other]
-    hit = np.zeros(len(own), dtype=bool)
-    taken = np.zeros(len(keys), dtype=bool)
-    order = np.lexsort((-overlap, detection, -found.scores[detection]))
-    for pair in order[~aside[order]].tolist():  # greedy, as all protocols: over pairs that overlap enough alone
-        if not hit[detection[pair]] and not taken[other[pair]]:
-            hit[detection[pair]] = taken[other[pair]] = True
-    dropped = np.zeros(len(own), dtype=bool)
-    dropped[detection[aside]] = True
-    keep = hit | ~dropped
-    return found.select(keep), hit[keep]
-
-
-def _overlap(boxes: NDArray[Any], others: NDArray[Any], crowd: NDArray[np.bool_]) -> NDArray[Any]:
-    """IoU of boxes xywh [K, 4]; for a crowd the share of the box that lies in it."""
-    low = np.maximum(boxes[:, :2], others[:, :2])
-    high = np.minimum(boxes[:, :2] + boxes[:, 2:], others[:, :2] + others[:, 2:])
-    shared = (high - low).clip(min=0).prod(axis=1)
-    area = boxes[:, 2:].prod(axis=1)
-    union = np.where(crowd, area, area + others[:, 2:].prod(axis=1) - shared)
-    return np.divide(shared, union, out=np.zeros_like(shared), where=union > 0)
+# ---- details ---------------------------------------------------------------------------------------------------------
 
 
 def _totals(

@@ -67,8 +67,10 @@ def box_overlap(truth: GroundTruth, detections: Detections) -> Overlap:
     return lambda mine, their: box_iou(boxes[mine], truth.boxes[their])
 
 
-def mask_overlap(truth: GroundTruth, evidence: NDArray[np.bool_], detections: Detections) -> Overlap:
-    """IoU of masks, image by image: a matrix of its detections and objects each."""
+def mask_overlap(
+    truth: GroundTruth, evidence: NDArray[np.bool_], detections: Detections, *, share: bool = False
+) -> Overlap:
+    """IoU of masks, image by image: a matrix of its detections and objects each; `share`: of the detection's area."""
     masks, found = truth.masks(), detections.masks or []
     sizes = truth.image_sizes[truth.image_rows].tolist()
     objects = {int(row): encode_mask(masks[row], *map(int, sizes[row])) for row in np.flatnonzero(evidence)}
@@ -81,7 +83,7 @@ def mask_overlap(truth: GroundTruth, evidence: NDArray[np.bool_], detections: De
             own = mine[near[np.flatnonzero(np.diff(mine[near], prepend=-1))]]
             others = their[near[: len(near) // len(own)]]
             matrix = mask_utils.iou(
-                [found[row] for row in own], [objects[row] for row in others], [False] * len(others)
+                [found[row] for row in own], [objects[row] for row in others], [share] * len(others)
             )
             result[near] = np.asarray(matrix, dtype=np.float64).reshape(len(own), len(others)).ravel()
         return result
@@ -96,3 +98,29 @@ def box_iou(boxes: NDArray[np.float64], others: NDArray[np.float64]) -> NDArray[
     shared = (high - low).clip(min=0).prod(axis=1)
     union = boxes[:, 2:].prod(axis=1) + others[:, 2:].prod(axis=1) - shared
     return np.divide(shared, union, out=np.zeros_like(shared), where=union > 0)
+
+
+def crowd_share(truth: GroundTruth, detections: Detections, iou_type: str) -> Iterator[Pairs]:
+    """Pairs of all detections with the objects marked iscrowd, the share of the detection in the place of the IoU."""
+    if not truth.crowd.any():
+        return
+    if iou_type == "segm":
+        overlap = mask_overlap(truth, truth.crowd, detections, share=True)
+    else:
+        overlap = _box_share(truth, detections)
+    yield from pairs(truth, truth.crowd, detections, np.arange(len(detections)), overlap)
+
+
+def _box_share(truth: GroundTruth, detections: Detections) -> Overlap:
+    boxes = detections.boxes
+    assert boxes is not None
+
+    def share(mine: NDArray[np.int64], their: NDArray[np.int64]) -> NDArray[np.float64]:
+        own, other = boxes[mine], truth.boxes[their]
+        low = np.maximum(own[:, :2], other[:, :2])
+        high = np.minimum(own[:, :2] + own[:, 2:], other[:, :2] + other[:, 2:])
+        shared = (high - low).clip(min=0).prod(axis=1)
+        area = own[:, 2:].prod(axis=1)
+        return np.divide(shared, area, out=np.zeros_like(shared), where=area > 0)
+
+    return share

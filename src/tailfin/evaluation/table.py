@@ -74,6 +74,25 @@ def operating_table(points: OperatingPoints, title: str = "") -> Table:
     return table
 
 
+def difference_table(found: Mapping[str, Any], title: str = "") -> Table:
+    """One row per metric of what `paired_bootstrap` returns: both sides, the difference and its interval."""
+    held = f"{100 * found['level']:g} % over images"
+    table = _table(title or "differences", "metric", ["against", "this", "difference", held, "beyond"])
+    for name, row in found["metrics"].items():
+        sides = (_spread(row[side]) for side in "ab")
+        interval = f"{100 * row['low']:+.1f} to {100 * row['high']:+.1f}"
+        style = "" if row["beyond"] else "dim"
+        cells = (*sides, f"{100 * row['difference']:+.1f}", interval, "yes" if row["beyond"] else "no")
+        table.add_row(Text(name, style=style), *(Text(cell, style=style) for cell in cells))
+    return table
+
+
+def _spread(values: list[float]) -> str:
+    """The mean, and the range of several seeds."""
+    mean = percent(sum(values) / len(values))
+    return mean if len(values) == 1 else f"{mean} ({percent(min(values))} to {percent(max(values))})"
+
+
 def percent(value: float | None) -> str:
     """0.1234 -> "12.3"; None and -1 -> "-"."""
     return "-" if value is None or value < 0 else f"{100 * value:.1f}"

@@ -42,6 +42,7 @@ class GroundTruth:
     image_ids: np.ndarray  # int64 [I]
     image_sizes: np.ndarray  # int64 [I, 2] height, width; 0 where the file has none
     image_names: list[str | None]  # I file names, None where the file has none
+    image_places: np.ndarray  # int64 [I] place of each image in the file
     categories: list[Category]
     category_ids: np.ndarray  # int64 [C]
     annotation_ids: np.ndarray  # int64 [G]
@@ -84,7 +85,8 @@ class GroundTruth:
 def load_truth(source: str | os.PathLike[str] | Mapping[str, Any]) -> GroundTruth:
     """Read a COCO or LVIS annotation file (or the parsed dict); problems raise `UserError` with file and id."""
     file, label = load_typed(_readable(source), _File, "annotations")
-    images = sorted(file.images, key=attrgetter("id"))
+    places = sorted(range(len(file.images)), key=lambda place: file.images[place].id)
+    images = [file.images[place] for place in places]
     categories = sorted(file.categories, key=attrgetter("id"))
     image_ids = column(images, attrgetter("id"), np.int64, label)
     category_ids = column(categories, attrgetter("id"), np.int64, label)
@@ -118,6 +120,7 @@ def load_truth(source: str | os.PathLike[str] | Mapping[str, Any]) -> GroundTrut
         image_ids=image_ids,
         image_sizes=sizes,
         image_names=[_name(image) for image in images],
+        image_places=np.array(places, np.int64),
         categories=categories,
         category_ids=category_ids,
         annotation_ids=column(found, attrgetter("id"), np.int64, label),

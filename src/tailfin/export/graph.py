@@ -11,7 +11,7 @@ what depends on how many boxes there are, are written for the whole batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -23,16 +23,18 @@ from tailfin.errors import UserError
 from tailfin.export.suppression import FIRST, best, finish, rows_of, survivors
 from tailfin.models.atss import ATSS
 from tailfin.models.box_deltas import decode_deltas
-from tailfin.models.cascade_rcnn import CascadeRCNN
+from tailfin.models.cascade_rcnn import TINY, CascadeRCNN
 from tailfin.models.dense import DenseDetector
 from tailfin.models.dense_ops import flatten_map
 from tailfin.models.detections import MIN_SIDE
 from tailfin.models.detector import Detector, reported
 from tailfin.models.faster_rcnn import FasterRCNN
+from tailfin.models.heads.mask import MaskBranch
+from tailfin.models.heads.roi_heads import RoIHeads
 from tailfin.models.mask_rcnn import MaskRCNN
 from tailfin.models.retinanet import RetinaNet
 
-EXPORTED = "faster_rcnn, mask_rcnn, retinanet, atss, deformable_detr"
+EXPORTED = "faster_rcnn, mask_rcnn, cascade_rcnn, retinanet, atss, deformable_detr"
 Found = tuple[Tensor, ...]  # boxes, scores, labels(, masks)
 
 
@@ -84,8 +86,6 @@ Runner = Callable[[Graph, Tensor, Tensor], Found]
 
 def runner(detector: Detector) -> Runner:
     """How a detector is exported; one that has no way is a `UserError`."""
-    if isinstance(detector, CascadeRCNN):
-        raise UserError(f"a cascade of box heads is not exported; {EXPORTED} are")
     if isinstance(detector, FasterRCNN):
         return two_stage
     if isinstance(detector, RetinaNet | ATSS):
@@ -95,32 +95,64 @@ def runner(detector: Detector) -> Runner:
     raise UserError(f"{type(detector).__name__} is not exported; {EXPORTED} are")
 
 
-# ---- Faster and Mask R-CNN -------------------------------------------------------------------------------------------
+# ---- Faster, Mask and Cascade R-CNN ----------------------------------------------------------------------------------
 
 
 def two_stage(graph: Graph, batch: Tensor, limit: Tensor) -> Found:
-    """Faster R-CNN, and Mask R-CNN's masks of what it finds."""
+    """Faster and Cascade R-CNN, and the masks of what they find."""
     model = cast(FasterRCNN, graph.detector)
     features = model.backbone(batch)
     boxes, there = proposals(model, features, batch, limit)
-    heads = model.roi_heads
-    with _pooled_as_batch(heads):
-        logits, deltas = heads.predict(features, [boxes], [])
+    heads, branches = _parts(model)
+    boxes, logits, deltas = box_heads(model, heads, features, boxes, limit)
     count, classes = boxes.shape[1], model.loss.num_classes
     scores = graph.kept(reported(model, model.loss.scores(logits))).view(-1, count, classes)
     scores = torch.where(there[..., None], scores, torch.zeros_like(scores))
     values, places = best(scores.flatten(1), min(FIRST, count * classes))
     rows, labels = places // classes, places % classes
     own = rows_of(deltas.view(-1, count * (classes if model.own_boxes else 1), 4), places if model.own_boxes else rows)
-    found = heads.box_coder.decode_single(own.flatten(0, 1), rows_of(boxes, rows).flatten(0, 1)).view_as(own)
+    found = heads[-1].box_coder.decode_single(own.flatten(0, 1), rows_of(boxes, rows).flatten(0, 1)).view_as(own)
     found, values = _clipped(found, values, limit, MIN_SIDE)
     result = finish(found, values, labels, classes, graph.nms, graph.most)
-    if not isinstance(model, MaskRCNN):
+    if not branches:
         return result
     found, _, labels = result
-    with _pooled_as_batch(model.mask):
-        masks = model.mask.logits(features, [found], labels.clamp(min=0).flatten(), []).sigmoid()
+    every = []
+    for branch in branches:
+        with _pooled_as_batch(branch):
+            every.append(branch.logits(features, [found], labels.clamp(min=0).flatten(), []).sigmoid())
+    masks = every[0] if len(every) == 1 else torch.stack(every).mean(dim=0)
     return (*result, masks.unflatten(0, (-1, graph.most)))
+
+
+def _parts(model: FasterRCNN) -> tuple[list[RoIHeads], list[MaskBranch]]:
+    """The box heads and mask branches, one of each but in a cascade."""
+    if isinstance(model, CascadeRCNN):
+        return model.roi_heads.heads(), model.branches()
+    return [model.roi_heads], [model.mask] if isinstance(model, MaskRCNN) else []
+
+
+def box_heads(
+    model: FasterRCNN, heads: Sequence[RoIHeads], features: dict[str, Tensor], boxes: Tensor, limit: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The last stage's boxes [B, P, 4] and deltas, and the mean logits of all stages, as `CascadeRCNN.second_stage`."""
+    softmax = isinstance(model, CascadeRCNN) and model.mean_of == "scores"
+    every: list[Tensor] = []
+    for stage, own in enumerate(heads):
+        with _pooled_as_batch(own):
+            logits, deltas = own.predict(features, [boxes], [])
+        every.append(logits.softmax(dim=1) if softmax else logits)
+        if stage + 1 < len(heads):
+            moved = deltas
+            if deltas.shape[1] != 4:  # those of the best class
+                best_class = own.loss.scores(logits).argmax(dim=1)
+                moved = rows_of(deltas.view(deltas.shape[0], -1, 4), best_class[:, None])[:, 0]
+            refined = decode_deltas(boxes.flatten(0, 1), moved, own.box_stds, None).view_as(boxes)
+            boxes = torch.minimum(refined.clamp(min=0), limit[:, None])
+    if len(every) == 1:
+        return boxes, logits, deltas
+    mean = torch.stack(every).mean(dim=0)
+    return boxes, mean.clamp(min=TINY).log() if softmax else mean, deltas
 
 
 def proposals(model: FasterRCNN, features: dict[str, Tensor], batch: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:

@@ -120,6 +120,7 @@ def facts(detector: Detector, thresholds: Tensor, most: int) -> dict[str, Any]:
         "sizes": "int64 [batch, 2], height and width of each picture in the batch",
         "short_side": short,
         "long_side": bound,
+        "stretched": detector.recipe.data.resize == "stretch",  # both sides become the short one
         "max_dets": most,
         "thresholds": dict(zip(detector.names, (round(value, 6) for value in thresholds.tolist()), strict=True)),
         "calibration": None if calibration is None else calibration.model_dump(mode="json"),

@@ -30,6 +30,7 @@ from tailfin.losses.fcbl import FCBL
 from tailfin.losses.fedloss import FedLoss
 from tailfin.losses.focal import Focal
 from tailfin.losses.gap import GAP
+from tailfin.losses.ia_bce import IABCE
 from tailfin.losses.ldam import LDAM
 from tailfin.losses.logit_adjusted import LogitAdjusted
 from tailfin.losses.objectness import Objectness
@@ -38,6 +39,7 @@ from tailfin.losses.rog import ROG
 from tailfin.losses.seesaw import Seesaw
 from tailfin.losses.sigmoid import Sigmoid
 from tailfin.losses.softmax import Softmax
+from tailfin.losses.varifocal import Varifocal
 from tailfin.stats import ClassStats
 
 LOSSES: dict[str, type[ClassificationLoss]] = {
@@ -65,6 +67,8 @@ LOSSES: dict[str, type[ClassificationLoss]] = {
     "class_balanced": ClassBalanced,
     "logit_adjusted": LogitAdjusted,
     "fedloss": FedLoss,
+    "varifocal": Varifocal,
+    "ia_bce": IABCE,
 }
 
 __all__ = ["LOSSES", "ClassificationLoss", "build", "check_options", "names"]

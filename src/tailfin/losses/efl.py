@@ -108,17 +108,18 @@ def _focal_sum(
     grad = entropy.neg_().exp_().mul_(elements).mul_(gamma)  # softplus(z) is -log(1 - p)
     grad.addcmul_(logits.sigmoid(), factor).mul_(alphas[1] * weight)
 
-    # the few elements with a target of their own
-    row = torch.where(labels < len(gamma))[0]
-    own = labels[row]
-    value, slope = _target_terms(logits[row, own], gamma[own], quality[row].to(logits.dtype))
-    slope = slope * (alphas[0] * weight[own])
-    elements[row, own] = 0
-    grad[row, own] = 0
+    # the element with a target of its own, where a row has one; picked without asking which rows these are
+    column = labels.clamp(max=len(gamma) - 1)
+    place, own = column[:, None], labels < len(gamma)
+    value, slope = _target_terms(logits.gather(1, place)[:, 0], gamma[column], quality.to(logits.dtype))
+    slope = torch.where(own, slope * (alphas[0] * weight[column]), 0)
+    elements.scatter_(1, place, torch.where(own[:, None], 0, elements.gather(1, place)))
+    grad.scatter_(1, place, torch.where(own[:, None], 0, grad.gather(1, place)))
     neg = grad.sum(dim=0)  # none is negative
-    grad[row, own] = slope
-    pos = torch.zeros_like(gamma).index_put_((own,), slope.abs(), accumulate=True)
-    total = (elements.sum(dim=0) * weight).sum() * alphas[1] + (value * weight[own]).sum() * alphas[0]
+    grad.scatter_add_(1, place, slope[:, None])
+    pos = torch.zeros_like(gamma).index_add_(0, column, slope.abs())
+    total = (elements.sum(dim=0) * weight).sum() * alphas[1]
+    total = total + torch.where(own, value * weight[column], 0).sum() * alphas[0]
     return total, grad, pos, neg
 
 

@@ -26,6 +26,7 @@ import numpy as np
 import torch
 
 from tailfin.checkpoint import save_model
+from tailfin.data.dataset import Source
 from tailfin.data.proposals import ProposalSource, open_proposals
 from tailfin.data.views import PretrainingDataset
 from tailfin.files import write_atomic
@@ -41,6 +42,7 @@ from tailfin.samplers.plan import BatchPlan
 from tailfin.schema.pretraining import Pretraining, Proposals
 from tailfin.schema.recipe import Recipe
 from tailfin.schema.stages import keeps_predictor
+from tailfin.stats import ClassStats
 from tailfin.weights import load_fitting, state_of
 
 ANEW = ("classifier", "box")  # parts of a detector that fine-tuning starts anew
@@ -53,9 +55,9 @@ def start(run: Run) -> Detector:
     if config is None:
         return run.detector()
     recipe = run.planned("pretrain").recipe
-    proposals, dataset = views(run, recipe, config)  # 3.1
-    plan = rebalanced(run, recipe, config, proposals, dataset)  # 3.2
-    shell = terms(run, recipe, config, plan)  # 3.1, 3.3, eq. 8
+    proposals, dataset = views(run.train, recipe, config)  # 3.1
+    plan = rebalanced(run.train, run.stats, recipe, config, proposals, dataset)  # 3.2
+    shell = terms(run.detector(recipe), recipe, config, plan)  # 3.1, 3.3, eq. 8
     run.say(f"pre-training {config.preset}: {config.described()}")
     if few := config.normed_by_few(recipe.schedule.batch // recipe.schedule.accumulation):
         run.say(f"warning: {few}")
@@ -74,30 +76,33 @@ def transferred(detector: Detector, config: Pretraining, predictor: bool) -> tup
     return tuple(sorted(name for name in state_of(detector, *kept) if not name.startswith(left_out)))
 
 
-def views(run: Run, recipe: Recipe, config: Pretraining) -> tuple[ProposalSource, PretrainingDataset]:
+def views(source: Source, recipe: Recipe, config: Pretraining) -> tuple[ProposalSource, PretrainingDataset]:
     """3.1: two views of every picture, and boxes of any class that both show."""
     wanted = config.proposals if config.uses_proposals else Proposals(source="gt")  # image terms need no file
-    proposals = open_proposals(wanted, run.train, recipe.data.root)
-    options = {"third": config.third_view, "weak": config.weak_view}
-    dataset = PretrainingDataset(run.train, recipe.data, recipe.seed, config.views, proposals, **options)
+    proposals = open_proposals(wanted, source, recipe.data.root)
+    options = {"third": config.third_view, "weak": config.weak_view, "overlap": config.needs_overlap}
+    dataset = PretrainingDataset(source, recipe.data, recipe.seed, config.views, proposals, **options)
     return proposals, dataset
 
 
 def rebalanced(
-    run: Run, recipe: Recipe, config: Pretraining, proposals: ProposalSource, dataset: PretrainingDataset
+    source: Source,
+    stats: ClassStats,
+    recipe: Recipe,
+    config: Pretraining,
+    proposals: ProposalSource,
+    dataset: PretrainingDataset,
 ) -> BatchPlan:
     """3.2: batches by `sampler`; `dynamic` moves from the share of images to that of instances (eq. 4)."""
-    stats = run.stats
     if config.sampler.instance_source == "proposal":
-        stats = replace(stats, instance_count=proposals.instances(run.train.index))
+        stats = replace(stats, instance_count=proposals.instances(source.index))
     return batch_plan(recipe, dataset, stats)
 
 
-def terms(run: Run, recipe: Recipe, config: Pretraining, plan: BatchPlan) -> PreTrainer:
+def terms(detector: Detector, recipe: Recipe, config: Pretraining, plan: BatchPlan) -> PreTrainer:
     """3.1, 3.3 and eq. 8: the detector with contrast, reconstruction and its own losses around it."""
-    detector = cast(FasterRCNN | DenseDetector, run.detector(recipe))  # the schema lets no other through
     return PreTrainer(
-        detector,
+        cast(FasterRCNN | DenseDetector, detector),  # the schema lets no other through
         config,
         iterations=plan.iterations,
         accumulation=recipe.schedule.accumulation,

@@ -18,6 +18,7 @@ def feature_stage(run: Run, name: str, model: Detector, recipe: Recipe | None = 
     """`run.stage` with what the feature module of the detector `model` needs; without one just that."""
     recipe = recipe or run.planned(name).recipe
     if model.features is not None:
+        model.features.check(model)
         rank = run.accelerator.process_index
         facts = StageFacts(
             recipe,

@@ -29,6 +29,7 @@ from tailfin.checkpoint import content_hash, file_hash, load_model_file, save_mo
 from tailfin.class_rows import class_names, read_aliases
 from tailfin.data import smooth_tail
 from tailfin.data.dataset import TrainingDataset
+from tailfin.data.index import AnnotationIndex
 from tailfin.data.smooth_tail import Exemplars, PlannedStep, planned_steps
 from tailfin.errors import UserError, nearest
 from tailfin.exemplar_scores import read_scores, score_annotations
@@ -56,8 +57,9 @@ def train(run: Run) -> None:
     assert settings is not None
     parts = class_parts(run.recipe, run.stats, run.out / "stages" / run.planned("base").folder / "model.safetensors")
     planned = planned_steps(settings, parts)
-    files = {step.name: smooth_tail.read_kept(_file(run, step.file), run.train.index) for step in planned if step.file}
-    chosen = given_exemplars(run, settings, planned)
+    files = kept_by_files(run.recipe, run.train.index, planned)
+    begun = on_main(run.accelerator, (run.out / "exemplars.json").exists)
+    chosen = None if begun else given_exemplars(run.recipe, run.train.index, planned)
     model = _given(run, planned) if settings.base == "given" else _step0(run, settings, parts, planned)
     name = "base"
     exemplars = None
@@ -100,12 +102,20 @@ def class_parts(recipe: Recipe, stats: ClassStats, begun: Path | None = None) ->
     return parts
 
 
-def given_exemplars(run: Run, settings: Stepwise, planned: Sequence[PlannedStep]) -> Exemplars | None:
-    """The lists of `exemplars.file`, read before anything trains; None where the run selects them or has them."""
-    file = settings.exemplars.file
-    if not file or all(step.file for step in planned) or on_main(run.accelerator, (run.out / "exemplars.json").exists):
+def kept_by_files(
+    recipe: Recipe, index: AnnotationIndex, planned: Sequence[PlannedStep]
+) -> dict[str, NDArray[np.bool_]]:
+    """What the steps keep that name an annotation file, read before anything trains."""
+    return {step.name: smooth_tail.read_kept(_file(recipe, step.file), index) for step in planned if step.file}
+
+
+def given_exemplars(recipe: Recipe, index: AnnotationIndex, planned: Sequence[PlannedStep]) -> Exemplars | None:
+    """The lists of `exemplars.file`, read before anything trains; None where the run selects them."""
+    assert recipe.stepwise is not None
+    file = recipe.stepwise.exemplars.file
+    if not file or all(step.file for step in planned):
         return None
-    return smooth_tail.read_exemplars(_exemplar_file(run, file), run.train.index)
+    return smooth_tail.read_exemplars(_exemplar_file(recipe, file), index)
 
 
 def select_exemplars(
@@ -116,7 +126,7 @@ def select_exemplars(
     index, options = run.train.index, settings.exemplars
     divided = {"division": list(settings.division), "boundary": settings.boundary}
     if given is not None:
-        source = _exemplar_file(run, options.file)
+        source = _exemplar_file(run.recipe, options.file)
         facts = {
             **smooth_tail.read_facts(source),
             **divided,
@@ -171,6 +181,12 @@ def freeze_but(model: Detector, names: Sequence[str]) -> None:
 # ---- details ---------------------------------------------------------------------------------------------------------
 
 
+def check_given(recipe: Recipe) -> None:
+    """Refuse weights that are no detector in the place of step 0."""
+    if recipe.weights in NAMED_WEIGHTS:
+        raise UserError(f"stepwise.base given needs a trained detector: weights is {recipe.weights}, not a model file")
+
+
 def check_trains(model: Detector, planned: Sequence[PlannedStep]) -> None:
     """Refuse steps that this detector cannot do, before anything trains: parts that it lacks or that are frozen whole,
     a teacher for one that cannot be taught.
@@ -190,14 +206,18 @@ def check_trains(model: Detector, planned: Sequence[PlannedStep]) -> None:
             raise UserError(f"stepwise: {why}; step {step.name} has a teacher (distillation: null leaves it out)")
 
 
-def _file(run: Run, file: str) -> Path:
-    return Path(run.recipe.data.root) / file
+def _file(recipe: Recipe, file: str) -> Path:
+    return Path(recipe.data.root) / file
 
 
-def _exemplar_file(run: Run, file: str) -> Path:
+def _exemplar_file(recipe: Recipe, file: str) -> Path:
     """A file of exemplars, or that of a run folder."""
-    path = _file(run, file)
+    path = _file(recipe, file)
     return path / "exemplars.json" if path.is_dir() else path
+
+
+def _hash_of(recipe: Recipe, file: Path) -> str:
+    return file_hash(_exemplar_file(recipe, str(file.absolute())))
 
 
 def _chosen(run: Run, step: PlannedStep, exemplars: Exemplars) -> NDArray[np.bool_]:
@@ -228,8 +248,7 @@ def _given(run: Run, steps: Sequence[PlannedStep]) -> Detector:
     planned = run.planned("base")
     path = run.out / "stages" / planned.folder / "model.safetensors"
     recipe = run.final_recipe = planned.recipe
-    if recipe.weights in NAMED_WEIGHTS:
-        raise UserError(f"stepwise.base given needs a trained detector: weights is {recipe.weights}, not a model file")
+    check_given(recipe)
     torch.manual_seed(recipe.seed)  # classes that the weights lack start the same on every process
     model, notes = build_detector(recipe, run.stats, start=not path.exists())
     check_trains(model, steps)
@@ -324,7 +343,7 @@ def _record(run: Run, step: PlannedStep, plan: BatchPlan, labels: NDArray[np.int
         "epoch": len(plan.order(0)),
         "iterations": plan.iterations,
         "trains": list(step.config.trains),
-        "reads": {key: file_hash(_exemplar_file(run, str(file.absolute()))) for key, file in planned.reads.items()},
+        "reads": {key: _hash_of(run.recipe, file) for key, file in planned.reads.items()},
     }
     write_json(path, facts)
 

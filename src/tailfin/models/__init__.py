@@ -20,7 +20,7 @@ from tailfin.models.atss import build_atss
 from tailfin.models.backbones import Backbone, pyramid_backbone
 from tailfin.models.bodies import build_body, named_state
 from tailfin.models.cascade_rcnn import CascadeRCNN, build_cascade_rcnn
-from tailfin.models.coco_weights import coco_state, differing_settings
+from tailfin.models.coco_weights import coco_state, differing_settings, load_folder
 from tailfin.models.convert_detectron2 import is_detectron2
 from tailfin.models.convert_mmdetection import is_mmdetection
 from tailfin.models.convert_torchvision import (
@@ -31,8 +31,10 @@ from tailfin.models.convert_torchvision import (
 )
 from tailfin.models.detector import Detector, Limits
 from tailfin.models.detr_convert import (
+    convert_hub,
     convert_released,
     convert_transformers,
+    is_hub,
     is_released,
     is_transformers,
 )
@@ -173,6 +175,14 @@ def _deformable_detr(
     return build_deformable_detr(recipe, loss, body, source)
 
 
+def _realtime_detr(
+    recipe: Recipe, stats: ClassStats, loss: ClassificationLoss, body: dict[str, Tensor] | None, source: str
+) -> Detector:
+    from tailfin.models.realtime_detr import build_realtime_detr  # transformers takes seconds to import
+
+    return build_realtime_detr(recipe, loss, body, source)
+
+
 def _localizer(
     recipe: Recipe, stats: ClassStats, loss: ClassificationLoss, body: dict[str, Tensor] | None, source: str
 ) -> Detector:
@@ -191,6 +201,9 @@ BUILDERS: dict[str, Builder] = {
     "localizer": _localizer,
     "retinanet": partial(_dense, build_retinanet),
     "atss": partial(_dense, build_atss),
+    "d_fine": _realtime_detr,
+    "rt_detr_v2": _realtime_detr,
+    "rf_detr": _realtime_detr,
 }
 
 
@@ -208,6 +221,18 @@ def _released_detr(
     return convert_released(state, stats.names, stats.category_ids.tolist(), source) if is_released(state) else None
 
 
+def _released_hub(
+    state: dict[str, Tensor], stats: ClassStats, loss: ClassificationLoss, source: str
+) -> Released | None:
+    """A folder of transformers' goes through its own loader, which knows the names of former versions."""
+    if not is_hub(state):
+        return None
+    labels = _labels_beside(source)
+    if source != "coco" and labels is not None and (path := _file_and_part(source)[0]).name == "model.safetensors":
+        state = load_folder(path.parent)
+    return convert_hub(state, stats.names, labels, source)
+
+
 def _released_rcnn(
     masks: bool, state: dict[str, Tensor], stats: ClassStats, loss: ClassificationLoss, source: str
 ) -> Released | None:
@@ -220,6 +245,9 @@ RELEASED: dict[str, Callable[[dict[str, Tensor], ClassStats, ClassificationLoss,
     "mask_rcnn": partial(_released_rcnn, True),
     "retinanet": _released_retinanet,
     "deformable_detr": _released_detr,
+    "d_fine": _released_hub,
+    "rt_detr_v2": _released_hub,
+    "rf_detr": _released_hub,
 }
 
 

@@ -8,7 +8,7 @@ from tailfin.errors import UserError
 from tailfin.models import dinov3_body
 from tailfin.models.backbones import Body, imagenet_state, load_body, resnet_body, small_body
 from tailfin.models.timm_body import body_state, packaged_state, pretrained_state, timm_body
-from tailfin.schema.backbones import DINOV3_NAMES, TIMM
+from tailfin.schema.backbones import DINOV3_NAMES, HUB_NAMES, TIMM
 from tailfin.schema.detectors import DeformableDETRConfig, DetectorSection
 from tailfin.schema.recipe import Recipe
 
@@ -24,6 +24,10 @@ def build_body(recipe: Recipe, config: DetectorSection, state: dict[str, Tensor]
     elif recipe.backbone in DINOV3_NAMES:
         body = dinov3_body.dinov3_body(recipe.backbone)
         state = None if state is None else dinov3_body.body_state(state)
+    elif recipe.backbone in HUB_NAMES:
+        from tailfin.models.detr_bodies import hub_body  # transformers takes seconds to import
+
+        body = hub_body(recipe.backbone, norm=config.norm)
     else:
         body = resnet_body(recipe.backbone, norm=config.norm)
     if state is not None:

@@ -16,6 +16,11 @@ is that of the classes or one more and the ids say otherwise, as rows would be s
 the names of its configuration. Rows of classes that the training file lacks are left, those that it has and the
 checkpoint lacks start anew; a checkpoint without any class of the training file starts all of its class rows anew. The
 encoder's head, whose first row ranks proposals there, has that row last here.
+
+    released = convert_hub(state, stats.names, classes, "FILE")              # D-FINE, RT-DETR v2, RF-DETR
+
+Their names are transformers' already, under `network.` and `backbone.body.network.`; 80 rows are COCO's classes in
+their order, 91 those by category id.
 """
 
 from __future__ import annotations
@@ -66,6 +71,14 @@ STAGE = re.compile(r"^stage\.(\d+)\.(\d+)\.(?:(downsample\.\d)|(conv|bn)\.(\d+))
 LEFT_OUT = re.compile(r"^transformer\.decoder\.(class_embed|bbox_embed)\.|num_batches_tracked$")
 PACKED = re.compile(r"^transformer\.decoder\.layers\.(\d+)\.self_attn\.in_proj_(weight|bias)$")
 COCO_ROWS = 91  # category ids 0..90, of which 80 are classes
+HUB_NETWORK = (
+    (r"^model\.backbone\.model\.", "backbone.body.network."),
+    (r"^model\.backbone\.backbone\.", "backbone.body.network."),
+    (r"^model\.", "network."),
+    (r"^(class_embed|bbox_embed)\.", r"network.\1."),
+)
+HUB_HEADS = re.compile(r"(^|\.)(class_embed|enc_score_head|enc_out_class_embed|denoising_class_embed)\.")
+NOISY = "denoising_class_embed."  # one more row, of no class
 
 
 def is_released(state: Mapping[str, Tensor]) -> bool:
@@ -137,6 +150,58 @@ def convert_transformers(
             "row is whose cannot be told (a config.json with id2label beside the file names them)"
         )
     return Released(_with_heads(converted, []), [], (f"{source}: it names none of its {count} classes",))
+
+
+def is_hub(state: Mapping[str, Tensor]) -> bool:
+    """Whether these are weights of transformers' D-FINE, RT-DETR v2 or RF-DETR, by the names of its present version."""
+    return any(re.match(r"model\.(enc_score_head|enc_out_class_embed\.0)\.weight$", key) for key in state)
+
+
+def hub_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of these by tailfin's names; heads of RT-DETR and D-FINE are there twice, the decoder's are taken."""
+    twice = any(key.startswith("model.decoder.class_embed.") for key in state)
+    converted = {}
+    for key, value in state.items():
+        if twice and key.startswith(("class_embed.", "bbox_embed.")):
+            continue
+        if key.startswith("model.backbone.") and key.endswith("num_batches_tracked"):
+            continue
+        name = key
+        for pattern, ours in HUB_NETWORK:
+            name, found = re.subn(pattern, ours, name)
+            if found:
+                break
+        converted[name] = value
+    return converted
+
+
+def convert_hub(
+    state: Mapping[str, Tensor], names: Sequence[str], labels: Sequence[str] | None = None, source: str = "weights"
+) -> Released:
+    """A state dict of transformers' D-FINE, RT-DETR v2 or RF-DETR; arguments as of `convert_transformers`."""
+    converted = hub_state(state)
+    heads = [key for key in converted if HUB_HEADS.search(key)]
+    count = next(len(converted[key]) for key in heads if NOISY not in key)
+    if labels is not None and len(labels) != count:
+        raise UserError(f"{source}: its class heads have {count} rows, its configuration has {len(labels)} classes")
+    coco = [name for name in coco_names() if name != "N/A"]
+    note: tuple[str, ...] = ()
+    if labels is not None and not all(re.fullmatch(r"LABEL_\d+", label) for label in labels):
+        # older spellings of some of COCO's names ("tvmonitor", "sofa") stand where COCO has its own
+        same = count == len(coco) and sum(a == b for a, b in zip(labels, coco, strict=True)) > count / 2
+        rows, found = _named(coco if same else labels, names)
+    elif count in (len(coco), COCO_ROWS):
+        rows, found = _named(coco if count == len(coco) else coco_names(), names)
+        note = (f"{source}: its {count} class rows are taken for COCO's",)
+    elif count == len(names):
+        rows, found = list(range(count)), list(names)
+        note = (f"{source}: it names no classes; its {count} class rows are taken in their order",)
+    else:
+        rows, found, note = [], [], (f"{source}: it names none of its {count} classes",)
+    for key in heads:
+        kept = [*rows, count] if NOISY in key else rows
+        converted[key] = converted[key][torch.tensor(kept, dtype=torch.int64)]
+    return Released(converted, found, note)
 
 
 def coco_names() -> list[str]:

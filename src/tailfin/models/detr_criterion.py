@@ -139,40 +139,11 @@ class SetCriterion(nn.Module):
         targets: Sequence[dict[str, Tensor]],
     ) -> list[Tensor]:
         """The classification loss of every layer, without its weight."""
-        layers, pictures, queries = logits.shape[:3]
-        labels = torch.full((layers, pictures, queries), self.loss.num_classes, device=logits.device)
-        labels[pairs.layer, pairs.picture, pairs.query] = objects.labels[pairs.picture, pairs.object]
-        keywords = known_classes(targets, [queries] * pictures)
-        if "normalizer" in self.loss.row_facts:
-            keywords["normalizer"] = normalizer
-        if "picture" in self.loss.row_facts:
-            keywords["picture"] = torch.arange(pictures, device=logits.device).repeat_interleave(queries)
-        if "gt_index" in self.loss.row_facts:
-            index = torch.full_like(labels, -1)
-            first = torch.tensor(np.cumsum([0, *objects.counts[:-1]]), device=logits.device)  # object of each picture
-            index[pairs.layer, pairs.picture, pairs.query] = first[pairs.picture] + pairs.object
-        losses = []
-        training = self.loss.training
-        for layer in range(layers):
-            if "gt_index" in self.loss.row_facts:
-                keywords["gt_index"] = index[layer].flatten()
-            self.loss.train(training and layer == layers - 1)
-            losses.append(self.loss(logits[layer].flatten(0, 1), labels[layer].flatten(), every_row=True, **keywords))
-        self.loss.train(training)
-        return losses
+        return class_losses(self.loss, logits, objects, pairs, normalizer, targets)
 
-    @torch.no_grad()
     def matching_cost(self, scores: Tensor, boxes: Tensor, objects: Objects) -> Tensor:
         """Cost of every pair, [L, B, Q, M]: scores [L, B, Q, C] and boxes [L, B, Q, 4] against the objects."""
-        class_cost, box_cost, giou_cost = self.costs
-        layers, pictures, queries, _ = scores.shape
-        own = objects.labels[None, :, None].expand(layers, pictures, queries, -1)
-        p = scores.gather(3, own)
-        hit = FOCAL_ALPHA * (1 - p) ** FOCAL_GAMMA * -(p + 1e-8).log()
-        miss = (1 - FOCAL_ALPHA) * p**FOCAL_GAMMA * -(1 - p + 1e-8).log()
-        cost = class_cost * (hit - miss)
-        cost += box_cost * torch.cdist(boxes, objects.boxes[None], p=1)
-        return cost.sub_(giou(boxes[:, :, :, None], objects.boxes[None, :, None]), alpha=giou_cost)
+        return matching_cost(scores, boxes, objects, self.costs)
 
     @torch.no_grad()
     def match(
@@ -183,6 +154,61 @@ class SetCriterion(nn.Module):
         pairs = assign([self.matching_cost(self.scores(logits[None]), boxes[None], objects)], objects.counts)[0]
         counts = torch.bincount(pairs.picture, minlength=len(objects.counts)).tolist()
         return list(zip(pairs.query.split(counts), pairs.object.split(counts), strict=True))
+
+
+def class_losses(
+    loss: ClassificationLoss,
+    logits: Tensor,
+    objects: Objects,
+    pairs: Pairs,
+    normalizer: Tensor,
+    targets: Sequence[dict[str, Tensor]],
+    *,
+    quality: Tensor | None = None,
+    moves: bool = True,
+) -> list[Tensor]:
+    """A classification loss of every layer [L, B, Q, K], each a scalar; queries without an object are background.
+
+    quality: [P], of the pairs, for a loss that asks for it; moves: whether the last layer moves its statistics.
+    """
+    layers, pictures, queries = logits.shape[:3]
+    at = (pairs.layer, pairs.picture, pairs.query)
+    labels = torch.full((layers, pictures, queries), loss.num_classes, device=logits.device)
+    labels[at] = objects.labels[pairs.picture, pairs.object]
+    keywords = known_classes(targets, [queries] * pictures)
+    if "normalizer" in loss.row_facts:
+        keywords["normalizer"] = normalizer
+    if "picture" in loss.row_facts:
+        keywords["picture"] = torch.arange(pictures, device=logits.device).repeat_interleave(queries)
+    rows: dict[str, Tensor] = {}  # [L, B, Q]
+    if "gt_index" in loss.row_facts:
+        first = torch.tensor(np.cumsum([0, *objects.counts[:-1]]), device=logits.device)  # object of each picture
+        rows["gt_index"] = torch.full_like(labels, -1).index_put(at, first[pairs.picture] + pairs.object)
+    if "quality" in loss.row_facts and quality is not None:
+        rows["quality"] = logits.new_zeros(labels.shape).index_put(at, quality.detach().to(logits.dtype))
+    losses = []
+    training = loss.training
+    for layer in range(layers):
+        own = {name: value[layer].flatten() for name, value in rows.items()}
+        loss.train(training and moves and layer == layers - 1)
+        losses.append(loss(logits[layer].flatten(0, 1), labels[layer].flatten(), every_row=True, **keywords, **own))
+    loss.train(training)
+    return losses
+
+
+@torch.no_grad()
+def matching_cost(scores: Tensor, boxes: Tensor, objects: Objects, weights: tuple[float, float, float]) -> Tensor:
+    """Cost of every pair, [L, B, Q, M]: scores [L, B, Q, C] and boxes [L, B, Q, 4] against the objects; `weights` are
+    those of class, L1 distance and GIoU."""
+    class_cost, box_cost, giou_cost = weights
+    layers, pictures, queries, _ = scores.shape
+    own = objects.labels[None, :, None].expand(layers, pictures, queries, -1)
+    p = scores.gather(3, own)
+    hit = FOCAL_ALPHA * (1 - p) ** FOCAL_GAMMA * -(p + 1e-8).log()
+    miss = (1 - FOCAL_ALPHA) * p**FOCAL_GAMMA * -(1 - p + 1e-8).log()
+    cost = class_cost * (hit - miss)
+    cost += box_cost * torch.cdist(boxes, objects.boxes[None], p=1)
+    return cost.sub_(giou(boxes[:, :, :, None], objects.boxes[None, :, None]), alpha=giou_cost)
 
 
 def pad_objects(targets: Sequence[dict[str, Tensor]], sizes: Tensor) -> Objects:

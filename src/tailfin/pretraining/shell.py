@@ -6,8 +6,9 @@ One iteration, in this order (2DRCL, NeurIPS'24):
     view 1 -> backbone -> pyramid                      trained; all terms share these features
            -> detection losses                         detection.py; of a view of their own, by default
     view 2 -> momentum network -> keys                 no gradients
-    queries of view 1, keys, queues -> contrast        of pictures: image.py, of boxes: box.py, of cells: dense.py;
-                                                       a term's keys enter its queue when its loss is done
+    queries of view 1, keys, queues -> contrast        of pictures: image.py, of boxes: box.py, of cells: dense.py, of
+                                                       groups of cells: slots.py, of maps: transport.py; a term's keys
+                                                       enter its queue when its loss is done
     view 1's features -> generator -> picture          reconstruction.py
 
 `build_terms` is the one place where a weight of the recipe becomes a term. A term of weight 0 has no network, no queue
@@ -35,7 +36,9 @@ from tailfin.pretraining.detection import ClassAgnosticDetection, ClassAwareDete
 from tailfin.pretraining.image import BatchContrast, HolisticContrast
 from tailfin.pretraining.momentum import MomentumNetwork, cosine_momentum
 from tailfin.pretraining.reconstruction import DualReconstruction
+from tailfin.pretraining.slots import SlotContrast
 from tailfin.pretraining.term import Iteration, Term
+from tailfin.pretraining.transport import TransportContrast
 from tailfin.schema.pretraining import Pretraining
 
 
@@ -44,7 +47,8 @@ class PreTrainer(nn.Module):
 
     Images are the first views (uint8 or float in 0..1, [3, H, W]). Targets hold boxes, labels (objects in view 1),
     `view` (the second view), `proposals` and `view_proposals` (float32 [P, 4], pairwise in both views; P may be 0), and
-    with `third_view` also `third` and `third_proposals`. Where they hold `weak`, boxes and labels are that picture's.
+    with `third_view` also `third` and `third_proposals`, for slots `overlap` and `flipped`. Where they hold `weak`,
+    boxes and labels are that picture's.
 
     Args:
         detector: trained in place; what is in it afterwards is the result.
@@ -166,8 +170,9 @@ def momentum_of(config: Pretraining, iterations: int) -> float:
 
 
 # Detection comes first: it leaves rows for the contrast of assigned boxes
-OWN_LOSSES = ("loss_hcl", "loss_lcl", "loss_dense", "loss_ar", "loss_sr")  # all others are the detector's
-ORDER = ("detection", "image", "box", "dense", "reconstruction")
+# all others are the detector's
+OWN_LOSSES = ("loss_hcl", "loss_lcl", "loss_dense", "loss_group", "loss_slot", "loss_emd", "loss_ar", "loss_sr")
+ORDER = ("detection", "image", "box", "dense", "slots", "transport", "reconstruction")
 
 
 def contrast_heads(detector: FasterRCNN | DenseDetector, config: Pretraining) -> ContrastHeads:
@@ -178,6 +183,7 @@ def contrast_heads(detector: FasterRCNN | DenseDetector, config: Pretraining) ->
         "image": (weights.hcl, config.image, channels),
         "box": (weights.lcl, config.box, detector.box_channels),
         "dense": (weights.dense, config.dense, channels),
+        "transport": (weights.emd, config.transport, channels),
     }
     return ContrastHeads({name: (own, width) for name, (weight, own, width) in options.items() if weight})
 
@@ -196,6 +202,10 @@ def build_terms(detector: FasterRCNN | DenseDetector, config: Pretraining, heads
         terms["box"] = box(weights.lcl, heads["box"], pool, **options)
     if weights.dense:
         terms["dense"] = DenseContrast(weights.dense, heads["dense"])
+    if weights.slots:
+        terms["slots"] = SlotContrast(weights.slots, config.slots, deepest(detector.backbone.body)[0])
+    if weights.emd:
+        terms["transport"] = TransportContrast(weights.emd, heads["transport"], config.transport)
     if weights.ar or weights.sr:
         channels, stride = deepest(detector.backbone.body)
         if stride < 16:

@@ -64,7 +64,7 @@ class Method:
 # rows do not state their loss, and softmax is the detectors' own.
 METHODS: dict[str, Method] = {
     **{key: Method("", "softmax") for key in ("softmax", "supervised", "rfs", "irfs", "2drcl", "aligndet", "soco")},
-    **{key: Method("", "softmax") for key in ("moco_v2", "simclr", "byol", "densecl", "slotcon")},
+    **{key: Method("", "softmax") for key in ("moco_v2", "simclr", "byol", "densecl", "slotcon", "self_emd")},
     **{key: Method(f":{key}", key) for key in ("sigmoid", "objectness", "focal", "eql", "eqlv2", "efl", "droploss")},
     **{key: Method(f":{key}", key) for key in ("seesaw", "ecm", "pcb", "rog")},
     **{key: Method(f":{key}", "softmax") for key in ("rio", "fasa", "forest_rcnn", "tde")},
@@ -83,7 +83,7 @@ END_TO_END = {"bacl": Method(":bacl_end_to_end", "fcbl")}  # method_key -> a two
 DENSE = {"focal": Method("", "focal")}  # method_key -> what a one-stage detector's own loss is, not a variant
 # What step-wise learning prints as RetinaNet are the numbers of EFL's paper, whose detector is built on ATSS.
 EFL_METHODS = {"focal": Method(":efl_baseline", "focal"), "efl": Method(":efl", "efl")}
-NO_CODE = {"ahrl": "AHRL", "self_emd": "Self-EMD"}  # announced or described, but no public code exists
+NO_CODE = {"ahrl": "AHRL"}  # announced, but no public code exists
 
 # What step-wise learning leaves open of the methods that it compares with
 _V05 = (
@@ -158,7 +158,7 @@ PRETRAINING: dict[str | None, tuple[str, ...]] = {
     },
     **{
         preset: ("weights=imagenet", f"pretraining={{preset: {preset}}}")
-        for preset in ("moco_v2", "simclr", "byol", "densecl")
+        for preset in ("moco_v2", "simclr", "byol", "densecl", "slotcon", "self_emd")
     },
 }
 PRETRAINING_NAMES = {
@@ -167,6 +167,7 @@ PRETRAINING_NAMES = {
     "soco": "SoCo",
     "densecl": "DenseCL",
     "slotcon": "SlotCon",
+    "self_emd": "Self-EMD",
     "moco_v2": "MoCo v2",
     "simclr": "SimCLR",
     "byol": "BYOL",

@@ -8,10 +8,10 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__all__ = ["build_report", "class_color", "draw_detections", "serve", "write_report"]
+__all__ = ["build_report", "class_color", "draw_detections", "serve", "write_labels", "write_report"]
 
 if TYPE_CHECKING:
-    from tailfin.report.build import build_report, write_report
+    from tailfin.report.build import build_report, write_labels, write_report
     from tailfin.report.draw import class_color, draw_detections
     from tailfin.report.live import serve
 
@@ -20,6 +20,7 @@ _HOMES = {
     "class_color": "draw",
     "draw_detections": "draw",
     "serve": "live",
+    "write_labels": "build",
     "write_report": "build",
 }
 

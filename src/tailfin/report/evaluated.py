@@ -1,24 +1,67 @@
 """A run's detections against the file that it was measured on: what the report works out beyond `metrics.json`.
 
-Read once per state of the files: a live page is made anew every few seconds.
+Annotations and detections are read once and compared once for all sections, and again only when a file has changed: a
+live page is made anew every few seconds.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from tailfin.errors import UserError
 from tailfin.evaluation.confusion import confusion
+from tailfin.evaluation.doubts import Doubt, doubt
 from tailfin.evaluation.error_types import error_types
-from tailfin.evaluation.groups import TrainCounts
+from tailfin.evaluation.groups import TrainCounts, frequencies
+from tailfin.evaluation.matches import LIMITS, Matches, matches
+from tailfin.evaluation.operating import Aim, OperatingPoints, operating_points
+from tailfin.evaluation.reading import reading
+from tailfin.evaluation.scores import score_curves
+from tailfin.evaluation.tide import tide
+from tailfin.evaluation.truth import GroundTruth
 from tailfin.report.page import defined
 from tailfin.report.runs import Run
 from tailfin.schema.recipe import Recipe
 
 MIN_SCORE = 0.05  # of the detections that objects are taken for: below it nobody looks
+AIMS = ("f1", "precision=0.9")  # of the thresholds per class
+
+
+_States = tuple[tuple[Path, int, int], ...]
+Key = tuple[_States, tuple[tuple[int, int], ...], "tuple[int, ...] | None", str]
+
+
+@dataclass(frozen=True)
+class Look:
+    """What a run's detections say, class by class in the order of `truth.category_ids`."""
+
+    truth: GroundTruth
+    letters: list[str | None]  # frequency group of each class
+    errors: dict[str, Any]  # of `error_types`
+    confusion: dict[str, Any]
+    tide: dict[str, Any]
+    scores: dict[str, Any]  # of `score_curves`
+    points: dict[str, OperatingPoints]  # by aim
+    doubt: Doubt
+    matches: Matches
+    kept: Kept
+
+
+@dataclass(frozen=True)
+class Kept:
+    """All detections as columns, image by image, best first; small, for pictures."""
+
+    starts: NDArray[np.int64]  # [I + 1]
+    labels: NDArray[np.int32]  # [D] category rows
+    scores: NDArray[np.float32]  # [D]
+    boxes: NDArray[np.float32]  # [D, 4] xyxy
 
 
 def annotations_file(recipe: Recipe | None, name: str) -> Path:
@@ -30,35 +73,39 @@ def annotations_file(recipe: Recipe | None, name: str) -> Path:
     return Path(recipe.data.root) / recipe.data.val.annotations
 
 
-def errors_of(run: Run) -> dict[str, Any]:
-    """`error_types` of a run, with the frequency groups that its numbers have."""
+def look(run: Run) -> Look:
+    """What there is to see in a run's detections, with the frequency groups that its numbers have."""
+    return look_at(look_key(run))
+
+
+def look_at(key: Key) -> Look:
+    """The same of what `look_key` gives."""
+    return _look(*key)
+
+
+def look_key(run: Run) -> Key:
+    """What a look depends on: the files' state, training counts and bounds of the groups, the protocol."""
     counts = [
         (int(entry["id"]), int(entry["image_count"])) for entry in run.categories if defined(entry.get("image_count"))
     ]
     bounds = None if run.recipe is None else run.recipe.evaluation.group_bounds
-    return _errors(_states(run), tuple(counts), bounds)
+    protocol = str((run.metrics or {}).get("protocol", "lvis"))
+    return _states(run), tuple(counts), bounds, protocol if protocol in LIMITS else "lvis"
 
 
-def confusion_of(run: Run) -> dict[str, Any]:
-    """`confusion` of a run."""
-    return _confusion(_states(run))
-
-
-def each(runs: Sequence[Run], work: Callable[[Run], dict[str, Any]]) -> tuple[list[tuple[int, dict[str, Any]]], str]:
-    """(number of the run, what `work` finds) for those with detections, and what hindered the others, in words."""
+def looks(runs: Sequence[Run]) -> tuple[list[tuple[int, Look]], str]:
+    """(number of the run, its look) of those with detections, and what hindered the others, in words."""
     found, notes = [], []
     for number, run in enumerate(runs):
         if run.results.is_file():
             try:
-                found.append((number, work(run)))
+                found.append((number, look(run)))
             except UserError as error:
                 notes.append(f"{run.name}: {error}.")
     return found, " ".join(notes)
 
 
 # ---- details ---------------------------------------------------------------------------------------------------------
-
-_States = tuple[tuple[Path, int, int], ...]
 
 
 def _states(run: Run) -> _States:
@@ -69,12 +116,31 @@ def _states(run: Run) -> _States:
     return tuple((file, file.stat().st_mtime_ns, file.stat().st_size) for file in files)
 
 
-@functools.lru_cache(maxsize=8)
-def _errors(states: _States, counts: tuple[tuple[int, int], ...], bounds: tuple[int, ...] | None) -> dict[str, Any]:
+@functools.lru_cache(maxsize=16)
+def _look(states: _States, counts: tuple[tuple[int, int], ...], bounds: tuple[int, ...] | None, protocol: str) -> Look:
     known = TrainCounts(dict(counts)) if counts else None
-    return error_types(states[0][0], states[1][0], group_bounds=bounds if known else None, train_counts=known)
-
-
-@functools.lru_cache(maxsize=8)
-def _confusion(states: _States) -> dict[str, Any]:
-    return confusion(states[0][0], states[1][0], min_score=MIN_SCORE)
+    groups: dict[str, Any] = {"group_bounds": bounds if known else None, "train_counts": known}
+    found = reading(states[0][0], states[1][0])
+    detections, boxes = found.detections, found.detections.boxes
+    assert boxes is not None
+    order = np.lexsort((-detections.scores, detections.image_rows))
+    corners = boxes[order].astype(np.float32)
+    corners[:, 2:] += corners[:, :2]
+    images = len(found.truth.image_ids)
+    return Look(
+        truth=found.truth,
+        letters=frequencies(found.truth.categories, groups["group_bounds"], known),
+        errors=error_types(found, **groups),
+        confusion=confusion(found, min_score=MIN_SCORE),
+        tide=tide(found, rules="lvis" if protocol.startswith("lvis") else "coco", **groups),
+        scores=score_curves(found, **groups),
+        points={aim: operating_points(found, aim=Aim.of(aim)) for aim in AIMS},
+        doubt=doubt(found),
+        matches=matches(found, protocol),
+        kept=Kept(
+            starts=np.searchsorted(detections.image_rows[order], np.arange(images + 1)),
+            labels=detections.category_rows[order].astype(np.int32),
+            scores=detections.scores[order].astype(np.float32),
+            boxes=corners,
+        ),
+    )

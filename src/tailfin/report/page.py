@@ -11,7 +11,7 @@ import functools
 import html
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
@@ -25,6 +25,7 @@ from tailfin.report.runs import Run
 # Told apart by people with any kind of colour vision, and readable on white and on near-black.
 COLORS = ("#2f7de1", "#f0801a", "#10a37f", "#d6409f", "#8e6bf0", "#c9a100", "#e5484d", "#5b7083")
 GROUPS = {"r": "rare", "c": "common", "f": "frequent"}
+_GROUP_RANK = {"r": 0, "c": 1, "f": 2}
 
 
 class Section(NamedTuple):
@@ -64,6 +65,12 @@ def group_name(key: object) -> str:
     return GROUPS.get(text, f"group {text}" if text.isdecimal() else text)
 
 
+def group_choices(groups: Iterable[object]) -> list[tuple[str, str]]:
+    """The frequency groups that occur, rarest first, with their names: buttons of a table's filter."""
+    found = {str(group) for group in groups if group}
+    return [(key, group_name(key)) for key in sorted(found, key=lambda key: (_GROUP_RANK.get(key, 9), key))]
+
+
 def percent(value: Any, digits: int = 1) -> str:
     """A fraction in percent; "–" where the protocol defines none (-1) or the value is missing."""
     return "–" if not defined(value) else f"{100 * value:.{digits}f}"
@@ -97,11 +104,19 @@ def chart(figure: go.Figure, *, height: int, log_switch: str = "", note: str = "
     `log_switch` is the label of a button that turns the y axes logarithmic and back; empty for none.
     """
     figure.update_layout(template="none", margin={"l": 60, "r": 20, "t": 40, "b": 50}, height=height)
-    # In a script element nothing is escaped, so nothing may look like the end of it.
-    text = figure.to_json()
+    return render("chart.html", figure=_script_text(figure.to_json()), height=height, log_switch=log_switch, note=note)
+
+
+def embedded(values: Any) -> Markup:
+    """Plain values as JSON for a script element."""
+    return _script_text(json.dumps(values, ensure_ascii=False, separators=(",", ":")))
+
+
+def _script_text(text: str) -> Markup:
+    """In a script element nothing is escaped, so nothing may look like the end of it."""
     for letter in "<>&\u2028\u2029":
         text = text.replace(letter, f"\\u{ord(letter):04x}")
-    return render("chart.html", figure=Markup(text), height=height, log_switch=log_switch, note=note)
+    return Markup(text)
 
 
 def run_marks(runs: Sequence[Run]) -> list[dict[str, Any]]:
@@ -139,6 +154,12 @@ def _environment() -> jinja2.Environment:
         lstrip_blocks=True,
     )
     environment.filters.update(
-        percent=percent, signed=signed, number=count, defined=defined, direction=direction, group=group_name
+        percent=percent,
+        signed=signed,
+        number=count,
+        defined=defined,
+        direction=direction,
+        group=group_name,
+        json=embedded,
     )
     return environment

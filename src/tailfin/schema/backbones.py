@@ -9,16 +9,23 @@ RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", *CAFFE)
 TIMM = "timm/"  # before any name of timm's
 DINOV3 = "transformers/dinov3_convnext_"  # before its size
 DINOV3_NAMES = tuple(f"{DINOV3}{size}" for size in ("tiny", "small", "base", "large"))
+# of the query-based detectors made for speed: D-FINE's, RT-DETR v2's, RF-DETR's (by the size of its pictures)
+HUB = "transformers/"
+HGNETS = tuple(f"{HUB}hgnet_v2_{size}" for size in ("b0", "b2", "b4", "b5"))
+RESNETS_VD = tuple(f"{HUB}resnet{depth}_vd" for depth in (18, 34, 50))
+RF_DINOV2 = tuple(f"{HUB}rf_detr_dinov2_{side}" for side in (384, 512, 576, 704))
+HUB_NAMES = (*HGNETS, *RESNETS_VD, *RF_DINOV2)
 PACKAGED = "timm/tf_efficientnet_lite0"  # the backbone that `weights: packaged` is for
 NAMED_WEIGHTS = ("none", "imagenet", "packaged", "coco")  # values of `weights` that are no file
 
 
 def known_backbone(name: str) -> str:
-    """`name` if it is a ResNet, a ConvNeXt of DINOv3 or begins with "timm/", else a `ValueError`; what follows is
-    checked with timm."""
-    if name in (*RESNETS, *DINOV3_NAMES) or (name.startswith(TIMM) and name != TIMM):
+    """`name` if it is a ResNet, one of transformers' networks here or begins with "timm/", else a `ValueError`; what
+    follows is checked with timm."""
+    known = (*RESNETS, *DINOV3_NAMES, *HUB_NAMES)
+    if name in known or (name.startswith(TIMM) and name != TIMM):
         return name
-    raise ValueError(f'"{name}" is not a choice{nearest(name, (*RESNETS, *DINOV3_NAMES, f"{TIMM}NAME"))}')
+    raise ValueError(f'"{name}" is not a choice{nearest(name, (*known, f"{TIMM}NAME"))}')
 
 
 def check_backbone(backbone: str, weights: str, norm: str) -> None:
@@ -27,6 +34,13 @@ def check_backbone(backbone: str, weights: str, norm: str) -> None:
     if backbone in DINOV3_NAMES:
         if norm != "own":
             raise ValueError(f'detector.norm "{norm}": {backbone} has layer norms of its own; use own')
+        return
+    if backbone in HUB_NAMES:
+        norms = ("own",) if backbone in RF_DINOV2 else ("frozen_bn", "bn")
+        if norm not in norms:
+            raise ValueError(f'detector.norm "{norm}": {backbone} takes {" or ".join(norms)}')
+        if weights in ("imagenet", "packaged"):
+            raise ValueError(f"weights: {weights} has no {backbone}: start from coco, a file or none")
         return
     if weights in ("imagenet", "coco") and backbone in CAFFE:
         raise ValueError(

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from tailfin.schema.base import Count, Fraction, Positive, Section, Size
+from tailfin.schema.base import Count, Fraction, NotNegative, Positive, Section, Size
 
 
 class DataFiles(Section):
@@ -24,10 +24,11 @@ class Data(Section):
     val: DataFiles = DataFiles()
     synthesize: Literal["", "demo"] = ""  # make the embedded synthetic set where `train` and `val` do not exist
 
-    # training pictures keep their aspect. "multiscale": one of `sizes` becomes the short side; "square": they fit into
+    # training pictures keep their aspect, but for "stretch", which makes each a square of `sizes[0]`, at test time too;
+    # "multiscale": one of `sizes` becomes the short side; "square": they fit into
     # a square of `sizes[0]`; "jitter" (large-scale jitter): a random scale in `jitter_scale` of it, then a crop to it;
     # "detr": "multiscale", in half of the cases after a resize to one of `crop_resize` and a crop with sides in `crop`
-    resize: Literal["multiscale", "square", "jitter", "detr"] = "multiscale"
+    resize: Literal["multiscale", "square", "stretch", "jitter", "detr"] = "multiscale"
     sizes: tuple[Size, ...] = (640, 672, 704, 736, 768, 800)
     max_size: Size = 1333
     jitter_scale: tuple[Positive, Positive] = (0.1, 2.0)
@@ -44,6 +45,17 @@ class Data(Section):
     # step-wise learning)
     empty_crop: Literal["keep", "next"] = "keep"
     copy_paste: bool = False  # simple copy-paste: objects of a second picture, with their masks where the file has them
+    # classes are drawn with weights n^-paste_power, n their training objects, then a picture with one; 0: all pictures
+    # alike and any of their objects, as published
+    paste_power: NotNegative = 0.0
+    paste_crops: str = ""  # folder CLASS/PICTURE of crops that are pasted in the place of a second picture's objects
+    paste_most: Count = 3  # crops per picture, one at least
+    paste_scale: tuple[Positive, Positive] = (0.5, 1.5)  # of a crop's size
+    mosaic: Fraction = 0.0  # share of training pictures that become a mosaic of four
+    mosaic_scale: tuple[Positive, Positive] = (0.5, 1.0)  # of each of the four
+    mixup: Fraction = 0.0  # share that are added to a second picture
+    mixup_alpha: Positive = 8.0  # the weight comes from Beta(alpha, alpha): the larger, the nearer to one half
+    mixed_epochs: Annotated[int, Field(ge=0)] = 0  # mosaic and mixup in the first so many epochs of a stage; 0: in all
     # test pictures: short side and bound of the long side; 0 takes the largest training size
     test_size: Annotated[int, Field(ge=0)] = 0
     test_max_size: Annotated[int, Field(ge=0)] = 0
@@ -68,6 +80,11 @@ class Data(Section):
             raise ValueError("jitter_scale must be (smaller, larger)")
         if self.value_range is not None and self.value_range[0] >= self.value_range[1]:
             raise ValueError("value_range must be (smaller, larger)")
+        for key in ("paste_scale", "mosaic_scale"):
+            if getattr(self, key)[0] > getattr(self, key)[1]:
+                raise ValueError(f"{key} must be (smaller, larger)")
+        if (self.paste_power or self.paste_crops) and not self.copy_paste:
+            raise ValueError("paste_power and paste_crops say what copy_paste pastes: set copy_paste=true")
         if self.crop[0] > self.crop[1]:
             raise ValueError("crop must be (smaller, larger)")
         return self
@@ -76,5 +93,5 @@ class Data(Section):
     def inference_size(self) -> tuple[int, int]:
         """(short side, bound of the long side) at test time."""
         short = self.test_size or max(self.sizes)
-        bound = self.test_max_size or (short if self.resize in ("square", "jitter") else self.max_size)
+        bound = self.test_max_size or (short if self.resize in ("square", "stretch", "jitter") else self.max_size)
         return short, max(short, bound)

@@ -12,26 +12,11 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError, model_validator
 
 from tailfin.errors import nearest
-from tailfin.schema.base import Count, Fraction, NotNegative, Positive, Section, by_name
+from tailfin.schema.base import Count, Fraction, NotNegative, Positive, by_name
+from tailfin.schema.detector_section import DetectorSection
 from tailfin.schema.heads import Classifier
 from tailfin.schema.problems import explained, told
-
-
-class DetectorSection(Section):
-    """What the section of every detector has, and what it says of its detector."""
-
-    PARTS: ClassVar[tuple[str, ...]] = ("classifier", "box", "backbone")  # that a stage may train
-    BOX_HEAD: ClassVar[bool] = False  # a box head on proposals: what classifiers, feature modules and 2DRCL work on
-    DENSE: ClassVar[bool] = False  # anchors on a pyramid, no proposals: 2DRCL pools boxes with layers of its own
-    CASCADE: ClassVar[bool] = False  # several box heads, one after another
-    CLASSES: ClassVar[bool] = True  # it tells classes apart
-    COCO: ClassVar[str] = ""  # the backbone that `weights: coco` has for it; empty: none
-    name: str
-    # of the backbone; "frozen_bn" fixes statistics, scale and shift, "frozen_stats" the statistics alone (mmdetection);
-    # a random start needs another than these; "own": those of a timm backbone, trained
-    norm: Literal["frozen_bn", "frozen_stats", "bn", "gn", "own"] = "frozen_bn"
-    frozen_layers: Annotated[int, Field(ge=0, le=5)] = 2  # of stem, layer1..layer4, from below; 2 = stem and layer1
-
+from tailfin.schema.realtime_detr import DFineConfig, RFDETRConfig, RTDETRv2Config
 
 # `detector.style`: what the two-stage detectors of two libraries do differently, by key; a key that is given counts
 STYLES: dict[str, dict[str, Any]] = {
@@ -343,6 +328,9 @@ DETECTORS: dict[str, type[DetectorSection]] = {
     "localizer": LocalizerConfig,
     "retinanet": RetinaNetConfig,
     "atss": ATSSConfig,
+    "d_fine": DFineConfig,
+    "rt_detr_v2": RTDETRv2Config,
+    "rf_detr": RFDETRConfig,
 }
 
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-# Holistic (pictures), local (boxes) and dense (cells) contrast; appearance and semantic reconstruction; detection
-TERMS = ("hcl", "lcl", "dense", "ar", "sr", "det")
+# Holistic (pictures), local (boxes) and dense (cells) contrast; slots, transport of maps; appearance and semantic
+# reconstruction; detection
+TERMS = ("hcl", "lcl", "dense", "slots", "emd", "ar", "sr", "det")
 
 # Crops for whole-picture terms (MoCo v2) and those of BYOL's two views; small crops need no box in common
 _MOCO_VIEWS = {
@@ -86,13 +87,36 @@ PRESETS: dict[str, dict[str, Any]] = {
         "det_loss": "none",
         "sampler": {"name": "plain"},
     },
+    "slotcon": {
+        "weights": {"slots": 1.0},
+        "proposals": {"source": "gt"},
+        "views": {**_BYOL_VIEWS, "crop_area": (0.08, 1.0), "min_overlap": 0.01},
+        "det_loss": "none",
+        "momentum": 0.99,
+        "momentum_schedule": "cosine",
+        "symmetric": True,
+        "sampler": {"name": "plain"},
+    },
+    "self_emd": {
+        "weights": {"emd": 1.0},
+        "proposals": {"source": "gt"},
+        "views": _BYOL_VIEWS,
+        "det_loss": "none",
+        "momentum": 0.996,
+        "momentum_schedule": "cosine",
+        "symmetric": True,
+        "third_view": True,
+        "sampler": {"name": "plain"},
+    },
 }
 # Keys of the section that serve some terms alone
 OWNERS: dict[str, tuple[str, ...]] = {
     "image": ("hcl",),
     "box": ("lcl",),
-    "third_view": ("lcl",),
+    "third_view": ("lcl", "emd"),
     "dense": ("dense",),
+    "slots": ("slots",),
+    "transport": ("emd",),
     "reconstruction": ("ar", "sr"),
     "proposals": ("lcl", "sr"),
     "det_loss": ("det",),

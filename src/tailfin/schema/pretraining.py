@@ -19,7 +19,7 @@ from tailfin.schema.training import Loss, Sampler, Schedule
 
 Norm = Literal["batch", "layer", "none"]
 FEW = 16  # rows, the published batch
-Preset = Literal["drcl", "moco_v2", "simclr", "byol", "soco", "aligndet", "densecl"]
+Preset = Literal["drcl", "moco_v2", "simclr", "byol", "soco", "aligndet", "densecl", "slotcon", "self_emd"]
 
 
 class Views(Section):
@@ -42,6 +42,7 @@ class Views(Section):
     min_side: NotNegative = 8.0  # ... and both sides have so many pixels of the view
     min_valid: Annotated[int, Field(ge=0)] = 2  # fewer pairs that are valid in both views: the crops are drawn again
     keep_rarest: bool = True  # so are they where the first view loses the picture's rarest class, by `min_kept`
+    min_overlap: Fraction = 0.0  # so are they where less of the second crop than this lies in the first
     redraws: Annotated[int, Field(ge=0)] = 10  # as often as that; then neither view is cropped
     # what the losses of det_loss class_aware look at. weak: a picture of its own, by `data` as in fine-tuning: it loses
     # no object, and costs one more pass of the detector; first: the first view, whose cut objects are ignored
@@ -92,6 +93,8 @@ class Weights(Section):
     hcl: NotNegative = 0.0  # holistic contrast: the two views of a picture
     lcl: NotNegative = 0.0  # local contrast: a box in both views
     dense: NotNegative = 0.0  # contrast of matched cells (DenseCL)
+    slots: NotNegative = 0.0  # grouping of cells by prototypes, and contrast of the groups (SlotCon)
+    emd: NotNegative = 0.0  # optimal transport between the views' cells (Self-EMD)
     ar: NotNegative = 0.0  # appearance reconstruction
     sr: NotNegative = 0.0  # semantic reconstruction
     det: NotNegative = 0.0  # the detector's own losses, by `det_loss`
@@ -136,6 +139,28 @@ class DenseContrast(Contrast):
     predictor: bool = False
 
 
+class TransportContrast(Contrast):
+    """The same for the maps of two views, compared by optimal transport."""
+
+    loss: Literal["info_nce", "nt_xent", "cosine"] = "cosine"
+    hidden: Count = 4096
+    epsilon: Positive = 0.05  # weight of the flow's entropy
+    iterations: Count = 10  # of Sinkhorn
+
+
+class Slots(Section):
+    """Prototypes that group the cells of the backbone's last layer, and how the groups are contrasted."""
+
+    prototypes: Count = 256
+    hidden: Count = 4096  # width of the hidden layers of projector and predictor
+    dim: Count = 256
+    group_weight: Fraction = 0.5  # of grouping; the rest is that of the contrast of slots
+    student_temperature: Positive = 0.1
+    teacher_temperature: Positive = 0.07  # also that of the cells' shares of a slot
+    temperature: Positive = 0.2  # of the contrast of slots
+    centre_momentum: Fraction = 0.9
+
+
 class Reconstruction(Section):
     """The generator on the backbone's last layer, and what its pictures are compared on."""
 
@@ -170,6 +195,8 @@ class Pretraining(Section):
     image: Contrast = Contrast()
     box: BoxContrast = BoxContrast()
     dense: DenseContrast = DenseContrast()
+    slots: Slots = Slots()
+    transport: TransportContrast = TransportContrast()
     reconstruction: Reconstruction = Reconstruction()
     # class_aware: all losses of the detector; class_agnostic: RPN and box losses with the proposals as objects
     det_loss: Literal["class_aware", "class_agnostic", "none"] = "class_aware"
@@ -201,7 +228,8 @@ class Pretraining(Section):
     def _check(self) -> Pretraining:
         weights = self.weights
         self._check_terms()
-        if not any((weights.hcl, weights.lcl, weights.dense, weights.ar, weights.sr, self.detects)):
+        backbone_terms = (weights.hcl, weights.dense, weights.slots, weights.emd, weights.ar, weights.sr)
+        if not any((*backbone_terms, weights.lcl, self.detects)):
             raise ValueError("every weight is 0: nothing would be trained")
         if weights.dense and self.dense.loss != "info_nce":
             raise ValueError(f"dense.loss cannot be {self.dense.loss}: cells are contrasted by info_nce")
@@ -215,13 +243,13 @@ class Pretraining(Section):
             raise ValueError('box.loss nt_xent needs box.rois "assigned"')
         if self.keep_predictor and (self.det_loss != "class_aware" or not self.detects):
             raise ValueError("keep_predictor needs det_loss class_aware: no other trains classifier and box layer")
-        if (
-            self.freeze_backbone
-            and (weights.hcl or weights.dense or weights.ar or weights.sr)
-            and not (weights.lcl or self.detects)
-        ):
+        if weights.emd and self.transport.loss != "cosine":
+            raise ValueError(f"transport.loss cannot be {self.transport.loss}: the cost of transport is cosine")
+        if weights.slots and self.third_view:
+            raise ValueError("third_view has no part in the contrast of slots (weights.slots)")
+        if self.freeze_backbone and any(backbone_terms) and not (weights.lcl or self.detects):
             raise ValueError("freeze_backbone leaves nothing to train: its terms train the backbone alone")
-        for name in ("image", "box", "dense"):
+        for name in ("image", "box", "dense", "transport"):
             own = getattr(self, name)
             if own.same_class == "left_out" and (own.loss != "info_nce" or name == "dense"):
                 raise ValueError(
@@ -305,6 +333,11 @@ class Pretraining(Section):
     def weak_view(self) -> bool:
         """Whether the detector's own losses have a picture of their own."""
         return self.detects and self.det_loss == "class_aware" and self.views.detection == "weak"
+
+    @property
+    def needs_overlap(self) -> bool:
+        """Whether a term asks where the two views show the same."""
+        return self.weights.slots > 0
 
     @property
     def uses_proposals(self) -> bool:

@@ -99,10 +99,10 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _check(self) -> Recipe:
         check_backbone(self.backbone, self.weights, self.detector.norm)
-        if self.weights == "coco" and not self.detector.COCO:
+        if self.weights == "coco" and not self.detector.coco_backbone:
             raise ValueError(f"weights: coco has no {self.detector.name}: start from imagenet or a file")
-        if self.weights == "coco" and self.backbone != self.detector.COCO:
-            raise ValueError(f"weights: coco is for backbone {self.detector.COCO}, not {self.backbone}")
+        if self.weights == "coco" and self.backbone != self.detector.coco_backbone:
+            raise ValueError(f"weights: coco is for backbone {self.detector.coco_backbone}, not {self.backbone}")
         if self.weights == "none" and self.detector.norm in ("frozen_bn", "frozen_stats"):
             raise ValueError(
                 f'a random start (weights: none) cannot train with detector.norm "{self.detector.norm}": use "bn" or '

@@ -106,10 +106,14 @@ class FeatureModule(nn.Module):
         """Further losses by name; `logits` [N, num_logits] are those of the sampled rows."""
         return {}
 
+    def check(self, model: Any) -> None:
+        """Refuse, as a `UserError`, a stage of the detector `model` that the module does not go with; called before
+        anything trains.
+        """
+
     def around(self, model: Any, stage: StageFacts) -> dict[str, Any]:
         """What the stage of the detector `model` needs beside the usual: `dataset`, `plan`, `step`.
 
-        Called once before the stage, on every process; the place for what must be there when it begins, and for the
-        refusal of a stage that the module does not go with.
+        Called once before the stage, on every process; the place for what must be there when it begins.
         """
         return {}

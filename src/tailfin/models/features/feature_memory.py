@@ -183,13 +183,16 @@ class RememberedRows(FeatureModule):
             seen.head(features) if self.pooled else features, drawn.labels, drawn.boxes, drawn.gt_boxes, memory=True
         )
 
-    def around(self, model: Any, stage: StageFacts) -> dict[str, Any]:
-        """Refuse shared layers that train behind what is stored; fill the memory before a second stage."""
+    def check(self, model: Any) -> None:
+        """Refuse shared layers that train behind what is stored."""
         if not self.pooled and any(value.requires_grad for value in model.roi_heads.head.parameters()):
             raise UserError(
                 "feature_memory.stores: the shared layers train in this stage, so what is stored behind them grows "
                 "stale; set it to pooled"
             )
+
+    def around(self, model: Any, stage: StageFacts) -> dict[str, Any]:
+        """Fill the memory before a second stage."""
         if self.prefill and stage.later:
             self.fill(model, stage)
         return {}

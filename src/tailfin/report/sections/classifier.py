@@ -251,6 +251,7 @@ def _compared(runs: Sequence[Run]) -> Markup | None:
             hovertemplate="%{x}<br><b>%{y:.2f}</b><extra>" + title + "</extra>",
         )
     figure.update_layout(
+        meta={"lies": True},  # on a narrow page
         barmode="group",
         bargap=0.3,
         yaxis={"title": "AP (%)", "rangemode": "tozero"},

@@ -9,17 +9,17 @@ import numpy as np
 import plotly.graph_objects as go
 from markupsafe import Markup
 
-from tailfin.report.evaluated import MIN_SCORE, confusion_of, each
-from tailfin.report.page import Section, chart, color, group_name, label, render
+from tailfin.report.evaluated import MIN_SCORE, looks
+from tailfin.report.page import Section, chart, color, group_choices, label, render
 from tailfin.report.runs import Run
 
 _MATRIX = 60  # classes; a picture of more cannot be read
-_GROUP_RANK = {"r": 0, "c": 1, "f": 2}
 
 
 def swallowed(runs: Sequence[Run]) -> Section | None:
     """A table, the rarest class first, and a matrix of the first run where it can be read; None without detections."""
-    found, note = each(runs, confusion_of)
+    seen, note = looks(runs)
+    found = [(number, own.confusion) for number, own in seen]
     if not found:
         return None
     entries: dict[str, dict[str, Any]] = {}
@@ -32,10 +32,7 @@ def swallowed(runs: Sequence[Run]) -> Section | None:
         "confusion.html",
         rows=[{**row, "cells": [row["runs"].get(number) for number, _ in found]} for row in rows],
         columns=[{"name": runs[number].name, "color": color(number)} for number, _ in found],
-        groups=[
-            (key, group_name(key))
-            for key in sorted({row["group"] for row in rows} - {""}, key=lambda key: (_GROUP_RANK.get(key, 9), key))
-        ],
+        groups=group_choices(row["group"] for row in rows),
         matrix=_matrix(runs[found[0][0]], found[0][1]),
         first=runs[found[0][0]].name,
         score=MIN_SCORE,

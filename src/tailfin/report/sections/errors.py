@@ -8,7 +8,7 @@ import numpy as np
 import plotly.graph_objects as go
 
 from tailfin.evaluation.error_types import TYPES
-from tailfin.report.evaluated import each, errors_of
+from tailfin.report.evaluated import looks
 from tailfin.report.page import Section, chart, group_name, label, render
 from tailfin.report.runs import Run
 
@@ -25,7 +25,8 @@ _SHOWN = ("correct", "classification", "location", "other", "background")
 
 def errors(runs: Sequence[Run]) -> Section | None:
     """A stacked bar per group and run; None where no run has detections."""
-    found, note = each(runs, errors_of)
+    seen, note = looks(runs)
+    found = [(number, own.errors) for number, own in seen]
     if not found:
         return Section("Errors", render("errors.html", chart="", note=note, left=[])) if note else None
     groups = [
@@ -49,6 +50,7 @@ def errors(runs: Sequence[Run]) -> Section | None:
         )
     figure.update_layout(
         barmode="stack",
+        meta={"lies": True},  # on a narrow page
         bargap=0.3,
         yaxis={"title": "share of a class's best detections (%)", "range": [0, 100]},
         xaxis={"tickangle": 0, "showgrid": False},

@@ -21,7 +21,7 @@ from tailfin.data.images import read_image
 from tailfin.data.index import AnnotationIndex, image_folder, image_path, open_index
 from tailfin.errors import UserError
 from tailfin.report.draw import Color, data_uri, draw_detections
-from tailfin.report.evaluated import annotations_file
+from tailfin.report.evaluated import Look, annotations_file, look
 from tailfin.report.matching import IOU, Detections, Verdict, intersection, judge, read_detections
 from tailfin.report.page import Section, color, count, defined, group_name, render
 from tailfin.report.runs import Run
@@ -119,6 +119,11 @@ def _pictures(shown: Sequence[tuple[int, Run]], notes: list[str]) -> Iterator[di
 
 
 def _detections(run: Run, ids: tuple[int, ...], notes: list[str]) -> dict[int, Detections]:
+    if run.masks is None:
+        try:
+            return _kept(look(run), ids)
+        except UserError:
+            pass  # the pictures may be worth showing all the same
     files = [run.results] + ([run.masks] if run.masks is not None else [])
     states = [(file, file.stat().st_mtime_ns, file.stat().st_size) for file in files]
     try:
@@ -128,6 +133,20 @@ def _detections(run: Run, ids: tuple[int, ...], notes: list[str]) -> dict[int, D
             raise
         notes.append(f"The masks of {run.name} are not drawn: {error}")
         return _read(tuple(states[:1]), ids)
+
+
+def _kept(seen: Look, ids: tuple[int, ...]) -> dict[int, Detections]:
+    """Detections of some pictures, without reading their file again."""
+    rows, known = np.searchsorted(seen.truth.image_ids, ids), len(seen.truth.image_ids)
+    if any(row >= known or seen.truth.image_ids[row] != own for row, own in zip(rows.tolist(), ids, strict=True)):
+        raise UserError("the results are of other pictures")
+    kept, found = seen.kept, {}
+    for row, own in zip(rows.tolist(), ids, strict=True):
+        part = slice(int(kept.starts[row]), int(kept.starts[row + 1]))
+        categories = seen.truth.category_ids[kept.labels[part]]
+        boxes, scores = (values[part].astype(np.float64) for values in (kept.boxes, kept.scores))
+        found[own] = Detections(boxes, categories, scores)
+    return found
 
 
 @functools.lru_cache(maxsize=8)

@@ -53,6 +53,7 @@ def _bars(runs: Sequence[Run], kind: str) -> Markup | None:
         )
     figure.update_layout(
         barmode="group",
+        meta={"lies": True},  # on a narrow page
         bargap=0.35,
         bargroupgap=0.08,
         showlegend=len(runs) > 1,

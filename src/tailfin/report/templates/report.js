@@ -34,17 +34,102 @@
     return themed;
   };
 
-  const plots = [];
-  const draw = (figure) => {
-    const holder = figure.querySelector(".plot");
-    const spec = JSON.parse(figure.querySelector("script[type='application/json']").textContent);
-    const legend = { orientation: "h", x: 0, y: 1.02, xanchor: "left", yanchor: "bottom" };
-    const layout = { xaxis: {}, yaxis: {}, ...spec.layout, legend: { ...legend, ...spec.layout.legend } };
+  // ---- narrow pages: small charts below each other, bars with long names lie down
+  const narrow = matchMedia("(max-width: 600px)");
+  const stacked = (layout) => {
+    const keys = axes(layout).filter((key) => key[0] === "x");
+    const across = keys.length > 4 ? 2 : 1, down = Math.ceil(keys.length / across);
+    const height = 90 + 190 * down;
+    const changed = { ...layout, height, legend: { ...layout.legend, y: 1 + 20 / height } };
+    const wide = across === 2 ? 0.42 : 1, high = 0.7 / down;
+    const titles = (layout.annotations || []).slice(0, keys.length).map((title) => ({ ...title }));
+    keys.forEach((key, place) => {
+      const other = key.replace("x", "y");
+      const left = (place % across) * 0.58, top = 1 - Math.floor(place / across) / down - 0.08 / down;
+      const { title, ...untitled } = layout[key];
+      const lowest = place + across >= keys.length;
+      changed[key] = { ...untitled, ...(lowest && title ? { title } : {}), domain: [left, left + wide] };
+      changed[other] = { ...layout[other], domain: [Math.max(0, top - high), top] };
+      if (titles[place]) Object.assign(titles[place], { x: left + wide / 2, y: top, yanchor: "bottom" });
+    });
+    return { ...changed, annotations: [...titles, ...(layout.annotations || []).slice(keys.length)] };
+  };
+  const lying = (data, layout) => {
+    const bars = data.map((trace) => ({ ...trace, x: trace.y, y: trace.x, orientation: "h",
+      hovertemplate: (trace.hovertemplate || "").replace(/%\{([xy])([^}]*)\}/g, (_, axis, form) => `%{${axis === "x" ? "y" : "x"}${form}}`) }));
+    const number = data.length ? values((data[0].x && Array.isArray(data[0].x[0])) ? data[0].x[0] : data[0].x).length : 0;
+    const rows = layout.barmode === "stack" ? number : number * data.length + number;
+    const { tickangle, ...category } = layout.xaxis || {};
+    return [bars, { ...layout, height: 130 + 26 * rows, xaxis: layout.yaxis, yaxis: { ...category, autorange: "reversed", automargin: true } }];
+  };
+  const fitted = (data, layout) => {
+    if (!narrow.matches) return [data, layout];
+    if (layout.meta && layout.meta.lies) return lying(data, layout);
+    return axes(layout).filter((key) => key[0] === "x").length > 1 ? [data, stacked(layout)] : [data, layout];
+  };
+
+  const plots = new Map();  // holder -> [data, layout] as they came
+  const place = (holder, data, layout) => {
+    plots.set(holder, [data, layout]);
     // The buttons are listed one by one: Plotly's own choice has one that uploads the chart.
     const buttons = [["toImage", "zoom2d", "pan2d", "resetScale2d"]];
     const config = { responsive: true, displaylogo: false, displayModeBar: "hover", modeBarButtons: buttons };
-    Plotly.newPlot(holder, spec.data, layout, config).then(() => Plotly.relayout(holder, theme(holder.layout)));
-    plots.push(holder);
+    const legend = { orientation: "h", x: 0, y: 1.02, xanchor: "left", yanchor: "bottom" };
+    const [bars, fit] = fitted(data, layout);
+    const full = { xaxis: {}, yaxis: {}, ...fit, legend: { ...legend, ...fit.legend } };
+    if (full.height) holder.style.height = `${full.height}px`;
+    return Plotly.react(holder, bars, full, config).then(() => Plotly.relayout(holder, theme(holder.layout)));
+  };
+
+  // ---- the numbers of a chart, as a table and as a file
+  const TYPES = { f8: Float64Array, f4: Float32Array, i4: Int32Array, u4: Uint32Array, i2: Int16Array, u2: Uint16Array, i1: Int8Array, u1: Uint8Array };
+  const values = (column) => {
+    if (column === undefined || column === null) return [];
+    if (!column.bdata) return [...column];
+    const bytes = Uint8Array.from(atob(column.bdata), (letter) => letter.charCodeAt(0));
+    const flat = [...new TYPES[column.dtype](bytes.buffer)];
+    if (!column.shape) return flat;
+    const wide = Number(String(column.shape).split(",").pop());
+    return Array.from({ length: flat.length / wide }, (_, row) => flat.slice(row * wide, (row + 1) * wide));
+  };
+  const plain = (text) => new DOMParser().parseFromString(String(text ?? "").replace(/<br>/g, ", "), "text/html").body.textContent;
+  const lines = (data) => data.flatMap((trace) => {
+    const name = plain(trace.name);
+    if (trace.z) return values(trace.z).flatMap((row, at) => [...row].map((value, to) => [name, plain(trace.y[at]), plain(trace.x[to]), value]));
+    const several = Array.isArray(trace.x) && Array.isArray(trace.x[0]);
+    const x = several ? trace.x[0].map((_, at) => trace.x.map((part) => plain(part[at])).join(", ")) : values(trace.x);
+    const y = values(trace.y), notes = Array.isArray(trace.text) && trace.mode ? trace.text : [];
+    return y.map((value, at) => [name, typeof x[at] === "string" ? plain(x[at]) : x[at], value, plain(notes[at])]).filter((row) => row[2] !== null);
+  });
+  const save = (text, name, kind) => {
+    const link = document.createElement("a");
+    link.href = URL.createObjectURL(new Blob([text], { type: kind }));
+    link.download = name;
+    link.click();
+    setTimeout(() => URL.revokeObjectURL(link.href), 10000);
+  };
+  const quoted = (value) => (/[",\n]/.test(String(value ?? "")) ? `"${String(value).replace(/"/g, '""')}"` : String(value ?? ""));
+  const show = (figure, data) => {
+    const holder = figure.querySelector(".values");
+    if (holder) { holder.remove(); return false; }
+    const frame = document.createElement("div"), table = document.createElement("table");
+    Object.assign(frame, { className: "values", tabIndex: 0 });
+    table.className = "numbers";
+    for (const row of lines(data).slice(0, 2000)) {
+      const line = table.insertRow();
+      row.forEach((value) => { line.insertCell().textContent = typeof value === "number" ? Number(value.toPrecision(6)) : value ?? ""; });
+    }
+    frame.append(table);
+    figure.append(frame);
+    return true;
+  };
+
+  const draw = (figure) => {
+    const holder = figure.querySelector(".plot");
+    const spec = JSON.parse(figure.querySelector("script[type='application/json']").textContent);
+    const above = figure.parentElement.querySelector("h3") || figure.closest("section").querySelector("h2");
+    holder.setAttribute("role", "img");
+    holder.setAttribute("aria-label", `Chart: ${above ? above.textContent.trim() : ""}; its numbers are behind the button`);
     const button = figure.querySelector("[data-log]");
     if (button) button.addEventListener("click", () => {
       const log = button.getAttribute("aria-pressed") !== "true";
@@ -56,11 +141,54 @@
       }
       Plotly.relayout(holder, change);
     });
+    const table = figure.querySelector("[data-table]");
+    table.addEventListener("click", () => table.setAttribute("aria-expanded", String(show(figure, spec.data))));
+    figure.querySelector("[data-csv]").addEventListener("click", () => {
+      const rows = [["series", "x", "y", "note"], ...lines(spec.data)];
+      save(rows.map((row) => row.map(quoted).join(",")).join("\n") + "\n", `${(above ? above.textContent : "chart").trim().replace(/\W+/g, "-")}.csv`, "text/csv");
+    });
+    if (window.Plotly) place(holder, spec.data, spec.layout);
   };
-  if (window.Plotly) document.querySelectorAll("figure.chart").forEach(draw);
+  const figures = [...document.querySelectorAll("figure.chart:not(.picked)")];
+  const next = () => { const figure = figures.shift(); if (figure) { draw(figure); setTimeout(next, 0); } };
+  // Plotly is packed: it is unpacked once the page is there, and charts are drawn one after another
+  const unpacked = async () => {
+    const packed = document.getElementById("plotly");
+    if (!packed || !figures.length) return;
+    const bytes = Uint8Array.from(atob(packed.textContent), (letter) => letter.charCodeAt(0));
+    const text = await new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"))).text();
+    const script = document.createElement("script");
+    script.textContent = text;
+    document.head.append(script);
+  };
+  unpacked().catch(() => document.querySelectorAll(".plot").forEach((holder) => { holder.textContent = "This browser cannot unpack the chart library."; })).then(next);
+  narrow.addEventListener("change", () => [...plots].forEach(([holder, [data, layout]]) => place(holder, data, layout)));
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {
-    plots.forEach((holder) => Plotly.relayout(holder, theme(holder.layout)));
+    [...plots.keys()].forEach((holder) => Plotly.relayout(holder, theme(holder.layout)));
   });
+
+  // ---- the curve of one class, chosen in the table of thresholds
+  const picked = document.getElementById("class-curve");
+  if (picked) {
+    const stored = JSON.parse(document.getElementById("class-curves").textContent);
+    const tables = stored.tables.map((text) => Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0)));
+    document.getElementById("score-table").addEventListener("click", (event) => {
+      const button = event.target.closest("[data-curve]");
+      if (!button || !window.Plotly) return;
+      const row = Number(button.dataset.curve);
+      const data = stored.runs.map(([name, tone], run) => {
+        const values = [...tables[run].slice(51 * row, 51 * row + 51)];
+        const end = values.reduce((last, value, index) => (value ? index : last), 0) + 1;
+        return { x: values.slice(0, end).map((_, index) => index / 50), y: values.slice(0, end).map((value) => value / 2.55),
+          mode: "lines", line: { color: tone, width: 2 }, name: name.replace(/&/g, "&amp;").replace(/</g, "&lt;"), hovertemplate: "recall %{x}: <b>%{y:.0f} %</b>" };
+      });
+      picked.hidden = false;
+      picked.querySelector("figcaption").textContent = `${button.textContent.trim()}: precision against recall`;
+      place(picked.querySelector(".plot"), data, { height: 300, margin: { l: 60, r: 20, t: 30, b: 50 }, showlegend: data.length > 1,
+        xaxis: { title: { text: "recall" }, range: [0, 1.01] }, yaxis: { title: { text: "precision (%)" }, range: [0, 103] } });
+      picked.scrollIntoView({ block: "nearest" });
+    });
+  }
 
   // ---- tables: sort by a column, filter by name and group
   document.querySelectorAll("table.sortable").forEach((table) => {
@@ -97,6 +225,21 @@
       group = button.dataset.group;
       groups.querySelectorAll("button").forEach((one) => one.setAttribute("aria-pressed", String(one === button)));
       filter();
+    });
+  });
+
+  document.querySelectorAll("[data-save]").forEach((button) => button.addEventListener("click", () => {
+    save(document.getElementById(button.dataset.save).textContent, button.dataset.name, "application/json");
+  }));
+
+  // ---- from the class table to the class's row in the others
+  document.addEventListener("click", (event) => {
+    const link = event.target.closest("a[data-find]");
+    if (!link) return;
+    document.querySelectorAll("input[data-filter]").forEach((input) => {
+      if (input.dataset.filter === "class-table") return;
+      input.value = link.dataset.find;
+      input.dispatchEvent(new Event("input", { bubbles: true }));
     });
   });
 
