@@ -319,7 +319,7 @@ def settle(model: FasterRCNN, pictures: list[Tensor]) -> float:
     features = model.backbone(batch.tensors)
     _, deltas = model.rpn.head(list(features.values()))
     model.rpn.head.bbox_pred.weight *= DELTA_SPREAD / torch.cat([level.flatten() for level in deltas]).std()
-    _, proposals, _ = model.rpn(batch, features)
+    proposals, _ = model.rpn(batch, features)[1].split()
     predictor = model.roi_heads.predictor
     logits, deltas = model.roi_heads.predict(features, proposals, batch.image_sizes)
     predictor.cls_score.weight *= LOGIT_SPREAD / logits.std(dim=1).mean()

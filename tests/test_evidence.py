@@ -19,7 +19,7 @@ from tailfin.config import load_recipe
 from tailfin.schema.stages import stages
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks" / "evidence"
-SCRIPTS = ("cells", "bacl", "drcl", "federated")
+SCRIPTS = ("cells", "bacl", "drcl", "federated", "starts")
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +63,25 @@ def test_every_arm_is_a_recipe_of_equal_epochs_from_one_start(scripts, tmp_path,
         assert loaded.seed == 3 and loaded.data.sizes == (96,)
         starts.add((loaded.weights, loaded.backbone, str(loaded.detector), str(loaded.evaluation)))
     assert len(starts) == 1
+
+
+@pytest.mark.parametrize("name", ["road12", "fod"])
+def test_starts_differ_in_their_start_alone(scripts, tmp_path, name):
+    """Four methods twice, of equal epochs; a random start trains everything."""
+    given = options(tmp_path, set=name, minutes=0.0)
+    found = {}
+    for arm in scripts["starts"].arms(given):
+        _, recipe, *overrides = scripts["cells"].command_of(arm, 0, given)
+        found[arm.name] = load_recipe(recipe, overrides)
+    assert len(found) == 8
+    free = {"weights": True, "detector": {"norm", "frozen_layers"}}
+    for method in ("softmax", "rfs", "bacl", "stepwise"):
+        one, other = found[method], found[f"{method}_random"]
+        assert (one.weights, one.detector.norm, one.detector.frozen_layers) == ("packaged", "frozen_bn", 2)
+        assert (other.weights, other.detector.norm, other.detector.frozen_layers) == ("none", "bn", 0)
+        assert one.model_dump(exclude=free) == other.model_dump(exclude=free)
+        assert sum(stage.recipe.schedule.epochs for stage in stages(one)) == pytest.approx(given.epochs)
+    assert found["stepwise"].stepwise.tail.distillation is not None and found["bacl"].second.loss.name == "fcbl"
 
 
 def test_the_controls_have_none_of_the_parts(scripts, tmp_path):

@@ -33,7 +33,7 @@ ORDER = (
     ("mask_encoding", "inference", "exemplar_scores"),
     ("report", "pictures"),
     ("processes", "provenance", "reuse", "run_files", "run"),
-    ("memory", "methods", "dry_run", "auto_batch"),
+    ("memory", "methods", "dry_run", "auto_batch", "coco_form"),
     ("api",),
     ("calibrate", "cost", "export", "hub", "neighbours", "predicting", "propose", "convert", "merging"),
     ("auto", "study"),

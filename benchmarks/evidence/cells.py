@@ -20,6 +20,7 @@ import argparse
 import json
 import os
 import platform
+import resource
 import shlex
 import signal
 import subprocess
@@ -126,7 +127,7 @@ def train(arm: Arm, seed: int, command: Sequence[str], options: argparse.Namespa
         if run_there := shared_run(arm, seed, options):
             arguments += ["--reuse", str(run_there)]
     print(f"{arm.name}, seed {seed}: {' '.join(command)}", flush=True)
-    start = time.monotonic()
+    start, used = time.monotonic(), processor_seconds()
     environment = {**os.environ, **dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(options.threads))}
     with folder.with_suffix(".log").open("a", encoding="utf-8") as output:
         code = watched([sys.executable, "-m", "tailfin", *arguments], environment, output)
@@ -144,11 +145,18 @@ def train(arm: Arm, seed: int, command: Sequence[str], options: argparse.Namespa
         "iterations": iterations(folder),
         "reused": [stage["stage"] for stage in environment_file.get("reused", [])],
         "seconds": round(time.monotonic() - start),  # of the last part, where it was stopped in between
+        "processor_seconds": round(processor_seconds() - used),  # likewise
         "threads": options.threads,
         "tailfin": tailfin.__version__,
         "torch": torch.__version__,
         "machine": platform.machine(),
     }
+
+
+def processor_seconds() -> float:
+    """Of all programs that this one has run to their end; other programs beside them do not count."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def shared_run(arm: Arm, seed: int, options: argparse.Namespace) -> Path | None:

@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,9 +21,11 @@ from torch import Tensor
 
 from tailfin import evaluation
 from tailfin.checkpoint import load_model_file
+from tailfin.coco_form import converted, with_coco_files
 from tailfin.config import check_data_is_named, load_recipe, recipe_from_file
 from tailfin.data.dataset import Source, to_test_size
 from tailfin.data.index import image_folder, open_index
+from tailfin.data.layouts import as_given
 from tailfin.errors import UserError, nearest
 from tailfin.evaluation.operating import OperatingPoints
 from tailfin.evaluation.results import merge_shards, result_files
@@ -227,7 +227,7 @@ def train(
             if given is not None and out is not None and Path(given).resolve().is_relative_to(Path(out).resolve()):
                 raise UserError(f"{option} {given} is inside --out {out}, which would be replaced: give another --out")
         folder = on_main(process_state(), lambda: run_folder(out, resolved, overwrite=overwrite))
-        resolved = on_main(process_state(), lambda: _with_coco_files(resolved, folder.absolute() / "data"))
+        resolved = on_main(process_state(), lambda: with_coco_files(resolved, folder.absolute() / "data"))
     first, others = (Path(given) if given is not None else None for given in (stage1, reuse))
     try:
         run = Run(resolved, folder, overwrite=overwrite, stage1=first, reuse=others)
@@ -268,7 +268,7 @@ def resolve_recipe(
     values["data"]["root"] = str(Path(resolved.data.root).absolute())  # so that RUN/recipe.yaml means the same anywhere
     for split, file, images in (("train", train, train_images), ("val", val, val_images)):
         if file is not None:
-            values["data"][split] = {"annotations": str(Path(file).absolute()), "images": ""}
+            values["data"][split] = {"annotations": as_given(file), "images": ""}
         if images is not None:
             values["data"][split]["images"] = str(Path(images).absolute())
     if weights is not None:
@@ -286,34 +286,6 @@ def resolve_recipe(
         values["data"]["train"] = {"annotations": str(train_json.absolute()), "images": ""}
         values["data"]["val"] = {"annotations": str(val_json.absolute()), "images": ""}
     return check_recipe(values, resolved.name or "recipe")
-
-
-@contextmanager
-def converted(recipe: Recipe) -> Iterator[Recipe]:
-    """The recipe with COCO files in the place of data of another layout, for as long as the block lasts."""
-    with tempfile.TemporaryDirectory(prefix="tailfin-data-") as folder:
-        yield _with_coco_files(recipe, Path(folder).resolve())
-
-
-def _with_coco_files(recipe: Recipe, folder: Path) -> Recipe:
-    """The recipe with data of another layout (YOLO, VOC) converted into `folder`; a validation part of the training
-    set is taken where none is named."""
-    from tailfin.config import check_recipe
-    from tailfin.data.layouts import as_coco, is_annotation_file, splits_of
-
-    values = recipe.model_dump(mode="json")
-    data, root = values["data"], Path(recipe.data.root)
-    train = data["train"]["annotations"]
-    if train and not data["val"]["annotations"] and "val" in splits_of(root / train):
-        data["val"] = {"annotations": train, "images": ""}
-    for split in ("train", "val"):
-        files = data[split]
-        if files["annotations"] and not is_annotation_file(root / files["annotations"]):
-            given = as_coco(root / files["annotations"], split, folder, files["images"] or None)
-            data[split] = {"annotations": str(given.annotations), "images": str(given.images)}
-            for note in given.notes:
-                Progress("", 1).note(note)
-    return check_recipe(values, recipe.name or "recipe") if values != recipe.model_dump(mode="json") else recipe
 
 
 def with_largest_batch(recipe: Recipe) -> Recipe:

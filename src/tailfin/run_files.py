@@ -44,7 +44,8 @@ _RUN = (
     "model.onnx",
     "model.pt2",
 )
-DATA = re.compile(r"data/(train|val|holdout|test)\.json")  # annotations in another form than COCO's, converted
+# annotations in another form than COCO's, converted, and pictures of a hub's data set
+DATA = re.compile(r"data/(train|val|holdout|test)(\.json|/\d+\.\w+)")
 _STAGE = (
     "model.safetensors",
     "best.safetensors",

@@ -155,6 +155,39 @@ def test_a_program_of_torch_export(tmp_path, photos):
     assert json.loads(extra["tailfin.json"])["names"] == NAMES
 
 
+def test_a_detector_of_pictures_of_one_size(tmp_path, photos):
+    """D-FINE knows no padding: its file takes one height and width, and pictures are stretched to it."""
+    for package in ("onnx", "onnxruntime", "timm"):
+        pytest.importorskip(package, reason=f"{package} is not installed")
+    small = "norm: own, frozen_layers: 0, channels: 32, heads: 4, feedforward: 32, queries: 10, encoder_channels: 32, "
+    small += (
+        "encoder_feedforward: 32, encoder_expansion: 0.5, decoder_layers: 2, levels: 2, encoder_depth: 0.34, bins: 8"
+    )
+    recipe = tmp_path / "d_fine.yaml"
+    recipe.write_text(
+        f"weights: none\nbackbone: timm/test_efficientnet\ndetector: {{name: d_fine, {small}, points: [2, 2]}}\n"
+        "loss: eqfl\ndata: {resize: stretch, sizes: [64], workers: 0}\n"
+    )
+    for size in ([], ["data.resize=square"]):
+        resolved = load_recipe(recipe, size)
+        torch.manual_seed(3)
+        model, _ = build_detector(resolved, STATS, start=False)
+        with torch.no_grad():
+            for part, value in model.named_parameters():
+                if "class_embed" in part or "enc_score_head" in part:
+                    value.normal_(0, 0.3)
+        path = tmp_path / "model.safetensors"
+        save_model(path, model.eval(), resolved, STATS)
+        if size:
+            with pytest.raises(UserError, match="pictures of one size, data.resize: stretch; its recipe has square"):
+                export(path, tmp_path / "other.onnx", photos=[photos])
+        else:
+            agreement = export(path, tmp_path / "model.onnx", photos=[photos])
+            assert agreement.good and agreement.detections > 20
+            with pytest.raises(UserError, match="is written as .onnx or .xml"):
+                export(path, tmp_path / "model.pt2", photos=[photos])
+
+
 def test_openvino(tmp_path, photos):
     pytest.importorskip("openvino", reason="openvino is not installed")
     agreement = export(made(tmp_path, "retinanet"), tmp_path / "model.xml", photos=[photos])

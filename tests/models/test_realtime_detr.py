@@ -87,6 +87,8 @@ def test_every_loss_and_an_empty_picture(name):
             total = torch.stack(list(losses.values())).sum()
             assert torch.isfinite(total), (loss, losses)
             total.backward()
+            lacking = [key for key, value in model.named_parameters() if value.requires_grad and value.grad is None]
+            assert not lacking, "several processes would wait for each other"
             model.zero_grad()
         found = model.eval()(images)
         assert len(found) == 2 and all(len(own["scores"]) for own in found)

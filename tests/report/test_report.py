@@ -35,6 +35,7 @@ SECTIONS = (
     "confusion",
     "scores",
     "training",
+    "what-the-sampler-fed",
     "example-detections",
     "provenance",
 )
@@ -133,7 +134,7 @@ def test_unfinished_run(make_data: Callable, make_run: Callable, parse_page: Cal
     assert "iteration 550, epoch 2.20 of 4" in page.text
     assert "No run has been evaluated yet" in page.text
     ids = {attributes.get("id") for tag, attributes in page.elements if tag == "section"}
-    assert ids == {"run", "summary", "training", "provenance"}
+    assert ids == {"run", "summary", "training", "what-the-sampler-fed", "provenance"}
 
 
 def test_an_almost_empty_run(tmp_path: Path, parse_page: Callable) -> None:

@@ -72,6 +72,10 @@ class Files:
         """The same after all that lies in `work` has moved to `place`."""
         names = ("train", "val", "holdout", "test")
         paths = {name: path for name in names if (path := getattr(self, name)) is not None and path.parent == work}
+        folders = {
+            f"{name}_images": path for name in names[:3] if (path := getattr(self, f"{name}_images")) is not None
+        }
+        paths |= {name: path for name, path in folders.items() if path.parent == work}
         return replace(self, **{name: place / path.name for name, path in paths.items()})
 
 
@@ -198,13 +202,17 @@ def recipe_of(facts: Facts, taken: Mapping[str, Any], files: Files, rest: Sequen
 
 def move_files(plan: Plan, work: Path, place: Path) -> Plan:
     """The plan after its files in `work` have been copied to `place`, for good."""
-    for file in sorted(work.glob("*.json")):
+    for path in sorted(work.iterdir()):
         place.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(file, place / file.name)
+        if path.is_dir():  # pictures of a hub's data set
+            shutil.copytree(path, place / path.name, dirs_exist_ok=True)
+        else:
+            shutil.copyfile(path, place / path.name)
     files = plan.files.moved(work, place)
     values = plan.recipe.model_dump(mode="json")
     for split in ("train", "val"):
         values["data"][split]["annotations"] = str(getattr(files, split))
+        values["data"][split]["images"] = str(getattr(files, f"{split}_images"))
     return replace(plan, files=files, recipe=check_recipe(values, "auto"))
 
 

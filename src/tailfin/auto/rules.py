@@ -241,7 +241,7 @@ def choose(facts: Facts, given: Mapping[str, Any] | None = None) -> list[Choice]
             own = row.take(facts, taken)
             small = (own if name == "size" else 0) * facts.sides[0]
             why = row.why.format(f=facts, c=taken, small=small, gib=facts.memory / 2**30)
-            choice = Choice(name, own, why, ": ".join(EVIDENCE[row.evidence]) if row.evidence else NOT_MEASURED)
+            choice = Choice(name, own, why, EVIDENCE[row.evidence][0] if row.evidence else NOT_MEASURED)
         taken[name] = choice.value
         found.append(choice)
     return found

@@ -110,7 +110,8 @@ def _told(report: CheckReport, name: str, notes: list[str]) -> bool:
         if others := report.num_problems - len(report.problems):
             echo(f"{others} more problem{'s' if others > 1 else ''} (--all lists them)", err=True)
         return False
-    echo(f"{name}: usable; pictures in {report.images}")
+    folder = str(report.images).removeprefix(f"{Path.cwd()}/")
+    echo(f"{name}: usable; pictures in {folder}")
     echo("  " + ", ".join(f"{count} {what}" for what, count in report.summary.items()))
     for note in [*notes, *report.notes]:
         echo(f"  note: {note}")

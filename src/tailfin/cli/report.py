@@ -22,6 +22,12 @@ def report(
     labels: Annotated[
         Path | None, typer.Option(help="Write the labels worth a look as a COCO file for a label tool, too.")
     ] = None,
+    activations: Annotated[
+        str | None,
+        typer.Option(
+            help="Show where the models look: mean or gradcam. They run over some pictures of the evaluated file."
+        ),
+    ] = None,
     live: Annotated[
         Path | None, typer.Option(metavar="RUN", help="Serve a page about this run that follows it while it trains.")
     ] = None,
@@ -30,8 +36,8 @@ def report(
     """Write one HTML file about runs, side by side, or serve it with --live."""
     given = list(runs or [])
     if live is not None:
-        if out is not None or labels is not None:
-            name = "--out" if out is not None else "--labels"
+        written = {"--out": out, "--labels": labels, "--activations": activations}
+        if name := next((key for key, value in written.items() if value is not None), None):
             raise UserError(f"{name} and --live do not go together: the live page is served, not written")
         from tailfin.report.live import serve
 
@@ -43,4 +49,4 @@ def report(
 
     if labels is not None:
         typer.echo(f"labels to check: {write_labels(given, labels)}")
-    typer.echo(f"report: {write_report(given, out, title=title)}")
+    typer.echo(f"report: {write_report(given, out, title=title, activations=activations)}")

@@ -117,6 +117,7 @@ def train(
     if recipe is not None and train_json is None:
         _say_file_of_recipe(recipe, overrides or [])
     if dry_run:
+        from tailfin.coco_form import converted
         from tailfin.dry_run import show_plan
 
         if stage1 is not None or reuse is not None:
@@ -126,7 +127,7 @@ def train(
             if recipe is not None
             else api.recipe_from_file(Path(str(resume)) / "recipe.yaml")
         )
-        with api.converted(resolved) as ready:
+        with converted(resolved) as ready:
             show_plan(api.with_largest_batch(ready) if auto_batch else ready, out, overwrite=overwrite)
         return
     if resume is not None:
@@ -188,16 +189,20 @@ def _show_auto(done: Done) -> None:
     """The numbers of a finished `train auto`, its thresholds and its files; on the main process only."""
     if not done.main:
         return
-    show_result(done.run)
+    here = f"{Path.cwd()}/"
+    show_result(Path(str(done.run).removeprefix(here)))
     if done.choice is not None:
+        from dataclasses import replace
+
         from tailfin.cli.calibrate import show_choice
 
-        _say(f"calibration: {done.choice.label}; chosen, as the thresholds, on {done.holdout}")
-        show_choice(done.choice)
+        told = done.holdout.replace(here, "")
+        _say(f"calibration: {done.choice.label}; it and the thresholds were chosen on {told}")
+        show_choice(replace(done.choice, tried={}, crossed=None))  # the rest is in RUN/calibration.json
     if done.thresholds:
         _say("thresholds: " + ", ".join(f"{name} {value:.2f}" for name, value in done.thresholds.items()))
     for file in done.files:
-        _say(f"wrote {file}")
+        _say(f"wrote {str(file).removeprefix(here)}")
 
 
 def _check_resumed_as_begun(run: Path, overrides: list[str], options: list[str]) -> None:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.ops import box_convert, roi_align
+from torchvision.ops import roi_align
 
 from tailfin.errors import UserError
 from tailfin.export.suppression import FIRST, best, finish, rows_of, survivors
@@ -33,8 +33,10 @@ from tailfin.models.heads.mask import MaskBranch
 from tailfin.models.heads.roi_heads import RoIHeads
 from tailfin.models.mask_rcnn import MaskRCNN
 from tailfin.models.retinanet import RetinaNet
+from tailfin.schema.data import Data
 
-EXPORTED = "faster_rcnn, mask_rcnn, cascade_rcnn, retinanet, atss, deformable_detr"
+EXPORTED = "faster_rcnn, mask_rcnn, cascade_rcnn, retinanet, atss, deformable_detr, d_fine, rt_detr_v2"
+QUERIES = ("DeformableDETR", "RealTimeDETR")  # by name: transformers takes seconds to import
 Found = tuple[Tensor, ...]  # boxes, scores, labels(, masks)
 
 
@@ -90,7 +92,7 @@ def runner(detector: Detector) -> Runner:
         return two_stage
     if isinstance(detector, RetinaNet | ATSS):
         return dense
-    if type(detector).__name__ == "DeformableDETR":
+    if type(detector).__name__ in QUERIES and not getattr(detector, "grouped", False):
         return queries
     raise UserError(f"{type(detector).__name__} is not exported; {EXPORTED} are")
 
@@ -270,18 +272,29 @@ def dense(graph: Graph, batch: Tensor, limit: Tensor) -> Found:
     return finish(box, score, torch.cat(labels, 1), classes, graph.nms, graph.most)
 
 
-# ---- Deformable DETR -------------------------------------------------------------------------------------------------
+# ---- detectors of queries --------------------------------------------------------------------------------------------
+
+
+def fixed_size(detector: Detector, data: Data) -> tuple[int, int] | None:
+    """The only height and width that a graph takes; none where it takes any."""
+    if type(detector).__name__ != "RealTimeDETR":
+        return None
+    if data.resize != "stretch":
+        raise UserError(
+            f"this detector is exported for pictures of one size, data.resize: stretch; its recipe has {data.resize}"
+        )
+    return data.inference_size[0], data.inference_size[0]
 
 
 def queries(graph: Graph, batch: Tensor, limit: Tensor) -> Found:
-    """Deformable DETR: the best pairs of query and class, without NMS."""
+    """The best pairs of query and class, without NMS."""
     model: Any = graph.detector
     maps = list(model.backbone(batch).values())
     outputs = model.from_sizes(batch.shape[2:], limit, True, maps)
     scores = graph.kept(reported(model, model.criterion.scores(outputs.logits[-1])))
     classes = scores.shape[2]
     values, places = best(scores.flatten(1), graph.most)
-    boxes = box_convert(outputs.boxes[-1], "cxcywh", "xyxy").clamp(0, 1) * limit[:, None]
+    boxes = model.pixels(outputs)
     return finish(rows_of(boxes, places // classes), values, places % classes, classes, None, graph.most)
 
 

@@ -27,7 +27,7 @@ from tailfin.data.images import read_image
 from tailfin.data.index import image_folder, open_index
 from tailfin.errors import UserError, nearest
 from tailfin.export.check import Agreement, compare
-from tailfin.export.graph import Graph, Settings
+from tailfin.export.graph import Graph, Settings, fixed_size
 from tailfin.files import writing
 from tailfin.pictures import find_pictures
 from tailfin.version import __version__
@@ -76,6 +76,9 @@ def export(
     pictures = _photos(detector, photos) if check else []
     own = detector.thresholds if score is None else None
     thresholds = own if own is not None else torch.full((len(detector.names),), SCORE if score is None else score)
+    fixed = fixed_size(detector.model, detector.recipe.data)
+    if fixed and target.suffix == ".pt2":
+        raise UserError(f"--out {target}: a detector for pictures of one size is written as .onnx or .xml")
     graph = Graph(detector.model, Settings(thresholds, max_dets, detector.model.limits.nms)).eval()
     described = facts(detector, thresholds, max_dets)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -87,7 +90,7 @@ def export(
             run = _run_program(made)
         else:
             onnx_file = made.with_suffix(".onnx")
-            _onnx(graph, onnx_file, described)
+            _onnx(graph, onnx_file, described, fixed)
             run = _run_onnx(onnx_file) if check else _unused
             if target.suffix == ".xml":
                 _openvino(onnx_file, made, described)
@@ -142,17 +145,18 @@ def outputs_of(graph: Graph) -> list[str]:
     return ["boxes", "scores", "labels", *(["masks"] if "segm" in graph.detector.kinds else [])]
 
 
-def _onnx(graph: Graph, path: Path, described: dict[str, Any]) -> None:
+def _onnx(graph: Graph, path: Path, described: dict[str, Any], fixed: tuple[int, int] | None) -> None:
     import onnx
 
     names = outputs_of(graph)
-    axes = {"images": {0: "batch", 2: "height", 3: "width"}, "sizes": {0: "batch"}}
+    sides = {} if fixed else {2: "height", 3: "width"}
+    axes = {"images": {0: "batch", **sides}, "sizes": {0: "batch"}}
     axes |= {name: {0: "batch"} for name in names}
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # of the tracer, about values that are constants here as they should be
         torch.onnx.export(
             graph,
-            example(),
+            example(fixed) if fixed else example(),
             str(path),
             input_names=["images", "sizes"],
             output_names=names,

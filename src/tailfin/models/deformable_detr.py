@@ -253,7 +253,7 @@ class DeformableDETR(Detector):
         """The best pairs of query and class."""
         scores = reported(self, self.criterion.scores(outputs.logits[-1]))
         classes = scores.shape[-1]
-        boxes = box_convert(outputs.boxes[-1], "cxcywh", "xyxy").clamp(0, 1) * outputs.sizes[:, None]
+        boxes = self.pixels(outputs)
         flat = scores.flatten(1)
         count = flat.shape[1] if limits.max_dets < 0 else min(limits.max_dets, flat.shape[1])
         values, places = flat.topk(count, dim=1)
@@ -263,6 +263,10 @@ class DeformableDETR(Detector):
             place = place[keep]
             results.append({"boxes": own_boxes[place // classes], "scores": own[keep], "labels": place % classes})
         return results
+
+    def pixels(self, outputs: Outputs) -> Tensor:
+        """[B, Q, 4] boxes (xyxy, pixels) of the last layer within their pictures."""
+        return box_convert(outputs.boxes[-1], "cxcywh", "xyxy").clamp(0, 1) * outputs.sizes[:, None]
 
     # ---- what methods ask ------------------------------------------------------------------------------------------
 

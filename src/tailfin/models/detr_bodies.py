@@ -101,6 +101,8 @@ def dinov2_body(config: Any) -> HubBody:
     from transformers.models.rf_detr.modeling_rf_detr import RfDetrDinov2Backbone
 
     network = RfDetrDinov2Backbone(config)
+    if network.embeddings.mask_token is not None:
+        network.embeddings.mask_token.requires_grad_(False)  # of pre-training; nothing uses it
     ends = list(config.out_indices)
     names = [f"stage{end}" for end in ends]
     blocks = [list(network.encoder.layer[start:end]) for start, end in zip([0, *ends[:-1]], ends, strict=True)]

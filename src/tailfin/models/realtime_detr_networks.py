@@ -173,7 +173,13 @@ def _decoded(
         corners = decoded.intermediate_predicted_corners.transpose(0, 1)
         every = Rows(logits, boxes, corners, decoded.initial_reference_points.transpose(0, 1), logits[-1])
     if not noise:
-        return Found(_without_last_but_one(every), hidden, features, proposals)
+        queries = _without_last_but_one(every)
+        if network.training:  # every weight has a gradient, or several processes would wait for each other
+            unused = every.logits[-2].sum() if len(every.logits) > 1 else queries.logits.sum()
+            if settings.num_denoising:
+                unused = unused + network.denoising_class_embed.weight.sum()
+            queries = queries._replace(logits=queries.logits + 0 * unused)
+        return Found(queries, hidden, features, proposals)
     noisy = noise["dn_num_split"][0]
     first = _part(every, slice(0, noisy))
     return Found(

@@ -12,11 +12,12 @@ import os
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
+from typing import Literal, get_args
 
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from tailfin.errors import UserError
+from tailfin.errors import UserError, nearest
 from tailfin.files import write_atomic, write_json
 from tailfin.report.page import asset, render, run_marks
 from tailfin.report.runs import Run, check_run, read_runs
@@ -24,8 +25,16 @@ from tailfin.report.sections import SECTIONS
 from tailfin.report.sections.labels import labels_document
 from tailfin.version import __version__
 
+Method = Literal["mean", "gradcam"]  # of `tailfin.report.activations`
 
-def write_report(runs: Sequence[str | Path], out: str | Path | None = None, *, title: str | None = None) -> Path:
+
+def write_report(
+    runs: Sequence[str | Path],
+    out: str | Path | None = None,
+    *,
+    title: str | None = None,
+    activations: Method | None = None,
+) -> Path:
     """Write one HTML file about one or several run directories, the first being the reference.
 
     Args:
@@ -33,6 +42,7 @@ def write_report(runs: Sequence[str | Path], out: str | Path | None = None, *, t
         out: the file; by default `RUN/report.html` for one run and `report.html` in the closest folder that holds
             all runs for several.
         title: heading of the page; by default made of the names of the runs.
+        activations: "mean" or "gradcam": the runs' models look at some pictures, which takes a while.
 
     Returns:
         The path of the file.
@@ -44,20 +54,33 @@ def write_report(runs: Sequence[str | Path], out: str | Path | None = None, *, t
     target = Path(out).expanduser() if out is not None else default_path(paths)
     if target.is_dir():
         raise UserError(f"{target} is a folder: --out needs a file name, for example {target / 'report.html'}")
-    page = build_report(paths, title=title)
+    page = build_report(paths, title=title, activations=activations)
     write_atomic(target, page)
     return target
 
 
-def build_report(runs: Sequence[str | Path], *, title: str | None = None, live: bool = False) -> str:
+def build_report(
+    runs: Sequence[str | Path],
+    *,
+    title: str | None = None,
+    live: bool = False,
+    activations: Method | None = None,
+) -> str:
     """The page as text. `live` leaves Plotly's script to the server and lets the page reload itself."""
+    if activations is not None and activations not in get_args(Method):
+        raise UserError(f'--activations "{activations}" does not exist{nearest(activations, get_args(Method))}')
     if not runs:
         raise UserError("no run directory given: tailfin report RUN...")
     found = read_runs(runs)
+    sections = [section for make in SECTIONS if (section := make(found)) is not None]
+    if activations is not None:
+        from tailfin.report.sections.activations import activations as looked_at  # the detectors load slowly
+
+        sections.insert(-1, looked_at(found, activations))
     return render(
         "report.html",
         title=title or _title(found),
-        sections=[section for make in SECTIONS if (section := make(found)) is not None],
+        sections=sections,
         runs=run_marks(found),
         style=asset("report.css"),
         script=asset("report.js"),

@@ -73,7 +73,8 @@ def plan_table(
         steps = to_train(cell, cells, fates)
         rate = rates.get((cell.set, cell.arm), rates.get((cell.set, "")))
         minutes = "" if rate is None and steps else f"{steps * (rate or 0) / 60:.1f}"
-        stages = " + ".join(str(count) for count in cell.steps.values())
+        later = ["?"] * (cell.recipe.stepwise is not None)  # steps of step-wise learning are known when they begin
+        stages = " + ".join([*(str(count) for count in cell.steps.values()), *later])
         method = "calibration" if cell.calibrate is not None else cell.recipe.method
         table.add_row(cell.name, method, stages, str(steps), minutes, fates[cell.name].state)
     return table

@@ -16,6 +16,7 @@ from tailfin.report.sections.costs import costs
 from tailfin.report.sections.curves import curves
 from tailfin.report.sections.errors import errors
 from tailfin.report.sections.examples import examples
+from tailfin.report.sections.fed import fed
 from tailfin.report.sections.groups import groups
 from tailfin.report.sections.labels import labels
 from tailfin.report.sections.overview import overview
@@ -38,6 +39,7 @@ SECTIONS: tuple[Callable[[Sequence[Run]], Section | None], ...] = (
     scores,
     classifier,
     curves,
+    fed,
     examples,
     labels,
     pretraining,

@@ -24,13 +24,14 @@ from tailfin.config import parse_yaml, stored_recipe
 from tailfin.errors import UserError
 from tailfin.losses.base import ClassificationLoss
 from tailfin.losses.fcbl import FCBL
+from tailfin.report.norms import balance, class_norms, trend
 from tailfin.report.page import Section, chart, color, count, defined, label, render
 from tailfin.report.runs import Run
 from tailfin.schema.recipe import Recipe
 from tailfin.stats import ClassStats
 
 _WEIGHT = re.compile(r"(?:.*\.)?(?:cls_score|class_embed(?:\.\d+)?)\.weight$")
-_CROWD = 60  # from so many classes on a mean of neighbours goes through the curve
+_CROWD = 30  # from so many classes on the curve is faint and its trend solid (2DRCL, figure A.2)
 _METRICS = ("AP", "APr", "APc", "APf")
 
 
@@ -103,7 +104,7 @@ def _read(run: Run) -> _Model | None:
             weight = file.get_tensor(weights[-1])  # of several heads the last one
             if weight.ndim != 2 or len(weight) != loss.num_logits:
                 return None
-            norms = weight.double().norm(dim=1)[_columns(loss)].numpy()
+            norms = class_norms(weight.double().numpy(), _columns(loss).numpy())
             state = {name.rpartition(".loss.")[2]: name for name in names if ".loss." in name}
             indicator = None
             if isinstance(loss, FCBL) and set(loss.state_dict()) <= state.keys():
@@ -149,12 +150,11 @@ def _curves(runs: Sequence[Run], values: list[tuple[_Model, np.ndarray] | None],
             hovertemplate="%{text}<br>" + title + " %{y:.3g}<extra>" + name + "</extra>",
         )
         if crowd:
-            parts = np.array_split(np.arange(len(order)), 40)
             figure.add_scatter(
-                x=np.array([part.mean() + 1 for part in parts]),
-                y=np.array([value[order][part].mean() for part in parts]),
+                x=np.arange(1, len(order) + 1),
+                y=trend(value[order]),
                 mode="lines",
-                name=f"{name}, mean",
+                name=f"{name}, trend",
                 legendgroup=name,
                 showlegend=False,
                 hoverinfo="skip",
@@ -178,6 +178,7 @@ def _balance(model: _Model) -> dict[str, Any]:
     return {
         "means": [None if mean is None else f"{mean:.3f}" for mean in means.values()],
         "ratio": f"{rare / frequent:.2f}" if rare is not None and frequent else None,
+        "span": f"{span:.1f}" if np.isfinite(span := balance(model.norms)) else None,
         "correlation": _rank_correlation(model.norms, model.stats.instance_count),
     }
 
