@@ -363,6 +363,31 @@ def test_truncated_model(tailfin, trained, tmp_path, picture):
         assert not results.exists()
 
 
+def with_metadata(model: Path, path: Path, **changes: str) -> Path:
+    """A copy of a model file whose metadata says something else."""
+    data = model.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    header["__metadata__"] |= changes
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+    return path
+
+
+@pytest.mark.parametrize(
+    "value", ["", "[]", "null", '{"names": ["a"]}', "[" * 50_000, '{"aim": "f1", "classes": {"a": 1}}']
+)
+def test_metadata_of_a_model_that_says_something_else(tailfin, trained, tmp_path, picture, value):
+    model, name = trained / "model.safetensors", tmp_path / "odd.safetensors"
+    for key in ("recipe", "categories", *(["thresholds"] if value != "null" else [])):
+        odd = with_metadata(model, name, **{key: value})
+        outcome = tailfin("predict", odd, picture, "--out", tmp_path / "p.json")
+        assert outcome.code == 2 and ("damaged" in outcome.error or "recipe" in outcome.error), (key, outcome.err)
+    odd = with_metadata(model, name, calibration_before=value)
+    outcome = tailfin("calibrate", odd, "--undo", "--out", tmp_path / "undone.safetensors", "--overwrite")
+    assert outcome.code == (0 if value == "null" else 2), outcome.err
+
+
 def test_pickle_as_model(tailfin, tmp_path, picture):
     class Evil:
         def __reduce__(self):

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from realtime_twins import CLASSES, TWINS, backbone_settings, detector, section, stats_of, twins
+from safetensors.torch import load_file
 from torchvision.ops import box_convert, box_iou
 
 from tailfin.config import check_recipe
 from tailfin.errors import UserError
-from tailfin.models import coco_weights
-from tailfin.models.coco_weights import load_folder
+from tailfin.models import RELEASED, coco_weights
 from tailfin.models.detr_convert import coco_names, convert_hub
 from tailfin.models.realtime_detr import transformers_settings
 from tailfin.weights import load_weights
@@ -196,8 +196,12 @@ def test_coco_rows_go_to_the_classes_of_their_name(tmp_path, name, classes):
     """From a saved checkpoint by the loading code of `weights: coco`: rows by name, new classes by the prior."""
     twin = published(tmp_path, name, classes)
     names = ["unicorn", "truck", "person"]
-    released = convert_hub(load_folder(tmp_path / name), names, None, "coco")
+    state = coco_weights.load_published(str(tmp_path / name), "0" * 40)  # a folder in the place of a name of the hub
+    released = convert_hub(state, names, None, "coco")
     assert len(released.names) == 80
+    file = tmp_path / name / "model.safetensors"  # and as a file that `weights` names, by its own loader
+    same = RELEASED[name](load_file(file), stats_of(3, names), None, str(file))
+    assert all(torch.equal(value, same.state[key]) for key, value in released.state.items())
     torch.manual_seed(1)
     model = detector(name, stats=stats_of(3, names))
     start = {key: value.clone() for key, value in model.state_dict().items()}

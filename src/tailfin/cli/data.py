@@ -15,6 +15,7 @@ from tailfin.cli import data_make
 from tailfin.cli.data_coco_lt import coco_lt
 from tailfin.cli.data_proposals import proposals
 from tailfin.cli.data_smooth_tail import smooth_tail
+from tailfin.cli.data_view import view
 from tailfin.cli.output import echo, table_console
 from tailfin.data.check import CheckReport, check_file
 from tailfin.data.images import MAX_PIXELS
@@ -61,8 +62,9 @@ def stats(
     if json_file is not None:
         _write(json_file, lambda: write_json(json_file, summary, indent=2))
     if plot is not None:
-        picture = stats_report.figure(summary, index.areas[~index.crowd])
-        _write(plot, lambda: stats_report.write_picture(plot, picture))
+        from tailfin.report.data_view import write_stats
+
+        _write(plot, lambda: write_stats(plot, summary, index.areas[~index.crowd]))
 
 
 @app.command()
@@ -95,6 +97,7 @@ def check(
 
 for verb in (data_make.synth, data_make.split, data_make.convert, data_make.merge, proposals):
     app.command()(verb)
+app.command()(view)
 app.command("coco-lt")(coco_lt)
 app.command("smooth-tail")(smooth_tail)
 

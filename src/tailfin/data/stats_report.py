@@ -6,7 +6,6 @@ Counts are those of `ClassStats` (crowds included); box sizes leave crowds out a
 from __future__ import annotations
 
 import html
-import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -154,7 +153,7 @@ def figure(summary: dict[str, Any], areas: NDArray[np.float64]) -> go.Figure:
         x=list(range(len(classes))),
         y=[entry["instance_count"] or None for entry in classes],  # a log scale has no zero
         mode="markers",
-        marker={"size": 4, "color": "#333"},
+        marker={"size": 4, "color": "#93a1b1"},
         hoverinfo="skip",
         name="instances",
         row=1,
@@ -178,11 +177,7 @@ def figure(summary: dict[str, Any], areas: NDArray[np.float64]) -> go.Figure:
     )
     picture.update_yaxes(title="images", type="log", dtick=1, row=1, col=1)
     picture.update_xaxes(title="square root of the area, pixels", row=2, col=1)
-    lines = "<br>".join(
-        _label(line) for line in textwrap.wrap(f"{summary['advice']['text']}: {summary['advice']['command']}", 110)
-    )
-    title = f"{_label(Path(summary['file']).name)}<br><sub>{lines}</sub>"
-    picture.update_layout(title=title, template="plotly_white", bargap=0.1, height=760, margin={"t": 110})
+    picture.update_layout(template="plotly_white", bargap=0.1, height=640)
     return picture
 
 

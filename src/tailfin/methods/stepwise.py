@@ -89,7 +89,7 @@ def class_parts(recipe: Recipe, stats: ClassStats, begun: Path | None = None) ->
     if settings.parts == "images":
         return smooth_tail.divide(stats.image_count, settings.division, settings.boundary)
     if begun is not None and begun.exists():
-        old = json.loads(load_model_file(begun).metadata["known"])
+        old = load_model_file(begun).fact("known")
     else:
         old = class_names(recipe.weights)
     if old is None:

@@ -224,13 +224,12 @@ def _released_detr(
 def _released_hub(
     state: dict[str, Tensor], stats: ClassStats, loss: ClassificationLoss, source: str
 ) -> Released | None:
-    """A folder of transformers' goes through its own loader, which knows the names of former versions."""
-    if not is_hub(state):
-        return None
-    labels = _labels_beside(source)
-    if source != "coco" and labels is not None and (path := _file_and_part(source)[0]).name == "model.safetensors":
-        state = load_folder(path.parent)
-    return convert_hub(state, stats.names, labels, source)
+    """A folder of transformers' goes through its own loader, which knows files by former and by the authors' names."""
+    if source != "coco" and (path := _file_and_part(source)[0]).name == "model.safetensors":
+        config = path.with_name("config.json")
+        if config.is_file() and read_object(config).get("model_type") in HUB_TYPES:
+            state = load_folder(path.parent)
+    return convert_hub(state, stats.names, _labels_beside(source), source) if is_hub(state) else None
 
 
 def _released_rcnn(
@@ -239,6 +238,7 @@ def _released_rcnn(
     return released_rcnn(state, stats.names, source, masks=masks) if is_torchvision_rcnn(state) else None
 
 
+HUB_TYPES = ("d_fine", "rt_detr_v2", "rf_detr")  # what transformers' configurations call them
 # by `detector.name`: weights of a whole detector in another project's names to tailfin's; None for anything else
 RELEASED: dict[str, Callable[[dict[str, Tensor], ClassStats, ClassificationLoss, str], Released | None]] = {
     "faster_rcnn": partial(_released_rcnn, False),

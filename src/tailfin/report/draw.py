@@ -133,10 +133,10 @@ def draw_detections(
     return picture
 
 
-def data_uri(picture: Image.Image) -> str:
-    """A picture as text for the `src` of an image."""
+def data_uri(picture: Image.Image, quality: int = 84) -> str:
+    """A picture as text for the `src` of an image, a JPEG of this quality."""
     buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=84, optimize=True)
+    picture.save(buffer, "JPEG", quality=quality, optimize=True)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 

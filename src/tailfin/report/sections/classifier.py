@@ -110,9 +110,12 @@ def _read(run: Run) -> _Model | None:
             if isinstance(loss, FCBL) and set(loss.state_dict()) <= state.keys():
                 loss.load_state_dict({key: file.get_tensor(state[key]) for key in loss.state_dict()})
                 indicator = loss.indicator_diagonal().double().numpy()
-    except (KeyError, ValueError, RuntimeError, OSError, safetensors.SafetensorError, UserError):
+    except (LookupError, TypeError, AttributeError, ValueError, RuntimeError, OSError, *_OTHERS):
         return None  # of another version or damaged: the rest of the report is worth reading
     return _Model(recipe, stats, norms, indicator)
+
+
+_OTHERS = (safetensors.SafetensorError, UserError)
 
 
 def _columns(loss: ClassificationLoss) -> torch.Tensor:
