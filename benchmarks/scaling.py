@@ -1,13 +1,13 @@
 """What grows with the number of classes and of processes, at two smaller sizes and at the one that is claimed?
 
-    python benchmarks/scaling.py                              # 1,203, 5,000 and 20,000 classes; 1 and 2 processes
-    python benchmarks/scaling.py --classes 1203 5000 --processes 1 2 4
-    python benchmarks/scaling.py --parts losses
+python benchmarks/scaling.py                              # 1,203, 5,000 and 20,000 classes; 1 and 2 processes
+python benchmarks/scaling.py --classes 1203 5000 --processes 1 2 4
+python benchmarks/scaling.py --parts losses
 
-    classifier  the linear classifier of 1,024 features on 1,024 rows (two pictures): its weights with gradient and
-                momentum, its rows' logits with gradient, and what a resume point grows by
-    losses      statistics of each loss that keeps some: bytes in the model, bytes that a process sends in a step
-    processes   pictures per second of a small training (demo set, 96 px, 16 pictures a process, gloo), per process
+classifier  the linear classifier of 1,024 features on 1,024 rows (two pictures): its weights with gradient and
+            momentum, its rows' logits with gradient, and what a resume point grows by
+losses      statistics of each loss that keeps some: bytes in the model, bytes that a process sends in a step
+processes   pictures per second of a small training (demo set, 96 px, 16 pictures a process, gloo), per process
 """
 
 from __future__ import annotations
@@ -129,8 +129,8 @@ def trained(number: int) -> float:
     """Pictures per second of the middle of a short training."""
     with tempfile.TemporaryDirectory() as folder:
         data, out = Path(folder) / "data", Path(folder) / "run"
-        command = [sys.executable, "-m", "tailfin", "data", "synth", str(data), "--images", str(400 * number), "--val-images", "20"]
-        run(command)
+        sizes = ["--images", str(400 * number), "--val-images", "20"]
+        run([sys.executable, "-m", "tailfin", "data", "synth", str(data), *sizes])
         launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={number}", "--master_port=29611"]
         start = [*launcher, "-m", "tailfin"] if number > 1 else [sys.executable, "-m", "tailfin"]
         changes = [f"schedule.batch={16 * number}", "schedule.epochs=1", "data.sizes=[96]"]
