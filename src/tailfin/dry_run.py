@@ -147,7 +147,7 @@ def planned_stages(
     settings, later = recipe.stepwise, {}
     if settings is not None:
         parts = class_parts(recipe, stats)
-        later = {step.name: step for step in planned_steps(settings, parts)}
+        later = {step.name: step for step in planned_steps(settings, parts, stats.instance_count)}
         if settings.base == "head":
             kept = (parts == 0)[whole.source.index.labels]
             whole = TrainingDataset(whole.source, recipe.data, recipe.seed, kept=kept)

@@ -104,10 +104,13 @@ class PyramidRoIAlign(MultiScaleRoIAlign):
             )
             if len(own)
         ]
-        if len(pooled) == 1:
-            return pooled[0] if order is None else pooled[0].index_select(0, order.argsort())
-        assert order is not None
-        return torch.cat(pooled).index_select(0, order.argsort())
+        joined = pooled[0] if len(pooled) == 1 else torch.cat(pooled)
+        if order is None:
+            return joined
+        if joined.device.type != "cpu":
+            return joined.index_select(0, order.argsort())
+        rows = joined.permute(0, 2, 3, 1)  # as `_pool` lays them out; convolutions on CPUs take them so and are faster
+        return rows.index_select(0, order.argsort()).permute(0, 3, 1, 2)
 
     def _pool(self, feature: Tensor, boxes: Tensor, images: Tensor) -> Tensor:
         """Boxes [K, 4] in cells of one level [B, C, H, W] and their images [K] to [K, C, bins, bins]."""

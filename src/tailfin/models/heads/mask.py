@@ -19,7 +19,8 @@ from tailfin.models.precision import in_float32
 from tailfin.models.roi_align import Places, PyramidRoIAlign
 from tailfin.models.row_sampling import chosen_rows
 
-CHUNK = 256  # boxes whose masks are computed at a time in evaluation: 28 x 28 cells of 256 channels are 0.8 MB each
+# boxes whose masks are computed at a time in evaluation: 28 x 28 cells of 256 channels are 0.8 MB each
+CHUNK, CPU_CHUNK = 256, 32  # the latter stays in a core's cache, and is an eighth faster
 
 
 class MaskHead(nn.Module):
@@ -38,8 +39,8 @@ class MaskHead(nn.Module):
 
     def forward(self, pooled: Tensor) -> Tensor:
         for conv in self.convs:
-            pooled = conv(pooled).relu()
-        return self.upsample(pooled).relu()
+            pooled = conv(pooled).relu_()
+        return self.upsample(pooled).relu_()
 
 
 class MaskPredictor(nn.Module):
@@ -155,8 +156,9 @@ class MaskBranch(nn.Module):
     ) -> Tensor:
         """[N, m, m] of the boxes of each image and their classes int64 [N]; some boxes at a time."""
         pooled = self.pool(features, boxes, image_sizes)
+        chunk = CPU_CHUNK if pooled.device.type == "cpu" else CHUNK
         parts = [
             self.predictor.own(self.head(own), classes).sigmoid()
-            for own, classes in zip(pooled.split(CHUNK), labels.split(CHUNK), strict=True)
+            for own, classes in zip(pooled.split(chunk), labels.split(chunk), strict=True)
         ]
         return torch.cat(parts)
