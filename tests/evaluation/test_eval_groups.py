@@ -133,7 +133,7 @@ def test_training_file(tmp_path: Path) -> None:
 
 
 def test_coco_lt_groups_of_masks() -> None:
-    """Masks have groups of their own: a class whose boxes are right and whose masks are not counts in the boxes alone."""
+    """Masks have groups of their own: a class with right boxes and wrong masks counts in the boxes alone."""
     document = truth(*({"instance_count": n} for n in (19, 399, 400, 8000, 9000)))
     left, top, width, height = BOX
     whole = [[left, top, left + width, top, left + width, top + height, left, top + height]]
