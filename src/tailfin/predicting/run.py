@@ -20,6 +20,7 @@ from tailfin.checkpoint import content_hash
 from tailfin.errors import UserError, nearest
 from tailfin.files import existing_file, writing
 from tailfin.mask_encoding import decode_masks
+from tailfin.models.folding import for_inference
 from tailfin.pictures import read_pictures
 from tailfin.predicting.inputs import decoded, fetched, find_inputs, is_video
 from tailfin.predicting.shards import PIECE, Pieces, Record
@@ -105,6 +106,7 @@ def predict(
     limit_threads()
     detector = load(model, state.device if several else device)
     detector.limits()
+    for_inference(detector.model)
     options = Options(
         SCORE if score is None and detector.points is None else score,
         max_dets,
