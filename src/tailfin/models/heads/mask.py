@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tailfin.losses.base import at_least_float32
 from tailfin.models.features.base import Rows, Targets
-from tailfin.models.mask_ops import TargetStyle, mask_loss, mask_targets
+from tailfin.models.mask_ops import TargetStyle, batch_mask_targets, mask_loss
 from tailfin.models.normed_conv import NormedConv2d
 from tailfin.models.precision import in_float32
 from tailfin.models.roi_align import Places, PyramidRoIAlign
@@ -145,15 +145,10 @@ class MaskBranch(nn.Module):
         labels = rows.labels[chosen.rows]
         boxes = list(every[chosen.rows].split(chosen.per_picture))
         size = 2 * int(self.pool.output_size[0])
-        wanted, before = [], 0
-        # the masks of a picture have its size, so each picture has a computation of its own
-        for own, index, target in zip(
-            boxes, rows.gt_index[chosen.rows].split(chosen.per_picture), targets, strict=True
-        ):
-            wanted.append(mask_targets(target["masks"], own, size, self.style, matched=index - before))
-            before += len(target["masks"])
+        index = rows.gt_index[chosen.rows].split(chosen.per_picture)
+        wanted = batch_mask_targets([target["masks"] for target in targets], boxes, index, size, self.style)
         logits = self.logits(features, boxes, labels, image_sizes, places)
-        return {"loss_mask": self.weight * mask_loss(logits[:, None], torch.cat(wanted), labels)}
+        return {"loss_mask": self.weight * mask_loss(logits[:, None], wanted, labels)}
 
     @torch.no_grad()
     def probabilities(
