@@ -7,8 +7,8 @@ The peer is what torchvision's reference code does: open a picture with Pillow, 
 on it, append what it finds to a list, and write JSON at the end. Both have the same weights, settings, size and
 threshold, run in one process and take turns on the same pictures (A B, B A, ...); the clock on the wall counts, and the
 ratio is the median over the rounds. CPU seconds of all threads, which other work on the machine moves less, are beside
-it. `predict` decodes in threads beside the detector, on a second core where there is
-one; with `taskset -c 0` both have one core.
+it. `predict` decodes in threads beside the detector, on a second core where there is one; with `taskset -c 0` both have
+one core.
 """
 
 from __future__ import annotations
@@ -71,10 +71,10 @@ def main() -> None:
             print(f"round {number}: {took}, detections {found} and {plain}", flush=True)
     middle = {name: f"{statistics.median(values):.1f}" for name, values in speeds.items()}
     print(
-        f"{len(files)} pictures at {options.size} px, {options.threads} torch thread(s), batch {options.batch}: "
-        f"pictures/s {middle}, ratio {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}); of CPU seconds, all threads: "
-        f"{statistics.median(work):.2f} ({min(work):.2f} to {max(work):.2f})"
+        f"{len(files)} pictures at {options.size} px, {options.threads} torch thread(s), batch {options.batch}: {middle}"
     )
+    for what, values in (("pictures per second", ratios), ("CPU seconds of all threads", work)):
+        print(f"ratio of {what}: {statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})")
 
 
 def pair(folder: Path, files: list[Path], options: argparse.Namespace) -> tuple[Path, torch.nn.Module]:
