@@ -70,9 +70,7 @@ def main() -> None:
                     speeds[name].append(len(files) / seconds)
             print(f"round {number}: {took}, detections {found} and {plain}", flush=True)
     middle = {name: f"{statistics.median(values):.1f}" for name, values in speeds.items()}
-    print(
-        f"{len(files)} pictures at {options.size} px, {options.threads} torch thread(s), batch {options.batch}: {middle}"
-    )
+    print(f"{len(files)} pictures at {options.size} px, {options.threads} thread(s), batch {options.batch}: {middle}")
     for what, values in (("pictures per second", ratios), ("CPU seconds of all threads", work)):
         print(f"ratio of {what}: {statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})")
 
