@@ -188,8 +188,8 @@ def tables(data: Path, out: Path) -> None:
 
         print(f"| {kind} | none | {measured(out / f'{kind}.test.json')} | |", flush=True)
         for method in METHODS:
-            choice, found = calibrate_results(out / f"{kind}.tuned.json", out / "tuned.out.json", train=data / "train.json",
-                                          holdout=out / "tuned.json", method=method, overwrite=True)  # fmt: skip
+            tuning = {"train": data / "train.json", "holdout": out / "tuned.json", "method": method, "overwrite": True}
+            choice, found = calibrate_results(out / f"{kind}.tuned.json", out / "tuned.out.json", **tuning)
             own = {label: numbers for label, numbers in choice.tried.items() if label != PLAIN}
             best = max(own, key=lambda label: own[label]["AP"])
             strength = ",".join(part.split()[-1] for part in best.split(" ", 1)[1].split(", "))
