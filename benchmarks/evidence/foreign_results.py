@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import random
 from pathlib import Path
 from typing import Any
@@ -121,7 +122,7 @@ def train(model: FasterRCNN, data: Path, options: argparse.Namespace) -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
-        lambda step: min((step + 1) / 100, 0.5 + 0.5 * np.cos(np.pi * step / (steps * options.epochs))),
+        lambda step: min((step + 1) / 100, 0.5 + 0.5 * math.cos(math.pi * step / (steps * options.epochs))),
     )
     first, point = 0, options.out / "torchvision.pt"
     if point.exists():
@@ -144,7 +145,7 @@ def train(model: FasterRCNN, data: Path, options: argparse.Namespace) -> None:
             schedule.step()
         torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(),
                     "schedule": schedule.state_dict(), "epoch": epoch + 1}, point)  # fmt: skip
-        print(f"epoch {epoch + 1}: loss {float(losses):.3f}", flush=True)
+        print(f"epoch {epoch + 1}: loss {losses.item():.3f}", flush=True)
 
 
 @torch.no_grad()

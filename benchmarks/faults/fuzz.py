@@ -37,6 +37,7 @@ import numpy as np
 import yaml
 from PIL import Image
 
+from tailfin.class_rows import read_aliases
 from tailfin.cli.main import main
 from tailfin.config import recipe_from_file
 from tailfin.data.index import open_index
@@ -79,6 +80,7 @@ def fuzz(kind: str, seconds: float, seed: int, folder: Path, *, most: int = 10**
     """Mutated files of a kind until the time is over, or `most` of them."""
     counts, began = Counts(kind), time.monotonic()
     before = _peak()
+    shutil.rmtree(folder / kind, ignore_errors=True)  # of an earlier call
     seeds, read, *lost = KINDS[kind](folder / kind)
     whole = {path: path.read_bytes() for path in seeds}
     while time.monotonic() - began < seconds and counts.tried < most:
@@ -287,7 +289,57 @@ def _results(folder: Path) -> Kind:
     ]
     path.write_text(json.dumps(found))
     words = ("--results", path, "--annotations", folder / "set.json", "--protocol", "coco", "--per-category")
-    return [path], command("evaluate", *words)
+    options = ("--method", "norcal", "--strength", "0.5", "--out", folder / "calibrated.json", "--overwrite")
+    commands = [
+        command("evaluate", *words),
+        command("calibrate", path, "--train", folder / "set.json", *options),
+        command("evaluate", *words),
+        command("calibrate", path, "--train", folder / "set.json", "--holdout", folder / "set.json", *options),
+    ]
+    turn = itertools.count()
+    return [path], lambda: commands[next(turn) % len(commands)]()
+
+
+def _lists(folder: Path) -> Kind:
+    """Small files that commands take: maps and counts of classes, image ids, scores and exemplars."""
+    _coco(folder)
+    texts = {
+        "map.yaml": "cat: feline\ndog: null\n",
+        "counts.yaml": "cat: 2\ndog: 1\n",
+        "aliases.yaml": "cat: [feline, kitty]\ndog: hound\n",
+        "ids.json": json.dumps({"cat": [1, 2], "dog": [3]}),
+        "ids.txt": "1\n2\n3\n",
+        "scores.json": json.dumps({str(number): 0.1 * number for number in range(1, 6)}),
+        "ranked.json": json.dumps([{"annotation_id": number, "score": 0.1 * number} for number in range(1, 6)]),
+    }
+    files = [folder / name for name in texts]
+    for file, text in zip(files, texts.values(), strict=True):
+        file.write_text(text)
+    data, out = folder / "set.json", folder / "out"
+    single = ("--out", folder / "out.json", "--overwrite")
+    tails = ("--annotations", data, "--division", "2", "--head", "1,1", "--tail", "1,all", "--out", out, "--overwrite")
+    commands = [
+        command("data", "merge", data, "--map", files[0], *single),
+        command("data", "split", data, "--counts", files[1], "--out-train", folder / "out.json", "--overwrite"),
+        lambda: read_aliases(str(files[2])),
+        command("data", "coco-lt", data, "--image-ids", files[3], *single),
+        command("data", "coco-lt", data, "--image-ids", files[4], *single),
+        command("data", "smooth-tail", files[5], *tails),
+        command("data", "smooth-tail", files[6], *tails),
+    ]
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
+        commands[5]()
+    files.append(shutil.copyfile(out / "exemplars.json", folder / "exemplars.json"))
+    texts["exemplars.json"] = files[-1].read_text()
+    commands.append(command("data", "smooth-tail", files[-1], *tails))
+
+    def read() -> None:  # the command of the file that differs
+        changed = [own for own, file, text in zip(commands, files, texts.values(), strict=True)
+                   if file.read_bytes() != text.encode()]  # fmt: skip
+        for own in changed:
+            own()
+
+    return files, read
 
 
 def _recipe(folder: Path) -> Kind:
@@ -384,6 +436,7 @@ def _run(folder: Path) -> Kind:
 KINDS: dict[str, Callable[[Path], Kind]] = {
     "coco": _coco,
     "results": _results,
+    "lists": _lists,
     "recipe": _recipe,
     "yolo": _yolo,
     "voc": _voc,

@@ -111,13 +111,24 @@ def differences(straight: Path, run: Path) -> list[str]:
     return found
 
 
-def killed_run(run: Path, words: list[object], seconds: float, kills: int, rng: random.Random) -> int:
-    """Train to the end with up to `kills` kills, each a random part of a whole run's time after a start; returns how
-    many hit a process that was alive."""
+def progress(run: Path) -> int:
+    """Lines of the logs of all stages: one an iteration."""
+    return sum(file.read_bytes().count(b"\n") for file in run.glob("stages/*/metrics.jsonl"))
+
+
+def killed_run(run: Path, words: list[object], lines: int, kills: int, rng: random.Random) -> int:
+    """Train to the end with up to `kills` kills, each a random number of the `lines` of a whole run's log after a start
+    and up to 0.3 s later, some before the first line; returns how many hit a process that was alive."""
     hit = 0
     for _ in range(kills):
         process = train("--resume", run) if (run / "recipe.yaml").exists() else train(*words, "--out", run)
-        time.sleep(rng.uniform(0.3, 1.0) * seconds)
+        there = progress(run)
+        wanted = there + rng.randint(0, max(1, round(0.7 * (lines - there))))
+        if wanted == there:
+            time.sleep(rng.uniform(0.3, 6))
+        while process.poll() is None and progress(run) < wanted:
+            time.sleep(0.02)
+        time.sleep(rng.uniform(0, 0.3))
         alive = process.poll() is None
         if alive:
             os.killpg(process.pid, signal.SIGKILL)
@@ -146,13 +157,12 @@ def _main() -> int:
         recipe.write_text(RECIPES[options.recipe])
         data = ["--train", folder / "set" / "train.json", "--val", folder / "set" / "val.json"]
         words = [recipe, *data, f"data.workers={options.workers}"]
-        began = time.monotonic()
         finish(train(*words, "--out", folder / "straight"), folder / "straight")
-        seconds = time.monotonic() - began
+        lines = progress(folder / "straight")
         killed = lost = 0
         for number in range(options.runs):
             run = folder / f"run-{number}"
-            killed += killed_run(run, words, seconds, options.kills, random.Random(f"{options.seed} {number}"))
+            killed += killed_run(run, words, lines, options.kills, random.Random(f"{options.seed} {number}"))
             if found := differences(folder / "straight", run):
                 lost += 1
                 print(f"run {number}: {'; '.join(found)}", file=sys.stderr)

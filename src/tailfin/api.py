@@ -8,7 +8,6 @@ detections = detector.predict(["photo.jpg"])      # [{"boxes", "scores", "labels
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -180,8 +179,8 @@ def load(path: str | Path, device: str | torch.device | None = None) -> Detector
     file = load_model_file(path)
     model, _ = build_detector(file.recipe, file.stats, start=False)
     load_whole(model, file.weights, f"model {path}")
-    stored = file.metadata.get(THRESHOLDS)
-    points = None if stored is None else OperatingPoints.from_dict(json.loads(stored))
+    stored = file.fact(THRESHOLDS)
+    points = None if stored is None else OperatingPoints.from_dict(stored)
     return Detector(model, file.recipe, file.stats, usable_device(device or default_device()), points)
 
 

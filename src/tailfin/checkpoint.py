@@ -44,6 +44,15 @@ class ModelFile:
     weights: dict[str, Tensor]
     metadata: dict[str, str]
 
+    def fact(self, name: str, default: Any = None) -> Any:
+        """What the metadata says under `name`, in plain values; damaged text is a `UserError`."""
+        if name not in self.metadata:
+            return default
+        try:
+            return json.loads(self.metadata[name])
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"model {self.path}: its metadata is damaged ({name}: {error})") from None
+
 
 def save_model(
     path: Path,
@@ -98,7 +107,7 @@ def load_model_file(path: str | Path) -> ModelFile:
     try:
         recipe = stored_recipe(parse_yaml(metadata["recipe"], f"the recipe in {path}"), f"the recipe in {path}")
         stats = ClassStats.from_dict(json.loads(metadata["categories"]))
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise UserError(f"model {path}: its metadata is damaged ({error})") from None
     return ModelFile(path, recipe, stats, weights, metadata)
 

@@ -50,7 +50,7 @@ def class_names(source: str | Path) -> list[str] | None:
         with safetensors.safe_open(source, framework="pt") as file:
             metadata = dict(file.metadata() or {})
         return [str(name) for name in json.loads(metadata["categories"])["names"]]
-    except (safetensors.SafetensorError, OSError, ValueError, KeyError, TypeError):
+    except (safetensors.SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 

@@ -6,6 +6,7 @@ Video frames are read with PyAV (`pip install 'tailfin[video]'`); animated pictu
 from __future__ import annotations
 
 import glob
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -14,12 +15,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from tailfin.data.images import is_hidden, picture_suffixes, read_header, read_image, to_rgb
+from tailfin.data.images import HEIC, is_hidden, picture_suffixes, read_header, read_image, to_rgb
 from tailfin.errors import UserError, nearest
 from tailfin.files import existing_file
 from tailfin.schema.data import Data
 
 VIDEOS = {".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg"}
+OTHERS = {*HEIC, ".jxl", ".svg", ".cr2", ".cr3", ".nef", ".arw", ".dng", ".raf", ".orf", ".rw2"}  # pictures, too
 
 
 def find_pictures(paths: Sequence[str | Path]) -> list[Path]:
@@ -32,9 +34,13 @@ def find_pictures(paths: Sequence[str | Path]) -> list[Path]:
     for given in paths:
         path = Path(given)
         if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if _is_input(p, path) and p.is_file())
+            files = sorted(p for p in path.rglob("*") if not is_hidden(p, path) and _is_file(p))
+            inside = [p for p in files if _is_input(p, path)]
+            others = [p for p in files if p.suffix.lower() in OTHERS - picture_suffixes()]
             if not inside:
-                raise UserError(f"{path}: there is no picture or video in this folder")
+                raise UserError(f"{path}: there is no picture or video in this folder{_unread(others)}")
+            if others:
+                warnings.warn(f"{path}{_unread(others)}", UserWarning, stacklevel=2)
             found.update(dict.fromkeys(inside))
         elif path.is_file():
             if path.suffix.lower() not in picture_suffixes() | VIDEOS:
@@ -49,7 +55,7 @@ def find_pictures(paths: Sequence[str | Path]) -> list[Path]:
             found[path] = None
         else:
             matches = sorted(Path(match) for match in glob.glob(str(given), recursive=True))  # noqa: PTH207
-            matches = [match for match in matches if _is_input(match, None) and match.is_file()]
+            matches = [match for match in matches if _is_input(match, None) and _is_file(match)]
             if not matches:
                 hint = ""
                 if path.parent.is_dir():
@@ -58,6 +64,20 @@ def find_pictures(paths: Sequence[str | Path]) -> list[Path]:
                 raise UserError(f"{given}: no such file, folder or glob{hint}")
             found.update(dict.fromkeys(matches))
     return list(found)
+
+
+def _is_file(path: Path) -> bool:
+    """Whether it is a file, or a link that leads nowhere, whose reader says so."""
+    return path.is_file() or (path.is_symlink() and not path.exists())
+
+
+def _unread(files: Sequence[Path]) -> str:
+    """Words about pictures that Pillow does not read here; none for none."""
+    if not files:
+        return ""
+    plugin = ", pip install pillow-heif reads HEIC" if any(path.suffix.lower() in HEIC for path in files) else ""
+    number = "1 file is" if len(files) == 1 else f"{len(files)} files are"
+    return f": {number} of kinds that are not read here and left out (first: {files[0].name}{plugin})"
 
 
 def _is_input(path: Path, root: Path | None) -> bool:

@@ -268,7 +268,7 @@ def _other_weights(stage: Stage[Recipe], theirs: Stage[Recipe], file: ModelFile,
     """Why a model file does not come from its run's recipe and the stages `before` it; or empty."""
     if differences(own_inputs(file.recipe), own_inputs(theirs.recipe)):
         return f"{file.path} was trained by another recipe than its run has now"
-    parents = json.loads(file.metadata.get("parents", "[]"))
+    parents = file.fact("parents", [])
     if stage.number == 0:
         source = Path(stage.recipe.weights)
         known = source.is_file() and parents in ([content_hash(source)], [file_hash(source)])
@@ -281,8 +281,8 @@ def _other_weights(stage: Stage[Recipe], theirs: Stage[Recipe], file: ModelFile,
 
 def _alone(file: ModelFile) -> Stage[Recipe]:
     """The stage that a model file without its run is: a first one, or the final model of a run that has no more."""
-    name, parents = file.metadata.get("stage", ""), json.loads(file.metadata.get("parents", "[]"))
-    if name not in FIRST or len(parents) > (not name):
+    name, parents = file.metadata.get("stage", ""), file.fact("parents", [])
+    if name not in FIRST or not isinstance(parents, list) or len(parents) > (not name):
         raise UserError(f"{file.path} is not the model of a first stage{f', but of {name}' if name else ''}")
     return stages(file.recipe)[0]
 

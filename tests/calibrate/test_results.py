@@ -162,3 +162,38 @@ def test_refusals(files, tmp_path):
     assert "category_id 3 is not in" in refused(holdout=None, method="norcal", strength=1)
     assert not out.exists()
     assert "name another file" in refused(target=results, overwrite=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"image_id": [1]}, "entry 0, image_id"),
+        ({"category_id": {}}, "entry 0, category_id"),
+        ({"bbox": [[1], 2, 3, 4]}, "entry 0, bbox"),
+        ({"category_id": "lorry"}, 'has no class "lorry"'),
+        ({"file_name": {"a": 1}, "category_name": [1]}, ""),
+        ({"category_id": 30, "label": "common"}, ""),
+    ],
+)
+def test_entries_of_other_kinds(files, tmp_path, change, message):
+    results, out = tmp_path / "odd.json", tmp_path / "out.json"
+    entry = {"image_id": 1, "category_id": 10, "bbox": [1, 2, 3, 4], "score": 0.5}
+    results.write_text(json.dumps([{**entry, **change}]), "utf-16")
+    if not message:
+        calibrate_results(results, out, train=files[0], method="norcal", strength=0.5)
+        assert json.loads(out.read_text())[0].keys() == {*entry, *change}
+        return
+    with pytest.raises(UserError, match=message):
+        calibrate_results(results, out, train=files[0], method="norcal", strength=0.5)
+    assert not out.exists()
+
+
+def test_text_of_another_encoding_and_deep_nesting(files, tmp_path):
+    results = tmp_path / "odd.json"
+    for content, message in (
+        ('["Straße"]'.encode("latin-1"), "is not UTF-8 text"),
+        (b"[" * 200_000, "nested|recursion"),
+    ):
+        results.write_bytes(content)
+        with pytest.raises(UserError, match=message):
+            calibrate_results(results, tmp_path / "out.json", train=files[0], method="norcal", strength=0.5)

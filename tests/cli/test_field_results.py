@@ -200,6 +200,35 @@ def test_results_of_another_form_are_refused_and_can_be_read(measured, form):
     assert f"data merge FILE --box-form {form}" in measured(document, [])[1]
 
 
+@pytest.mark.parametrize("form", ["xywh-percent", "xyxy-percent"])
+def test_percent_and_boxes_of_pictures_of_another_size_are_asked_about(measured, form):
+    rng = np.random.default_rng(0)
+    document = truth(counts=(10, 10, 10))
+    size = rng.uniform(30, 200, (30, 2))
+    corner = rng.uniform(0, 1, (30, 2)) * (np.array([640, 480]) - size)
+    for image, own in zip(document["images"], document["annotations"], strict=True):
+        image.update(width=640, height=480)
+        (x, y), (w, h) = corner[own["id"] - 1].tolist(), size[own["id"] - 1].tolist()
+        own.update(bbox=[x, y, w, h], area=w * h)
+
+    def changed(change) -> list[dict[str, Any]]:
+        return [{**entry, "bbox": change(*entry["bbox"])} for entry in perfect(document)]
+
+    def percent(x: float, y: float, w: float, h: float) -> list[float]:
+        last = (x + w, y + h) if form.startswith("xyxy") else (w, h)
+        return [x / 6.4, y / 4.8, last[0] / 6.4, last[1] / 4.8]
+
+    results = changed(percent)
+    assert "lie in the upper left 100 x 100 pixels: are they [x" in measured(document, results)[1]
+    assert measured(document, results, "--box-form", form)[0]["AP"] == ONE
+    larger = changed(lambda *box: [2.5 * value for value in box])
+    assert "are they of pictures of another size" in measured(document, larger)[1]
+    some = [few if row % 3 == 0 else own for row, (few, own) in enumerate(zip(changed(
+        lambda x, y, w, h: [x / 640, y / 480, w / 640, h / 480]), perfect(document), strict=True))]  # fmt: skip
+    assert "10 of 30 boxes are smaller than 1 pixel: are they fractions" in measured(document, some)[1]
+    assert measured(document, perfect(document))[1] == ""
+
+
 def test_negative_lists_that_are_all_empty_warn(measured):
     document = truth()
     results = perfect(document) + [{**e, "category_id": e["category_id"] % 3 + 1} for e in perfect(document)]
@@ -338,3 +367,20 @@ def test_a_named_file_of_any_ending_is_read(tailfin, trained, tiny_set, tmp_path
     assert "in 1 pictures" in tailfin("predict", trained, file, "--out", tmp_path / "p.json").out
     file.write_bytes(b"nothing")
     assert "by its content" in tailfin("predict", trained, file, "--out", tmp_path / "q.json").error
+
+
+def test_pictures_of_kinds_that_are_not_read_and_lost_links_are_told_of(tailfin, trained, tiny_set, tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    (folder / "a.png").write_bytes(sorted(tiny_set[1].with_suffix("").iterdir())[0].read_bytes())
+    for name in ("b.heic", "c.NEF", "notes.txt"):
+        (folder / name).write_bytes(b"x")
+    (folder / "d.jpg").symlink_to(folder / "gone.jpg")
+    outcome = tailfin("predict", trained, folder, "--out", tmp_path / "p.json")
+    assert (
+        outcome.code == 0 and "2 files are of kinds that are not read here and left out (first: b.heic" in outcome.err
+    )
+    assert "1 files skipped" in outcome.out + outcome.err and "d.jpg does not exist" in outcome.out + outcome.err
+    (folder / "a.png").unlink()
+    (folder / "d.jpg").unlink()
+    assert "there is no picture or video in this folder: 2 files are" in tailfin("predict", trained, folder).error

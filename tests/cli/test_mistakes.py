@@ -363,6 +363,31 @@ def test_truncated_model(tailfin, trained, tmp_path, picture):
         assert not results.exists()
 
 
+def with_metadata(model: Path, path: Path, **changes: str) -> Path:
+    """A copy of a model file whose metadata says something else."""
+    data = model.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    header["__metadata__"] |= changes
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+    return path
+
+
+@pytest.mark.parametrize(
+    "value", ["", "[]", "null", '{"names": ["a"]}', "[" * 50_000, '{"aim": "f1", "classes": {"a": 1}}']
+)
+def test_metadata_of_a_model_that_says_something_else(tailfin, trained, tmp_path, picture, value):
+    model, name = trained / "model.safetensors", tmp_path / "odd.safetensors"
+    for key in ("recipe", "categories", *(["thresholds"] if value != "null" else [])):
+        odd = with_metadata(model, name, **{key: value})
+        outcome = tailfin("predict", odd, picture, "--out", tmp_path / "p.json")
+        assert outcome.code == 2 and ("damaged" in outcome.error or "recipe" in outcome.error), (key, outcome.err)
+    odd = with_metadata(model, name, calibration_before=value)
+    outcome = tailfin("calibrate", odd, "--undo", "--out", tmp_path / "undone.safetensors", "--overwrite")
+    assert outcome.code == (0 if value == "null" else 2), outcome.err
+
+
 def test_pickle_as_model(tailfin, tmp_path, picture):
     class Evil:
         def __reduce__(self):
@@ -424,3 +449,21 @@ def test_broken_results(tailfin, tiny_set, tmp_path):
     results.write_text(json.dumps([{"image_id": 1, "category_id": 3, "bbox": [0, 0, 4, 4], "score": 0.5}]))
     outcome = tailfin("evaluate", "--results", results, "--annotations", tiny_set[1])
     assert_mistake(outcome, results, "image_id 1")
+
+
+def test_outputs_below_a_file_are_one_message(tailfin, trained, tiny_recipe, tiny_set, tmp_path, picture):
+    file = tmp_path / "file.txt"
+    file.write_text("x")
+    train = ("train", tiny_recipe, "--train", tiny_set[0])
+    for words in (
+        (*train, "--out", file / "run"),
+        (*train, "--dry-run", "--out", file / "run"),
+        ("data", "merge", tiny_set[0], "--out", file / "new.json"),
+        ("data", "convert", tiny_set[0], file / "new", "--to", "yolo"),
+        ("predict", trained, picture, "--out", file / "p.json"),
+        ("predict", trained, picture, "--out", tmp_path / "p.json", "--draw", file / "drawn"),
+        ("calibrate", trained, "--undo", "--out", file / "m.safetensors"),
+        ("export", trained, "--out", file / "m.pt2"),
+    ):
+        assert str(file) in tailfin(*words).error, words
+    assert file.read_text() == "x"

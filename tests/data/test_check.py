@@ -295,6 +295,7 @@ USABLE: dict[str, tuple[Callable[[dict[str, Any]], str], str]] = {
     "other frequency": (put("categories", 0, "frequency", "often"), 'frequency "often"'),
     "broken polygon": (put("annotations", 0, "segmentation", [[1]]), "masks cannot be used, boxes can: "),
     "one polygon": (put("annotations", 0, "segmentation", [[1, 1, 9, 1, 9, 9]]), "1 annotation without segmentation"),
+    "alike names": (put("categories", 0, "name", " Dog"), "names differ in case or spaces alone: "),
     "repeated": (
         put("annotations", 1, {"id": 12, "image_id": 1, "category_id": 3, "bbox": [1, 2, 10, 10]}),
         "1 annotation with the image, class and box of an earlier one",

@@ -23,12 +23,13 @@ from tailfin.calibrate.candidates import KEPT, PLAIN, dimensions, grid, label, m
 from tailfin.calibrate.choice import NUMBERS, Choice, Goal, Numbers, best_of_each, choose, crossed
 from tailfin.calibrate.pictures import Folds, make_folds
 from tailfin.checkpoint import content_hash, load_model_file, save_model
+from tailfin.config import check_recipe
 from tailfin.data.dataset import Source, evaluation_loader
 from tailfin.data.index import image_folder, open_index
 from tailfin.errors import UserError
 from tailfin.evaluation.operating import Aim, OperatingPoints, operating_points
 from tailfin.evaluation.results import ResultWriter
-from tailfin.files import existing_file
+from tailfin.files import existing_file, writing
 from tailfin.inference import category_ids_for, counts_by_id, picture_scale
 from tailfin.models.rescoring import rescorer, score_kind
 from tailfin.progress import Progress
@@ -79,10 +80,10 @@ def calibrate(
     """
     path, target = _paths(model, out, overwrite)
     file = load_model_file(path)
-    before = json.loads(file.metadata[BEFORE]) if BEFORE in file.metadata else _plain_values(file.recipe)
+    before = file.fact(BEFORE, _plain_values(file.recipe))
     detector = load(path, device)
     if undo:
-        recipe = Recipe.model_validate({**file.recipe.model_dump(mode="json"), "calibration": before})
+        recipe = check_recipe({**file.recipe.model_dump(mode="json"), "calibration": before}, f"model {path}")
         _write(target, path, detector, recipe, {})
         return Choice(label(recipe.calibration), recipe.calibration)
     if detector.model.loss is None:
@@ -166,7 +167,8 @@ def _plain_values(recipe: Recipe) -> Any:
 
 
 def _write(target: Path, path: Path, detector: Detector, recipe: Recipe, facts: dict[str, Any]) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
+    with writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
     save_model(target, detector.model, recipe, detector.stats, parents=[content_hash(path)], **facts)
 
 

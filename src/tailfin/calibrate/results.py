@@ -16,7 +16,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import msgspec
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -27,12 +26,14 @@ from tailfin.calibrate.choice import NUMBERS, Choice, Goal, Numbers, choose, cro
 from tailfin.calibrate.pictures import Folds, make_folds
 from tailfin.errors import UserError, nearest
 from tailfin.evaluation.detections import Detections, load_detections, with_geometry
+from tailfin.evaluation.entry_names import Entry, entries_of
 from tailfin.evaluation.groups import TrainCounts
 from tailfin.evaluation.results import ResultWriter
 from tailfin.evaluation.truth import load_truth
-from tailfin.files import existing_file, write_json
+from tailfin.files import existing_file, read_json, write_json, writing
 from tailfin.joins import join_classes
 from tailfin.models.rescoring import Kind, rescorer
+from tailfin.parsing import load_typed
 from tailfin.schema.calibration import Calibration
 from tailfin.stats import ClassStats
 
@@ -92,7 +93,7 @@ def calibrate_results(
             "give the annotations of these pictures to choose on (--holdout FILE), or a method with its strength "
             "(--method norcal --strength 0.6)"
         )
-    entries = _read(path)
+    entries, typed = _read(path)
     stats = ClassStats.from_json(train)
     found: Detections | None = None
     if holdout is not None:
@@ -105,7 +106,7 @@ def calibrate_results(
             raise UserError(f"{holdout}: the training file {train} has no class {join.first_missing()}")
         rows = _rows(path, entries, join.rows[found.category_rows], join.rows, stats.num_classes)
     else:
-        own = _classes_alone(path, entries, stats, train)
+        own = _classes_alone(path, typed, stats, train)
         rows = _rows(path, entries, own, np.arange(stats.num_classes), stats.num_classes)
     chosen_kind: Kind = kind or kind_of(rows)  # type: ignore[assignment]
     dimension = dimensions(stats, train) if "fracal" in methods else {}
@@ -139,7 +140,8 @@ def calibrate_results(
     scores = rows.scores if choice.config is None else calibrated(rows, choice.config, stats, chosen_kind)
     for entry, score in zip(entries, scores.tolist(), strict=True):
         entry["score"] = round(score, 8)
-    target.parent.mkdir(parents=True, exist_ok=True)
+    with writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
     write_json(target, entries)
     return choice, chosen_kind
 
@@ -179,20 +181,19 @@ def calibrated(rows: Rows, config: Calibration, stats: ClassStats, kind: Kind) -
 # ---- details ---------------------------------------------------------------------------------------------------------
 
 
-def _read(path: Path) -> list[dict[str, Any]]:
-    try:
-        entries = msgspec.json.decode(path.read_bytes())
-    except msgspec.DecodeError as error:
-        raise UserError(f"results {path}: not JSON: {error}") from None
+def _read(path: Path) -> tuple[list[dict[str, Any]], Sequence[Entry]]:
+    """The entries as they stand, and what of them is known."""
+    entries = read_json(path, "results")
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise UserError(f"results {path}: a list of detections is needed (COCO results)")
     if not entries:
         raise UserError(f"results {path} holds no detection")
+    typed, _ = load_typed(path, list[Entry], "results", by_keys=entries_of)
     for row, entry in enumerate(entries):
         score = entry.get("score")
         if isinstance(score, bool) or not isinstance(score, int | float) or not 0 <= score <= 1:
             raise UserError(f"results {path}: entry {row}: score is {score}, a number in 0..1 is needed")
-    return entries
+    return entries, typed
 
 
 def _rows(path: Path, entries: list[dict[str, Any]], labels: NDArray[Any], order: NDArray[Any], classes: int) -> Rows:
@@ -222,23 +223,29 @@ def _rows(path: Path, entries: list[dict[str, Any]], labels: NDArray[Any], order
     of_entry = np.empty(len(entries), dtype=np.int64)
     for number, entry in enumerate(entries):
         box = entry.get("bbox")
-        key = (entry.get("image_id"), entry.get("file_name"), tuple(box) if isinstance(box, list) else number)
+        name = entry.get("file_name")
+        picture = entry["image_id"], name if isinstance(name, str) else None
+        key = (*picture, tuple(box) if isinstance(box, list) else number)
         of_entry[number] = places.setdefault(key, len(places))
     return Rows(of_entry, labels, scores, None, len(places))
 
 
-def _classes_alone(path: Path, entries: list[dict[str, Any]], stats: ClassStats, train: str | Path) -> NDArray[Any]:
-    """Class of each entry, without annotations of its pictures: by `category_name`, else by the training file's ids."""
+def _classes_alone(path: Path, entries: Sequence[Entry], stats: ClassStats, train: str | Path) -> NDArray[Any]:
+    """Class of each entry, without annotations of its pictures: by its name, else by the training file's ids."""
     by_name = {name: row for row, name in enumerate(stats.names)}
     by_id = {number: row for row, number in enumerate(stats.category_ids.tolist())}
+    given = [entry.category_name if isinstance(entry.category_name, str) else None for entry in entries]
+    if entries and "category_name" not in type(entries[0]).__struct_encode_fields__ and not by_name.keys() & set(given):
+        given = [None] * len(given)  # not one is known: the key means something else
     labels = np.empty(len(entries), dtype=np.int64)
-    for row, entry in enumerate(entries):
-        name, number = entry.get("category_name"), entry.get("category_id")
+    for row, (entry, name) in enumerate(zip(entries, given, strict=True)):
+        number = entry.category_id
+        name = number if name is None and isinstance(number, str) else name
         if name is not None and name not in by_name:
             raise UserError(f'results {path}: entry {row}: {train} has no class "{name}"{nearest(str(name), by_name)}')
         if name is None and number not in by_id:
             raise UserError(f"results {path}: entry {row}: category_id {number} is not in {train}")
-        labels[row] = by_id[number] if name is None else by_name[name]
+        labels[row] = by_name[name] if name is not None else by_id[number]
     return labels
 
 

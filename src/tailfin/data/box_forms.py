@@ -22,20 +22,31 @@ FORMS = {
     "xywh-fractions": "[x, y, width, height] as fractions of the picture's size",
     "xyxy-fractions": "[x1, y1, x2, y2] as fractions of the picture's size",
     "cxcywh-fractions": "[centre x, centre y, width, height] as fractions of the picture's size",
+    "xywh-percent": "[x, y, width, height] in percent of the picture's size",
+    "xyxy-percent": "[x1, y1, x2, y2] in percent of the picture's size",
+    "cxcywh-percent": "[centre x, centre y, width, height] in percent of the picture's size",
 }
+SCALES = {"fractions": 1.0, "percent": 0.01}  # by the end of a form's name
 TOLERANCE = 2.0  # pixels, by which rounding may move a border
 OVER_CORNERS, OVER_CENTRES = 0.2, 0.05  # share of boxes over the border from which it is no accident
 FAR = 0.05  # of the picture's side: how far the middle one of those must pass it
 FEW = 20  # boxes; centres are told from fewer with doubt only
+LARGE = 200  # pixels of a picture's sides, in which boxes in percent keep to a corner
 
 
 @dataclass(frozen=True)
 class Guess:
     """Another form that boxes look like."""
 
-    form: str  # a key of FORMS
+    form: str  # a key of FORMS; empty where something else is odd about them, which is never sure
     reason: str  # the statistics, in words
     sure: bool  # whether they leave no doubt
+    other: str = ""  # what they may be, where that is no form
+
+    @property
+    def question(self) -> str:
+        """What to ask the user."""
+        return f"{self.reason}: are they {FORMS[self.form] if self.form else self.other}?"
 
 
 def check_form(form: str) -> str:
@@ -48,13 +59,13 @@ def check_form(form: str) -> str:
 def to_xywh(boxes: Floats, form: str, sizes: Floats) -> Floats:
     """Boxes [N, 4] of a form as [x, y, width, height] in pixels; `sizes` [N, 2] is (width, height) of their pictures.
 
-    Fractions in pictures of unknown size (0) are a `UserError`.
+    Fractions (or percent) in pictures of unknown size (0) are a `UserError`.
     """
     boxes = np.asarray(boxes, np.float64).reshape(-1, 4)
-    if check_form(form).endswith("-fractions"):
+    if unit := check_form(form).partition("-")[2]:
         if (sizes <= 0).any():
             raise UserError("boxes that are fractions need the width and height of every picture")
-        boxes = boxes * np.tile(sizes, 2)
+        boxes = boxes * np.tile(sizes, 2) * SCALES[unit]
     first, second = boxes[:, :2], boxes[:, 2:]
     kind = form.partition("-")[0]
     if kind == "xyxy":
@@ -77,13 +88,19 @@ def guess(boxes: Floats, sizes: Floats) -> Guess | None:
     if (np.abs(boxes) <= 1.01).all() and _fractional(boxes) and not tiny:
         form = _fractions_form(boxes)
         return Guess(form, f"all {len(boxes):,} boxes are smaller than 1 pixel", len(boxes) > 1)
+    small = np.asarray((boxes[:, 2:] < 1).all(1) & (boxes[:, 2:] > 0).any(1))
     known = (sizes > 0).all(1)
     boxes, sizes = boxes[known], sizes[known]
     if not len(boxes):
         return None
+    if percent := _percent(boxes, sizes):
+        return percent
     passes = (boxes[:, :2] + boxes[:, 2:] - sizes).max(1)
     over = passes > TOLERANCE
     count = int(over.sum())
+    if (tinies := int(small.sum())) >= max(2, OVER_CORNERS * len(small)) and not tiny:
+        text = f"{tinies:,} of {len(small):,} boxes are smaller than 1 pixel"
+        return Guess("", text, False, "fractions of the picture's size")
     if not count:
         return None
     reason = f"{count:,} of {len(boxes):,} boxes pass the border of their picture"
@@ -97,7 +114,22 @@ def guess(boxes: Floats, sizes: Floats) -> Guess | None:
     if centres.all() and share >= OVER_CENTRES:
         text = f"{reason}, and read as [centre x, centre y, width, height] all lie inside"
         return Guess("cxcywh", text, len(boxes) >= FEW and count >= 3)
+    if share >= OVER_CORNERS and count >= 3 and float(np.median((passes / sizes.max(1))[over])) >= FAR:
+        return Guess("", reason, False, "of pictures of another size, or of another form")
     return None
+
+
+def _percent(boxes: Floats, sizes: Floats) -> Guess | None:
+    """Whether boxes in large pictures keep to the upper left 100 x 100 pixels and spread over those."""
+    boxes = boxes[(sizes >= LARGE).all(1)]
+    if len(boxes) < FEW or (boxes < 0).any() or boxes.max() > 100.5 or not _fractional(boxes):
+        return None
+    ends = boxes[:, :2] + boxes[:, 2:]
+    form = "xywh" if ends.max() <= 100.5 else "xyxy" if (boxes[:, 2:] >= boxes[:, :2]).all() else "cxcywh"
+    if boxes[:, :2].max(0).min() < 50:
+        return None
+    reason = f"all {len(boxes):,} boxes in large pictures lie in the upper left 100 x 100 pixels"
+    return Guess(f"{form}-percent", reason, False)
 
 
 def _fractional(boxes: Floats) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import chain
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tailfin.data.box_forms import FORMS, guess
+from tailfin.data.box_forms import guess
 from tailfin.data.columns import RawColumns, parse
 from tailfin.data.images import MAX_PIXELS, Header, depth, read_header, read_image, size_problem, value_range
 from tailfin.data.index import AnnotationIndex, from_columns, image_folder, image_path
@@ -134,6 +134,14 @@ def _pictures(
 # ---- notes and summary -----------------------------------------------------------------------------------------------
 
 
+def _alike(names: Sequence[str]) -> list[str]:
+    """Class names that are one but for case and spaces, `"car", "Car"` each."""
+    places: dict[str, list[str]] = {}
+    for name in names:
+        places.setdefault(" ".join(name.casefold().split()), []).append(f'"{name}"')
+    return [", ".join(own) for own in places.values() if len(own) > 1]
+
+
 def _notes(index: AnnotationIndex, raw: RawColumns, headers: list[Header], folder: Path, masks: str) -> Iterator[str]:
     clean = index.clean()
     if not len(index.labels):
@@ -141,13 +149,15 @@ def _notes(index: AnnotationIndex, raw: RawColumns, headers: list[Header], folde
     for left_out, stays in raw.doubles.items():
         name = index.names[int(np.searchsorted(index.category_ids, stays))]
         yield f'category {left_out} has the name of category {stays}, "{name}", and no annotation: left out'
+    if alike := _alike(index.names):
+        yield f"classes whose names differ in case or spaces alone: {'; '.join(alike[:SHOWN])}"
     if crowds := crowd_note(index):
         yield crowds
     if lists := negative_lists_note(index):
         yield lists
     sizes = np.stack([index.widths, index.heights], 1)[index.image_of].astype(np.float64)
     if not raw.form_stated and (form := guess(index.boxes, sizes)) is not None:
-        yield f"{form.reason}: are they {FORMS[form.form]}?"
+        yield form.question
     if clean.dropped:
         yield f"{_many(clean.dropped, 'box')} without area inside the image: dropped in training, kept in evaluation"
     if clean.clipped:

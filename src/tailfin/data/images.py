@@ -83,8 +83,9 @@ def is_hidden(path: Path, root: Path | None = None) -> bool:
 
 
 def pictures_below(folder: Path) -> list[Path]:
-    """All pictures in a folder and its folders, sorted."""
-    return sorted(path for path in folder.rglob("*") if is_picture(path, folder) and path.is_file())
+    """All pictures in a folder and its folders, sorted; also links that lead nowhere, whose reader says so."""
+    found = (path for path in folder.rglob("*") if is_picture(path, folder))
+    return sorted(path for path in found if path.is_file() or (path.is_symlink() and not path.exists()))
 
 
 @functools.cache

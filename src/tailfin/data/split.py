@@ -217,7 +217,7 @@ def given_counts(document: Document, present: Ints, counts: Mapping[str, int]) -
             raise UserError(f'counts name the class "{name}", which the file does not have{nearest(name, place)}')
         if isinstance(count, bool) or not isinstance(count, int) or count < 0:
             raise UserError(f'the count of class "{name}" is {count!r}, a whole number of at least 0 is needed')
-        wanted[place[name]] = count
+        wanted[place[name]] = min(count, np.iinfo(np.int64).max)
     return wanted
 
 

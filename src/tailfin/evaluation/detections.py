@@ -125,13 +125,12 @@ def check_boxes(boxes: np.ndarray, sizes: np.ndarray, label: str, remedy: str) -
     found = guess(boxes, sizes)
     if found is None:
         return
-    text = f"{label}: {found.reason}: "
     if found.sure:
         raise UserError(
-            f"{text}they look like {FORMS[found.form]}, and [x, y, width, height] in pixels is needed "
-            f"({remedy.format(form=found.form)})"
+            f"{label}: {found.reason}: they look like {FORMS[found.form]}, and [x, y, width, height] in pixels is "
+            f"needed ({remedy.format(form=found.form)})"
         )
-    warnings.warn(f"{text}are they {FORMS[found.form]}?", UserWarning, stacklevel=3)
+    warnings.warn(f"{label}: {found.question}", UserWarning, stacklevel=3)
 
 
 def best_per_image(detections: Detections, limit: int) -> Detections:

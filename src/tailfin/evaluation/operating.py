@@ -94,8 +94,11 @@ class OperatingPoints:
     def from_dict(cls, values: Mapping[str, Any]) -> OperatingPoints:
         """What `to_dict` wrote; anything else is a `UserError`."""
         try:
-            return cls(str(values["aim"]), {name: Point(**own) for name, own in values["classes"].items()})
-        except (KeyError, TypeError, AttributeError) as error:
+            points = {name: Point(**own) for name, own in values["classes"].items()}
+            if not all(0 <= float(point.threshold) <= 1 for point in points.values()):
+                raise ValueError("a threshold is not in 0..1")
+            return cls(str(values["aim"]), points)
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise UserError(f"the operating points of the model are damaged: {error}") from None
 
 

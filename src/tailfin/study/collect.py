@@ -99,7 +99,7 @@ def spread(rows: Sequence[Row], set_name: str, arm: str, metric: str) -> tuple[f
 
 def _number(value: Any) -> float | None:
     """A metric; none where the set has nothing to measure it on (COCO's -1)."""
-    return float(value) if isinstance(value, int | float) and value >= 0 else None
+    return round(float(value), 6) if isinstance(value, int | float) and value >= 0 else None
 
 
 def _quoted(word: str) -> str:

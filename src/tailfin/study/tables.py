@@ -97,7 +97,7 @@ def difference_text(
 
 def cells_csv(rows: Sequence[Row]) -> str:
     """One line per cell."""
-    return _csv(list(rows[0]) if rows else ["set", "arm", "seed"], [list(row.values()) for row in rows])
+    return csv_text(list(rows[0]) if rows else ["set", "arm", "seed"], [list(row.values()) for row in rows])
 
 
 def differences_csv(study: Study, rows: Sequence[Row], pictures: OverPictures) -> str:
@@ -113,7 +113,7 @@ def differences_csv(study: Study, rows: Sequence[Row], pictures: OverPictures) -
                 ends = [None if end is None else round(end, 5) for end in (low, high)]
                 lines.append([set_name, arm, control, metric, round(found.mean, 5), half, found.seeds, *ends])
     head = ["set", "arm", "control", "metric", "mean", "half_interval", "seeds", "low_pictures", "high_pictures"]
-    return _csv(head, lines)
+    return csv_text(head, lines)
 
 
 def pairs(study: Study, rows: Sequence[Row]) -> list[tuple[str, str, str]]:
@@ -138,7 +138,7 @@ def report_runs(study: Study, cells: Sequence[Cell], fates: Mapping[str, Fate]) 
     return []
 
 
-def _csv(head: Sequence[str], lines: Sequence[Sequence[object]]) -> str:
+def csv_text(head: Sequence[str], lines: Sequence[Sequence[object]]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(head)
