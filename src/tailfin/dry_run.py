@@ -17,6 +17,7 @@ from tailfin.data.dataset import TrainingDataset, open_source, unchecked_note
 from tailfin.data.index import AnnotationIndex
 from tailfin.data.smooth_tail import ALL, PlannedStep, planned_steps
 from tailfin.errors import printable
+from tailfin.files import writing
 from tailfin.inference import check_kinds, check_validation
 from tailfin.memory import TrainingMemory, training_memory, watched_step
 from tailfin.methods.plan import StageModel, stage_models
@@ -100,8 +101,9 @@ def show_plan(recipe: Recipe, out: Path | None, *, overwrite: bool = False) -> N
         f"{memory.activations / 2**30:.2f} for {rates_of.batch // rates_of.accumulation} images in float32",
     )
     picture = Path(f"{out}-dry-run.jpg") if out is not None else Path("dry-run.jpg")
-    picture.parent.mkdir(parents=True, exist_ok=True)
-    _batch_picture(first, list(stats.names)).save(picture, quality=90)
+    with writing(picture):
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        _batch_picture(first, list(stats.names)).save(picture, quality=90)
     row("first batch", str(picture))
     for note in stage_notes(recipe, dataset, stats):
         row("warning", note)

@@ -258,9 +258,12 @@ def test_crowds_and_empty_negative_lists_are_told_of(tailfin, tmp_path):
     assert "all 6 annotations are crowd regions" in tailfin("data", "stats", file).out
 
 
-def test_a_folder_in_place_of_a_file_names_what_it_holds(tailfin, tmp_path):
+def test_a_folder_in_place_of_a_file_is_looked_into(tailfin, tmp_path):
     write(tmp_path / "train.json", coco(tmp_path / "train"))
-    assert "it holds train.json" in tailfin("data", "check", tmp_path).error
+    assert "train: usable" in tailfin("data", "check", tmp_path).out
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert "empty" in tailfin("data", "check", empty).error
 
 
 # ---- pictures --------------------------------------------------------------------------------------------------------

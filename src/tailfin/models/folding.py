@@ -48,7 +48,8 @@ def fold_norms(module: nn.Module) -> int:
     """Fold each norm that is defined right after a convolution of its width into it, in place; returns how many."""
     folded = 0
     for parent in module.modules():
-        for (_, conv), (name, norm) in pairwise(list(parent.named_children())):
+        children: list[tuple[str, Any]] = list(parent.named_children())
+        for (_, conv), (name, norm) in pairwise(children):
             if isinstance(conv, nn.Conv2d) and _is_norm(norm) and len(norm.running_mean) == conv.out_channels:
                 _fold(conv, norm)
                 setattr(parent, name, getattr(norm, "act", None) or nn.Identity())

@@ -51,6 +51,7 @@ def classifier(runs: Sequence[Run]) -> Section | None:
                 for run, model in zip(runs, found, strict=True)
                 if model and model.indicator is not None
             ],
+            weight=_weight(found),
             compared=compared,
             mixed=_mixed(runs),
         ),
@@ -58,6 +59,34 @@ def classifier(runs: Sequence[Run]) -> Section | None:
 
 
 # ---- details ---------------------------------------------------------------------------------------------------------
+
+
+def _weight(found: Sequence[Classifier | None]) -> Markup | None:
+    """BACL's figure 3: which other classes of a row count in the loss, of the first run with `fcbl`."""
+    for model in found:
+        if model is None or model.indicator is None:
+            continue
+        stage = model.recipe.second.loss if model.recipe.second is not None else model.recipe.loss
+        if not stage.options.get("reweight", True):
+            continue
+        threshold = float(stage.options.get("prob_thr", 0.7))
+        steps = np.linspace(0, 1, 51)
+        counts = (steps[:, None] >= steps[None]) | (steps[:, None] >= threshold)
+        figure = go.Figure(
+            go.Heatmap(
+                x=steps,
+                y=steps,
+                z=counts.astype(np.int8),
+                colorscale=[[0, "rgba(47,125,225,0.08)"], [1, "rgba(47,125,225,0.75)"]],
+                showscale=False,
+                hovertemplate="own class %{x:.2f}, other class %{y:.2f}: weight <b>%{z}</b><extra></extra>",
+            )
+        )
+        figure.update_layout(
+            xaxis={"title": "probability of the own class"}, yaxis={"title": "probability of another class"}
+        )
+        return chart(figure, height=300, note=f"Blue: weight 1, else 0; threshold {threshold:g}.")
+    return None
 
 
 def _curves(runs: Sequence[Run], values: list[tuple[Classifier, np.ndarray] | None], title: str) -> Markup | None:
