@@ -126,7 +126,7 @@ def pair_of(name: str, options: argparse.Namespace) -> tuple[Detector, nn.Module
     if name == "mask_rcnn":
         state = convert_mask_rcnn(twin.state_dict())
     else:
-        state = convert_retinanet(twin.state_dict(), list(stats.names), options.classes)
+        state = convert_retinanet(twin.state_dict())
     missing, unexpected = model.load_state_dict(state, strict=False)
     assert not unexpected and not [key for key in missing if "loss" not in key], missing
     return model, twin, *workload(options)
@@ -187,7 +187,7 @@ def inference_pair(name: str, options: argparse.Namespace) -> tuple[Step, Step]:
     if name == "mask_rcnn":
         state = convert_mask_rcnn(twin.state_dict())
     else:
-        state = convert_retinanet(twin.state_dict(), [str(c) for c in range(options.classes)], options.classes)
+        state = convert_retinanet(twin.state_dict())
     model.load_state_dict(state, strict=False)
     model.eval()
 

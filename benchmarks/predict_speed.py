@@ -6,8 +6,9 @@
 The peer is what torchvision's reference code does: open a picture with Pillow, make a float tensor, call the detector
 on it, append what it finds to a list, and write JSON at the end. Both have the same weights, settings, size and
 threshold, run in one process and take turns on the same pictures (A B, B A, ...); the clock on the wall counts, and the
-ratio is the median over the rounds. `predict` decodes in threads beside the detector, on a second core where there is
-one; with `taskset -c 0` both have one core.
+ratio is the median over the rounds. CPU seconds of all threads, which other work on the machine moves less, are beside
+it. `predict` decodes in threads beside the detector, on a second core where there is one; with `taskset -c 0` both have
+one core.
 """
 
 from __future__ import annotations
@@ -51,27 +52,27 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         model, twin = pair(folder, files, options)
-        ratios, speeds = [], {"tailfin": [], "torchvision": []}
+        ratios, work, speeds = [], [], {"tailfin": [], "torchvision": []}
         for number in range(options.rounds + 1):  # the first one warms up
-            took = {}
+            took, cpu = {}, {}
             for name in ("tailfin", "torchvision") if number % 2 else ("torchvision", "tailfin"):
-                began = time.perf_counter()
+                began, own = time.perf_counter(), time.process_time()
                 if name == "tailfin":
                     found = predict(model, files, folder / f"{number}.json", score=SCORE, batch=options.batch,
                                     threads=options.decoders, device="cpu").detections  # fmt: skip
                 else:
                     plain = plain_loop(twin, files, folder / "plain.json")
-                took[name] = time.perf_counter() - began
+                took[name], cpu[name] = time.perf_counter() - began, time.process_time() - own
             if number:
                 ratios.append(took["torchvision"] / took["tailfin"])
+                work.append(cpu["torchvision"] / cpu["tailfin"])
                 for name, seconds in took.items():
                     speeds[name].append(len(files) / seconds)
             print(f"round {number}: {took}, detections {found} and {plain}", flush=True)
     middle = {name: f"{statistics.median(values):.1f}" for name, values in speeds.items()}
-    print(
-        f"{len(files)} pictures at {options.size} px, {options.threads} torch thread(s), batch {options.batch}: "
-        f"pictures/s {middle}, ratio {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-    )
+    print(f"{len(files)} pictures at {options.size} px, {options.threads} thread(s), batch {options.batch}: {middle}")
+    for what, values in (("pictures per second", ratios), ("CPU seconds of all threads", work)):
+        print(f"ratio of {what}: {statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})")
 
 
 def pair(folder: Path, files: list[Path], options: argparse.Namespace) -> tuple[Path, torch.nn.Module]:

@@ -104,3 +104,11 @@ def test_the_small_recipes_have_none_on_the_set_that_they_are_for(data_dir, name
     recipe = load_recipe(name)
     if recipe.pretraining is None and recipe.stepwise is None:
         assert notes(recipe, data_dir / "fod31-lt" / "train.json") == []
+
+
+def test_pictures_without_a_partner_are_told_to_bags(tiny_recipe, tiny_set):
+    alone = even(tiny_recipe, "sampler=plain", "loss=bags", "schedule.batch=4", "schedule.accumulation=4")
+    (note,) = notes(alone, tiny_set[0])
+    assert "loss bags: a process has one picture at a time" in note and "schedule.accumulation" in note
+    assert notes(even(tiny_recipe, "sampler=plain", "loss=bags", "schedule.accumulation=2"), tiny_set[0]) == []
+    assert notes(even(tiny_recipe, "sampler=plain", "loss={name: bags, per: process}"), tiny_set[0]) == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,10 +14,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tailfin.data.dataset import TrainingDataset, open_source, unchecked_note
+from tailfin.data.dataset import Source, TrainingDataset, open_source, unchecked_note
 from tailfin.data.index import AnnotationIndex
 from tailfin.data.smooth_tail import ALL, PlannedStep, planned_steps
 from tailfin.errors import printable
+from tailfin.files import writing
 from tailfin.inference import check_kinds, check_validation
 from tailfin.memory import TrainingMemory, training_memory, watched_step
 from tailfin.methods.plan import StageModel, stage_models
@@ -42,8 +44,11 @@ def show_plan(recipe: Recipe, out: Path | None, *, overwrite: bool = False) -> N
     check_trackers(recipe)
     train = open_source(recipe.data.train, recipe.data.root, "train")
     stats = ClassStats.from_index(train.index, group_bounds=recipe.evaluation.group_bounds)
+    both = 0
     if recipe.data.val.annotations:
-        check_validation(stats, open_source(recipe.data.val, recipe.data.root, "val").index, recipe.evaluation.iou)
+        val = open_source(recipe.data.val, recipe.data.root, "val")
+        check_validation(stats, val.index, recipe.evaluation.iou)
+        both = len(picture_files(train) & picture_files(val))
     made, memories = [], []
     for stage in stage_models(recipe, train, stats):
         check_kinds(stage.detector, recipe.evaluation.iou, "evaluation.iou")
@@ -100,12 +105,21 @@ def show_plan(recipe: Recipe, out: Path | None, *, overwrite: bool = False) -> N
         f"{memory.activations / 2**30:.2f} for {rates_of.batch // rates_of.accumulation} images in float32",
     )
     picture = Path(f"{out}-dry-run.jpg") if out is not None else Path("dry-run.jpg")
-    picture.parent.mkdir(parents=True, exist_ok=True)
-    _batch_picture(first, list(stats.names)).save(picture, quality=90)
+    with writing(picture):
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        _batch_picture(first, list(stats.names)).save(picture, quality=90)
     row("first batch", str(picture))
     for note in stage_notes(recipe, dataset, stats):
         row("warning", note)
+    if both:
+        row("warning", f"{both} of the training pictures are validation pictures, too: they measure nothing learnt")
     Console().print(table)
+
+
+def picture_files(source: Source) -> set[str]:
+    """The files of a set's pictures, without looking whether they are there."""
+    folder = os.path.realpath(source.images)
+    return {os.path.join(folder, source.index.file_name(row)) for row in range(len(source.index))}  # noqa: PTH118
 
 
 def picture_size(data: Data, index: AnnotationIndex, first: list[tuple[torch.Tensor, dict[str, torch.Tensor]]]) -> str:
@@ -147,7 +161,7 @@ def planned_stages(
     settings, later = recipe.stepwise, {}
     if settings is not None:
         parts = class_parts(recipe, stats)
-        later = {step.name: step for step in planned_steps(settings, parts)}
+        later = {step.name: step for step in planned_steps(settings, parts, stats.instance_count)}
         if settings.base == "head":
             kept = (parts == 0)[whole.source.index.labels]
             whole = TrainingDataset(whole.source, recipe.data, recipe.seed, kept=kept)

@@ -28,6 +28,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tailfin.checkpoint import load_resume_point, save_resume_point
 from tailfin.data.dataset import TrainingDataset, training_loader
 from tailfin.errors import UserError
+from tailfin.models.detector import Detector
 from tailfin.progress import Progress
 from tailfin.samplers.plan import BatchPlan
 from tailfin.schedule import Curve, build_optimizer, learning_rate
@@ -38,6 +39,7 @@ from tailfin.training_log import TrainingLog, all_skipped
 
 Step = Callable[[nn.Module, list[Tensor], list[dict[str, Tensor]]], dict[str, Tensor]]
 Evaluate = Callable[[nn.Module, int], dict[str, Any]]  # (model, iteration) -> metrics; called on every process
+COMPILER: dict[str, Any] = {}  # options of torch.compile
 DIVERGED = 1e6  # no weight of a detector that trains comes near it
 
 
@@ -77,6 +79,8 @@ def fit(accelerator: Accelerator, stage: Stage) -> nn.Module:
     average = None
     if schedule.ema is not None:  # copied before Accelerate wraps the model's forward
         average = AveragedModel(plain, multi_avg_fn=moving_average(schedule.ema), use_buffers=True)
+    if schedule.compile:
+        compile_backbones(plain)
     model, optimizer = accelerator.prepare(plain, build_optimizer(plain, schedule))
     start, best, skipped_before = _restore(accelerator, stage, plain, optimizer, average)
     log = TrainingLog(accelerator, stage.name, stage.folder, stage.plan, recipe, start)
@@ -178,6 +182,13 @@ def fit(accelerator: Accelerator, stage: Stage) -> nn.Module:
     accelerator.wait_for_everyone()
     accelerator.free_memory()  # the optimiser's state, which the accelerator would hold through later stages
     return average.module if average is not None else plain
+
+
+def compile_backbones(model: nn.Module) -> None:
+    """Let torch.compile have the backbone, and its pyramid, of every detector in a model; names of weights stay."""
+    for module in model.modules():
+        if isinstance(module, Detector):
+            module.backbone.compile(**COMPILER)
 
 
 def moving_average(decay: float) -> Callable[[Any, Any, Any], None]:

@@ -11,6 +11,7 @@ here, and what has no partner is said::
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -55,8 +56,9 @@ def join_classes(
     `aliases` has further names of some of `names`, which count where `others` lacks the name itself; the first of them
     that is there does.
     """
-    place = {name: row for row, name in reversed(list(enumerate(others)))}
-    known = ([name, *(aliases or {}).get(name, ())] for name in names)
+    backwards = list(reversed(list(enumerate(others))))
+    place = {composed(name): row for row, name in backwards} | {name: row for row, name in backwards}
+    known = ([name, composed(name), *(aliases or {}).get(name, ())] for name in names)
     rows = [next((place[name] for name in own if name in place), -1) for own in known]
     return ClassJoin(tuple(names), tuple(others), np.array(rows, np.int64))
 
@@ -64,6 +66,11 @@ def join_classes(
 def listed(names: Sequence[str]) -> str:
     """`"a", "b", "c", ...` for a message."""
     return ", ".join(f'"{name}"' for name in names[:LISTED]) + (", ..." if len(names) > LISTED else "")
+
+
+def composed(name: str) -> str:
+    """The name with letters and their marks as one character each; macOS writes them apart."""
+    return name if name.isascii() else unicodedata.normalize("NFC", name)
 
 
 def plain_name(name: str) -> str:
@@ -78,7 +85,7 @@ class PictureNames:
     """The pictures of one file, to be found by names that may have more or fewer folders, or no suffix."""
 
     def __init__(self, names: Sequence[str | None]) -> None:
-        self.names = [None if not name else plain_name(name) for name in names]
+        self.names = [None if not name else composed(plain_name(name)) for name in names]
         self._by_base: dict[str, list[int]] = {}
         self._by_stem: dict[str, list[int]] = {}
         for row, name in enumerate(self.names):
@@ -98,7 +105,7 @@ class PictureNames:
         The more folders agree the better; a name without a suffix is joined by the stem. URL escapes (`%20`) are read
         where the name as it stands is nowhere.
         """
-        wanted = plain_name(name)
+        wanted = composed(plain_name(name))
         rows = self._among(wanted, self._by_base, whole=True) or self._among(wanted, self._by_stem, whole=False)
         if not rows and "%" in wanted and unquote(wanted) != wanted:
             return self.find(unquote(wanted))

@@ -25,12 +25,18 @@ PREFIXES = {"train": "", "representation": "", "base": "", "classifier": "second
 EVEN = 3.0  # imbalance below which nothing has to be repeated, as `data stats` says
 
 
-def plan_notes(stage: Stage[Recipe], plan: BatchPlan) -> list[str]:
-    """Lines about a stage of a recipe and the order of its pictures; the steps of step-wise learning have none."""
+def plan_notes(stage: Stage[Recipe], plan: BatchPlan, processes: int = 1) -> list[str]:
+    """Lines about a stage of a recipe and the order of its pictures, trained by so many processes; the steps of
+    step-wise learning have none."""
     if stage.name not in PREFIXES:
         return []
     prefix, recipe = PREFIXES[stage.name], stage.recipe
-    found = (_sampler_note(plan, prefix), _warmup_note(recipe, plan, prefix), _flip_note(recipe, plan))
+    found = (
+        _sampler_note(plan, prefix),
+        _warmup_note(recipe, plan, prefix),
+        _flip_note(recipe, plan),
+        _pairs_note(recipe, prefix, processes),
+    )
     return [note for note in found if note]
 
 
@@ -83,4 +89,16 @@ def _flip_note(recipe: Recipe, plan: BatchPlan) -> str | None:
     return (
         f"data.flip={recipe.data.flip:g} mirrors pictures and keeps their classes, of which {listed(names)} "
         f"{'has' if len(names) == 1 else 'have'} a side in the name: data.flip=0 turns it off"
+    )
+
+
+def _pairs_note(recipe: Recipe, prefix: str, processes: int) -> str | None:
+    """BAGS' means are over every two pictures of a call; a picture that is alone has one to itself."""
+    schedule, loss = recipe.schedule, recipe.loss
+    pictures = schedule.batch // (schedule.accumulation * processes)
+    if loss.name != "bags" or loss.options.get("per", "batch") != "batch" or pictures != 1:
+        return None
+    return (
+        "loss bags: a process has one picture at a time, so its means are over one and not over two, and few of them "
+        f"have rows of a rare bin: a larger {prefix}schedule.batch, or a smaller {prefix}schedule.accumulation"
     )

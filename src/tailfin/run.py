@@ -143,7 +143,7 @@ class Run:
                 f"stage {name}: {len(dataset.rows())} images, {plan.iterations} iterations of {recipe.schedule.batch}, "
                 f"{self.stats.num_classes} classes, loss {recipe.loss.name}, sampler {recipe.sampler.name}"
             )
-            odd = plan_notes(replace(planned, recipe=recipe), plan)
+            odd = plan_notes(replace(planned, recipe=recipe), plan, self.accelerator.num_processes)
             rate = recipe.schedule.rate_told()
             for note in (rate, about_masks, unchecked_note(self.train, recipe.data), *odd):
                 if note:

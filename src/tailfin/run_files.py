@@ -38,11 +38,13 @@ _RUN = (
     "metrics.json",
     "report.html",
     "exemplars.json",
-    "auto.json",  # these five by `tailfin train auto`
+    "auto.json",  # these seven by `tailfin train auto`
     "calibrated.safetensors",
     "calibration.json",
     "model.onnx",
     "model.pt2",
+    "model.xml",
+    "model.bin",
 )
 # annotations in another form than COCO's, converted, and pictures of a hub's data set
 DATA = re.compile(r"data/(train|val|holdout|test)(\.json|/\d+\.\w+)")

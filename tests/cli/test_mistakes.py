@@ -449,3 +449,21 @@ def test_broken_results(tailfin, tiny_set, tmp_path):
     results.write_text(json.dumps([{"image_id": 1, "category_id": 3, "bbox": [0, 0, 4, 4], "score": 0.5}]))
     outcome = tailfin("evaluate", "--results", results, "--annotations", tiny_set[1])
     assert_mistake(outcome, results, "image_id 1")
+
+
+def test_outputs_below_a_file_are_one_message(tailfin, trained, tiny_recipe, tiny_set, tmp_path, picture):
+    file = tmp_path / "file.txt"
+    file.write_text("x")
+    train = ("train", tiny_recipe, "--train", tiny_set[0])
+    for words in (
+        (*train, "--out", file / "run"),
+        (*train, "--dry-run", "--out", file / "run"),
+        ("data", "merge", tiny_set[0], "--out", file / "new.json"),
+        ("data", "convert", tiny_set[0], file / "new", "--to", "yolo"),
+        ("predict", trained, picture, "--out", file / "p.json"),
+        ("predict", trained, picture, "--out", tmp_path / "p.json", "--draw", file / "drawn"),
+        ("calibrate", trained, "--undo", "--out", file / "m.safetensors"),
+        ("export", trained, "--out", file / "m.pt2"),
+    ):
+        assert str(file) in tailfin(*words).error, words
+    assert file.read_text() == "x"

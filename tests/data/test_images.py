@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from tailfin.data.images import read_header, read_image
+from tailfin.data.images import read_header, read_image, value_range
 from tailfin.errors import UserError
 
 # left half (200, 100, 50), right half black: turns and mirrors show
@@ -78,6 +79,30 @@ def test_a_tiff_whose_colours_pillow_would_read_from_the_wrong_places_is_refused
         UserError, match="fewer samples of colour than of light, which Pillow cannot read: save it as RGB"
     ):
         read_image(path)
+
+
+@pytest.mark.parametrize("channels", [2, 3, 4])
+def test_colours_of_sixteen_bits_are_scaled_by_their_own_depth(tmp_path: Path, channels: int) -> None:
+    values = np.zeros((4, 6, channels), np.uint16)
+    values[..., 0], values[..., -1] = np.arange(0, 4095, 171).reshape(4, 6), 65535
+    if channels == 3:
+        values[..., 2] = 4095
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return len(data).to_bytes(4, "big") + name + data + zlib.crc32(name + data).to_bytes(4, "big")
+
+    kind = {2: 4, 3: 2, 4: 6}[channels]
+    head = (6).to_bytes(4, "big") + (4).to_bytes(4, "big") + bytes([16, kind, 0, 0, 0])
+    path = tmp_path / "deep.png"
+    parts = [chunk(b"IHDR", head), chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b"")]
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
+    picture = read_image(path, width=6, height=4)
+    expected = np.rint(values[..., 0] * (255 / 4095)).astype(np.uint8)
+    assert picture.shape == (4, 6, 3) and np.array_equal(picture[..., 0], expected)
+    assert read_header(path).mode.endswith(";16") and value_range(path) == (0, 4095 if channels == 3 else 3933)
+    brighter = read_image(path, value_range=(0, 2000))
+    assert brighter[..., 0].max() == 255
 
 
 def test_alpha_is_dropped_not_blended(tmp_path: Path) -> None:

@@ -237,6 +237,20 @@ def test_average_of_the_weights(train, monkeypatch):
     assert not torch.allclose(found, history[-1], atol=1e-5)
 
 
+def test_compiled_backbones_change_nothing_but_the_way(train, monkeypatch):
+    """By torch.compile's front end alone, whose graphs are run as they are: the same weights under the same names."""
+    graphs = []
+
+    def run_as_it_is(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(engine, "COMPILER", {"backend": run_as_it_is})
+    straight, compiled = train("straight"), train("compiled", {"schedule.compile": True, "schedule.ema": None})
+    assert graphs
+    assert equal(straight, compiled)
+
+
 def test_several_iterations_per_line(train):
     every, thirds = train("every"), train("thirds", {"logging.every": 3})
     assert equal(every, thirds)

@@ -68,7 +68,7 @@ def test_every_object_goes_somewhere_and_parts_change_nothing(monkeypatch):
     others = np.array([sum(number for _, number in row) for row in whole["taken_for"]])
     np.testing.assert_array_equal(whole["found"] + whole["missed"] + others, whole["num_gt"])
     assert others.sum() > 3 and whole["found"].sum() > 3
-    monkeypatch.setattr(overlaps, "PAIRS", 7)
+    monkeypatch.setattr(overlaps, "NEAR_PAIRS", 7)
     parts = confusion(document(objects), predictions)
     assert parts["taken_for"] == whole["taken_for"]
     np.testing.assert_array_equal(parts["found"], whole["found"])

@@ -177,7 +177,7 @@ def test_perfect_shifted_and_far_detections(inputs):
 
 def test_in_parts(inputs, monkeypatch):
     whole = error_types(*inputs("eval_crowd"), duplicates="location", top=50)
-    monkeypatch.setattr(overlaps, "PAIRS", 7)
+    monkeypatch.setattr(overlaps, "NEAR_PAIRS", 7)
     parts = error_types(*inputs("eval_crowd"), duplicates="location", top=50)
     np.testing.assert_array_equal(parts["type_per_detection"], whole["type_per_detection"])
 

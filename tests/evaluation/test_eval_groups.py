@@ -130,3 +130,19 @@ def test_training_file(tmp_path: Path) -> None:
     assert groups(truth(*[{}] * 3), train_counts=path) == groups(truth(*[{}] * 3), train_counts=counts) == "rr-"
     with pytest.raises(UserError, match="no-such-file.json"):
         evaluate(truth({}), [], train_counts=tmp_path / "no-such-file.json")
+
+
+def test_coco_lt_groups_of_masks() -> None:
+    """Masks have groups of their own: a class with right boxes and wrong masks counts in the boxes alone."""
+    document = truth(*({"instance_count": n} for n in (19, 399, 400, 8000, 9000)))
+    left, top, width, height = BOX
+    whole = [[left, top, left + width, top, left + width, top + height, left, top + height]]
+    sliver = [[left, top, left + width, top, left + width, top + 6]]  # a tenth of it
+    for annotation in document["annotations"]:
+        annotation |= {"segmentation": whole, "area": width * height, "iscrowd": 0}
+    results = [{**one, "segmentation": whole} for one in found(1, 2, 4)]
+    results += [{**one, "segmentation": sliver} for one in found(3, 5)]
+    metrics = evaluate(document, results, "groups", ("bbox", "segm"))
+    assert [metrics["bbox"][f"AP{k}"] for k in range(1, 5)] == pytest.approx([1, 1, 1, 1])
+    assert [metrics["segm"][f"AP{k}"] for k in range(1, 5)] == pytest.approx([1, 1, 0, 0.5])
+    assert metrics["segm"]["AP"] == pytest.approx(3 / 5)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tailfin import losses
 from tailfin.errors import UserError
+from tailfin.stats import ClassStats
 
 # every loss, and forms that take another path
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -124,7 +125,7 @@ def test_a_loss_lists_the_facts_that_it_takes(name, stats_of):
     """A detector fills what is listed in `row_facts` and nothing else."""
     code = type(losses.build(name, stats_of(np.array([20, 10])))).loss.__code__
     keywords = code.co_varnames[3 : code.co_argcount]  # after self, logits, labels
-    known = {"gt_index", "memory", "quality", "iter_id", "normalizer", "picture"}
+    known = {"gt_index", "memory", "quality", "iter_id", "normalizer", "picture", "pictures"}
     assert set(losses.LOSSES[name].row_facts) == known & set(keywords)
 
 
@@ -182,3 +183,16 @@ def test_all_classes_known_changes_nothing(build):
         torch.manual_seed(1)
         values.append(build(np.arange(1, 13))(logits, labels, **keywords).item())
     assert values[0] == values[1]
+
+
+@pytest.mark.parametrize("name", ["bags", "fedloss"])
+def test_a_stated_number_of_pictures_changes_nothing(name):
+    stats = ClassStats(image_count=[50, 5, 500], instance_count=[60, 6, 900], num_images=600)
+    loss = losses.build(name, stats, **({"num_classes": 2} if name == "fedloss" else {}))
+    logits = torch.randn(12, loss.num_logits, generator=torch.Generator().manual_seed(0))
+    labels, picture = torch.arange(12) % 4, torch.arange(12) // 3
+    values = []
+    for more in ({}, {"pictures": 4}):
+        torch.manual_seed(1)
+        values.append(loss(logits, labels, picture=picture, **more))
+    assert torch.equal(*values)

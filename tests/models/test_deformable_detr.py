@@ -159,6 +159,36 @@ def test_both_ways_of_sampling_agree(shapes, monkeypatch):
         torch.testing.assert_close(dense, grid, atol=2e-4, rtol=1e-4)
 
 
+def test_sampling_keeps_its_inputs_alone(monkeypatch):
+    """Formula by gradcheck; for backward nothing is kept but value, places and weights."""
+    monkeypatch.setattr("tailfin.models.deformable_attention.DENSE_TOKENS", 0)
+    generator = torch.Generator().manual_seed(0)
+    options = {"generator": generator, "dtype": torch.float64}
+    shapes = [(5, 4), (3, 2)]
+    value = torch.randn((2, 26, 2, 2), **options).requires_grad_()
+    places = (torch.rand((2, 3, 2, 2, 2, 2), **options) * 1.2 - 0.1).requires_grad_()
+    weights = torch.rand((2, 3, 2, 2, 2), **options).requires_grad_()
+    assert torch.autograd.gradcheck(lambda *given: sample(given[0], shapes, *given[1:]), (value, places, weights))
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.data_ptr()), lambda tensor: tensor):
+        sample(value, shapes, places, weights)
+    assert set(kept) <= {tensor.data_ptr() for tensor in (value, places, weights)}
+
+
+def test_layers_computed_again_give_the_same_gradients():
+    """Dropout too: the second pass draws what the first one drew."""
+    found = []
+    for checkpointing in (False, True):
+        model = tiny_model(checkpointing=checkpointing, dropout=0.1).train()
+        torch.manual_seed(1)
+        losses = model(IMAGES, TARGETS)
+        sum(losses.values()).backward()
+        found.append({name: own.grad for name, own in model.named_parameters() if own.grad is not None})
+    assert found[0].keys() == found[1].keys()
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(gradient, found[1][name], msg=name)
+
+
 # ---- the start -------------------------------------------------------------------------------------------------------
 
 

@@ -8,6 +8,7 @@ import signal
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional as F
 from torchvision.ops import box_iou
 
 import tailfin
@@ -17,6 +18,7 @@ from tailfin.models import build_detector
 from tailfin.models.assigners import atss, atss_batch, max_iou, max_iou_batch, pad_targets
 from tailfin.models.dense import Matched, Outputs
 from tailfin.models.dense_head import starting_bias
+from tailfin.models.dense_ops import flatten_map
 from tailfin.models.detections import FIRST_CANDIDATES, best_detections, nms_per_class
 from tailfin.models.detector import Limits
 from tailfin.models.transfer import Transfer
@@ -328,3 +330,19 @@ def test_outputs_can_be_made_of_features(name):
         found, wanted = model.from_features(levels, images), model.outputs(batch()[0])
     assert isinstance(found, Outputs)
     assert all(torch.equal(own, other) for own, other in zip(found.logits, wanted.logits, strict=True))
+
+
+def test_the_classifier_keeps_its_layout_through_loading():
+    """Logits then come cell by cell and anchor by anchor: rows of a level are a view of its map."""
+    recipe = check_recipe({"backbone": "resnet18", "detector": DETECTORS["retinanet"], "loss": "focal"}, "test")
+    model, _ = build_detector(recipe, STATS, start=False)
+    state = {key: value.clone(memory_format=torch.contiguous_format) for key, value in model.state_dict().items()}
+    model.load_state_dict(state)
+    last = model.head.classifier
+    assert last.weight.is_contiguous(memory_format=torch.channels_last)
+    level = torch.randn(2, 32, 6, 9)
+    with torch.no_grad():
+        (logits,), _, _ = model.head([level])
+        plain = F.conv2d(model.head.class_tower(level), last.weight.contiguous(), last.bias, padding=1)
+    torch.testing.assert_close(logits, plain)
+    assert flatten_map(logits, STATS.num_classes).data_ptr() == logits.data_ptr()

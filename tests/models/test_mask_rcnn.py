@@ -334,7 +334,7 @@ def test_probabilities_in_parts(monkeypatch):
     boxes = [torch.tensor([[0.0, 0, 30, 40], [5, 5, 90, 80]]), torch.tensor([[8.0, 8, 64, 64]])]
     labels, sizes = torch.tensor([0, 2, 1]), [(128, 128)] * 2
     whole = branch.probabilities(features, boxes, labels, sizes)
-    monkeypatch.setattr("tailfin.models.heads.mask.CHUNK", 1)
+    monkeypatch.setattr("tailfin.models.heads.mask.CPU_CHUNK", 1)
     torch.testing.assert_close(branch.probabilities(features, boxes, labels, sizes), whole)
     assert branch.probabilities(features, [boxes[0][:0], boxes[1][:0]], labels[:0], sizes).shape == (0, 28, 28)
 

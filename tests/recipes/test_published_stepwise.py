@@ -8,7 +8,7 @@ import torch
 from tailfin import ClassStats, recipes
 from tailfin.cli.recipes import _recipe_facts
 from tailfin.config import load_recipe
-from tailfin.data.smooth_tail import divide, planned_steps
+from tailfin.data.smooth_tail import divide, divide_by_rank, planned_steps
 from tailfin.methods.stepwise import freeze_but
 from tailfin.models import build_detector
 from tailfin.models.transfer import Transfer
@@ -123,9 +123,14 @@ def test_small_recipe_takes_its_steps(name):
     picture = torch.rand(3, 96, 96, generator=torch.Generator().manual_seed(0))
     boxes = torch.tensor([[8.0, 8.0, 60.0, 60.0], [30.0, 20.0, 90.0, 90.0]])
     target = {"boxes": boxes, "labels": torch.tensor([0, 2])}
-    parts = divide(stats.image_count, recipe.stepwise.division)
-    assert parts.tolist() == [0, 0, 1]
-    for step in planned_steps(recipe.stepwise, parts):
+    settings = recipe.stepwise
+    if settings.parts == "rank":
+        settings = settings.model_copy(update={"division": (1, 2)})  # of three classes
+        parts = divide_by_rank(stats.instance_count, settings.division)
+    else:
+        parts = divide(stats.image_count, settings.division)
+        assert parts.tolist() == [0, 0, 1]
+    for step in planned_steps(settings, parts, stats.instance_count):
         own = step_recipe(recipe, step.config)
         torch.manual_seed(0)
         (model, _), (teacher, _) = (build_detector(own, stats, start=False) for _ in range(2))

@@ -305,7 +305,8 @@ def test_plain_list_is_short():
         else:
             named += [f"{file}{word}" for word in words]
     assert tuple(named) == recipes.names()
-    assert lines[-1].startswith(f"{len(named)} recipes in {len(recipes.files())} files, 311 published rows; ")
+    counted = f"{len(named)} recipes in {len(recipes.files())} files, 311 published rows (300 can be run); "
+    assert lines[-1].startswith(counted)
 
 
 def test_list_filters():
@@ -343,6 +344,22 @@ def test_show_tells_what_a_row_is():
         assert fact in shown
     assert "recipe: lvis_v1/faster_rcnn_r50; overrides: sampler=rfs" in shown
     assert "row bacl/XIII/rfs/lvis_v1/r50: AP 24.2" in run("show", "lvis_v1/faster_rcnn_r50").output
+
+
+def test_rows_that_share_a_stage_say_so():
+    """BAGS and ACSL train on one representation, BACL on another; a row of one stage shares none."""
+    bags = run("show", "bacl/XIII/bags/lvis_v1/r50").output
+    shared = next(line for line in bags.splitlines() if "--stage1 RUN" in line)
+    assert "stage 1 (representation) is the same in" in shared
+    assert "bacl/XIII/acsl/lvis_v1/r50" in shared and "2drcl/3a/bags/lvis_v1/r50" in shared
+    assert "/bacl/lvis_v1" not in shared and "r101" not in shared and "lvis_v0.5" not in shared
+    assert "--stage1" not in "".join(
+        line for line in run("show", "bacl/XIII/seesaw/lvis_v1/r50").output.splitlines() if line.startswith("#")
+    )
+
+
+def test_the_plain_list_counts_the_rows_that_can_be_run():
+    assert "311 published rows (300 can be run); search: " in run("list").output
 
 
 def test_show_of_a_blocked_row_gives_its_facts_and_reason():

@@ -48,6 +48,11 @@ def opened(text: str, folder: Path, *flags: str) -> tuple[dict[str, Any], list[s
     """What the script saw, and what the page wrote to the console."""
     file = folder / "page.html"
     file.write_text(str(text).replace("</body>", f"{LOOK}</body>"))
+    return look(file, folder, *flags)
+
+
+def look(file: Path, folder: Path, *flags: str) -> tuple[dict[str, Any], list[str]]:
+    """What the script of a file left in the document, and what was written to the console."""
     command = [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
     command += [
         f"--user-data-dir={folder / 'profile'}",
@@ -78,3 +83,48 @@ def test_names_stay_text_in_a_browser(make_data: Callable, make_run: Callable, t
     text = build_report([make_run("one", data)])
     seen, console = opened(text, tmp_path, "--window-size=1300,900")
     assert console == [] and seen["before"][0] in data.names and len(seen["sorted"]) == 2
+
+
+NARROW = """
+<!doctype html><html><body><iframe id="page" width="390" height="844"></iframe><script>
+const frame = document.getElementById("page");
+frame.srcdoc = TEXT;
+const boxes = (holder, query) => [...holder.querySelectorAll(query)].map(one => one.getBoundingClientRect())
+  .filter(box => box.width);
+const touch = (a, b) => Math.min(a.right, b.right) - Math.max(a.left, b.left) > 2
+  && Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top) > 2;
+frame.addEventListener("load", () => setTimeout(() => {
+  if (!frame.contentDocument || !frame.contentDocument.querySelector("footer")) return;  // the empty page before it
+  const inner = frame.contentDocument, seen = {overlaps: [], charts: 0, width: inner.documentElement.scrollWidth};
+  inner.querySelectorAll(".js-plotly-plot").forEach((holder, place) => {
+    seen.charts += 1;
+    const titles = boxes(holder, ".annotation-text-g text, .annotation text");
+    const marks = boxes(holder, ".ytick text, .xtick text");
+    const all = [...titles, ...boxes(holder, ".ytick text, .legendtext, .xtitle, .ytitle")];
+    all.forEach((one, i) => all.slice(0, i).forEach(other => touch(one, other) && seen.overlaps.push([place, i])));
+    titles.forEach(one => marks.forEach(mark => touch(one, mark) && seen.overlaps.push([place, "title"])));
+  });
+  inner.querySelector("[data-table]").click();
+  seen.cells = inner.querySelectorAll(".values td").length;
+  inner.querySelector("button[data-curve]").click();
+  seen.curve = !inner.getElementById("class-curve").hidden;
+  inner.querySelector("a[data-find]").click();
+  seen.filter = inner.querySelector("[data-filter=confusion-table]").value;
+  const note = document.createElement("pre"); note.id = "seen"; note.textContent = JSON.stringify(seen);
+  document.body.append(note);
+}, 2500));
+</script></body></html>
+"""
+
+
+def test_nothing_overlaps_at_390_pixels(make_data: Callable, make_run: Callable, tmp_path: Path) -> None:
+    data = make_data()
+    runs = [make_run("a first run", data), make_run("another, better one", data, ap=0.45, found=(1, 2))]
+    text = json.dumps(str(build_report(runs))).replace("</", "<\\/")
+    text = text.replace("content-visibility: auto", "content-visibility: visible")  # all sections are looked at
+    file = tmp_path / "narrow.html"
+    file.write_text(NARROW.replace("TEXT", text))
+    seen, console = look(file, tmp_path, "--window-size=1300,900", "--disable-web-security")
+    assert console == [] and seen["charts"] >= 8
+    assert seen["overlaps"] == [] and seen["width"] <= 390
+    assert seen["cells"] > 4 and seen["curve"] and seen["filter"] == "чашка"

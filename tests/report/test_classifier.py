@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -69,10 +71,6 @@ def figures(html: str) -> list[dict]:
 def numbers(values) -> list[float]:
     """Plotly's arrays: plain lists or base64."""
     if isinstance(values, dict):
-        import base64
-
-        import numpy as np
-
         return np.frombuffer(base64.b64decode(values["bdata"]), values["dtype"]).tolist()
     return values
 
@@ -117,7 +115,11 @@ def test_indicator_of_a_run_with_fcbl(runs, indicator):
     write_model(plain, torch.ones(6), {"loss": "softmax"})
     values = {**BACL, "second": {"loss": {"name": "fcbl", "indicator": indicator}}}
     loss = write_model(bacl, torch.ones(6), values)
-    norms, shown = figures(classifier(read_runs([plain, bacl])).html)
+    norms, shown, weight = figures(classifier(read_runs([plain, bacl])).html)
+    (heat,) = weight["data"]
+    counts = np.frombuffer(base64.b64decode(heat["z"]["bdata"]), np.int8).reshape(51, 51)  # [other class, own class]
+    assert counts[20, 30] == 0 and counts[30, 20] == counts[30, 30] == 1  # less, more and as probable
+    assert counts[36, 45] == 1 and counts[34, 45] == 0  # above and below the threshold of 0.7
     assert [trace["name"] for trace in norms["data"]] == ["plain", "bacl"]
     (trace,) = shown["data"]
     expected = loss.indicator_diagonal()[[1, 4, 2, 3, 0]].tolist()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from tailfin.checkpoint import save_model
+from tailfin.checkpoint import load_model_file, save_model
 from tailfin.config import load_recipe
 from tailfin.errors import UserError
 from tailfin.models import build_detector
@@ -23,9 +24,11 @@ from tailfin.report.activations import (
     spread,
     weighted_activation,
 )
+from tailfin.report.classifiers import twins
 from tailfin.report.norms import class_norms, trend
 from tailfin.report.runs import read_runs
 from tailfin.report.sections.fed import fed
+from tailfin.report.sections.steps import steps
 from tailfin.stats import ClassStats
 
 
@@ -115,3 +118,28 @@ def test_what_the_sampler_fed(make_data: Callable, make_run: Callable, parse_pag
     assert int(shown) > batch and int(number) == 2 * int(shown)
     (data.root / "val.json").unlink()
     assert fed(read_runs([plain])) is None
+
+
+def test_twins_point_the_same_way() -> None:
+    rows = np.array([[1.0, 0, 0], [0, 5, 0], [0.9, 0.2, 0], [0, 1, 0.3]])
+    assert twins(rows).tolist() == [2, 3, 0, 1]  # length does not matter
+
+
+def test_shift_of_classifier_rows_between_steps(trained: Path, parse_page: Callable) -> None:
+    model = load_model_file(trained / "model.safetensors")
+    (name,) = [key for key in model.weights if key.endswith("cls_score.weight")]
+    detector, _ = build_detector(model.recipe, model.stats, start=False)
+    for number, step in enumerate(("head", "tail"), 1):
+        folder = trained / "stages" / f"{number}-{step}"
+        folder.mkdir()
+        weights = dict(model.weights)
+        if step == "tail":  # the rarest class's row is turned round and doubled
+            weights[name] = weights[name].clone()
+            weights[name][0] *= -2
+        detector.load_state_dict(weights)
+        save_model(folder / "model.safetensors", detector, model.recipe, model.stats)
+        about = {"step": step, "annotations": [6, 6, 6, 6], "images": 12, "epoch": 1, "iterations": 1, "trains": []}
+        (folder / "step.json").write_text(json.dumps(about))
+    text = parse_page(str(steps(read_runs([trained])).html)).text
+    group = [letter == model.stats.frequency[0] for letter in model.stats.frequency]
+    assert f"tail {2 / sum(group):.3f}" in text and f" {1 + 1 / sum(group):.2f}" in text

@@ -29,7 +29,7 @@ from tailfin.data.index import image_folder, open_index
 from tailfin.errors import UserError
 from tailfin.evaluation.operating import Aim, OperatingPoints, operating_points
 from tailfin.evaluation.results import ResultWriter
-from tailfin.files import existing_file
+from tailfin.files import existing_file, writing
 from tailfin.inference import category_ids_for, counts_by_id, picture_scale
 from tailfin.models.rescoring import rescorer, score_kind
 from tailfin.progress import Progress
@@ -167,7 +167,8 @@ def _plain_values(recipe: Recipe) -> Any:
 
 
 def _write(target: Path, path: Path, detector: Detector, recipe: Recipe, facts: dict[str, Any]) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
+    with writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
     save_model(target, detector.model, recipe, detector.stats, parents=[content_hash(path)], **facts)
 
 

@@ -30,7 +30,7 @@ from tailfin.evaluation.entry_names import Entry, entries_of
 from tailfin.evaluation.groups import TrainCounts
 from tailfin.evaluation.results import ResultWriter
 from tailfin.evaluation.truth import load_truth
-from tailfin.files import existing_file, read_json, write_json
+from tailfin.files import existing_file, read_json, write_json, writing
 from tailfin.joins import join_classes
 from tailfin.models.rescoring import Kind, rescorer
 from tailfin.parsing import load_typed
@@ -140,7 +140,8 @@ def calibrate_results(
     scores = rows.scores if choice.config is None else calibrated(rows, choice.config, stats, chosen_kind)
     for entry, score in zip(entries, scores.tolist(), strict=True):
         entry["score"] = round(score, 8)
-    target.parent.mkdir(parents=True, exist_ok=True)
+    with writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
     write_json(target, entries)
     return choice, chosen_kind
 

@@ -18,7 +18,7 @@ from tailfin.errors import UserError, nearest
 from tailfin.files import write_atomic
 from tailfin.recipes import Blocked, Row, Runnable
 from tailfin.schema.recipe import Recipe
-from tailfin.schema.stages import PRETRAIN, stages
+from tailfin.schema.stages import PRETRAIN, Stage, stages
 
 app = typer.Typer(help="List, show and copy recipes and published rows.", no_args_is_help=True, add_completion=False)
 
@@ -130,8 +130,10 @@ def _plain_list() -> list[str]:
         lines += [f"  {file:<38}{textwrap.shorten(title, WIDTH - 40, placeholder=' ...')}"]
         names = " ".join(f":{variant}" for variant in recipes.variants(file))
         lines += textwrap.wrap(names, WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6)
-    count = f"{len(recipes.names())} recipes in {len(recipes.files())} files, {len(recipes.rows())} published rows"
-    return [*lines, "", f"{count}; search them: tailfin recipes list WORD"]
+    rows = recipes.rows()
+    runnable = sum(isinstance(recipes.resolve(row), Runnable) for row in rows)
+    count = f"{len(recipes.names())} recipes in {len(recipes.files())} files, {len(rows)} published rows"
+    return [*lines, "", f"{count} ({runnable} can be run); search: tailfin recipes list WORD"]
 
 
 def _plain_yaml(values: dict[str, Any]) -> str:
@@ -211,9 +213,34 @@ def _row_facts(row: Row, run: Runnable | Blocked) -> list[str]:
         facts.append(f"doubt: {row.doubt}")
     if isinstance(run, Runnable):
         facts.append(f"recipe: {run.recipe}; overrides: {' '.join(run.overrides) or 'none'}")
+        first = stages(load_recipe(row.id))[0]
+        others = _rows_that_share(row, first)
+        if others:
+            facts.append(
+                f"stage 1 ({first.name}) is the same in {len(others)} more rows, a finished run of one of them takes "
+                f"its place: --stage1 RUN: {', '.join(others)}"
+            )
     else:
         facts.append(f"cannot be run, {run}")
     return facts
+
+
+def _rows_that_share(row: Row, first: Stage[Recipe]) -> list[str]:
+    """Ids of the other rows that begin with the same stage, where it is not the whole of both."""
+    alike = [
+        other
+        for other in recipes.rows()
+        if (other.dataset, other.backbone) == (row.dataset, row.backbone) and other.id != row.id
+    ]
+    found = {other.id: stages(load_recipe(other.id)) for other in alike if isinstance(recipes.resolve(other), Runnable)}
+    several = len(stages(load_recipe(row.id))) > 1
+    return [
+        name
+        for name, own in found.items()
+        if own[0].inputs == first.inputs
+        and (own[0].name == PRETRAIN) == (first.name == PRETRAIN)
+        and (several or len(own) > 1)
+    ]
 
 
 def _listed(numbers: dict[str, float]) -> str:

@@ -156,7 +156,8 @@ def _notes(index: AnnotationIndex, raw: RawColumns, headers: list[Header], folde
     if lists := negative_lists_note(index):
         yield lists
     sizes = np.stack([index.widths, index.heights], 1)[index.image_of].astype(np.float64)
-    if not raw.form_stated and (form := guess(index.boxes, sizes)) is not None:
+    form = None if raw.form_stated else guess(index.boxes, sizes)
+    if form is not None and (form.form or not clean.clipped):  # else boxes over the border are told of below
         yield form.question
     if clean.dropped:
         yield f"{_many(clean.dropped, 'box')} without area inside the image: dropped in training, kept in evaluation"
@@ -233,7 +234,7 @@ def _mask_problem(index: AnnotationIndex) -> str:
 
 def _deep_pictures(index: AnnotationIndex, headers: list[Header], folder: Path) -> Iterator[str]:
     """Which values 16-bit pictures have, by some of them, and how they are read."""
-    deep = [row for row, header in enumerate(headers) if header.mode.startswith("I;16") or header.mode == "I"]
+    deep = [row for row, header in enumerate(headers) if ";16" in header.mode or header.mode == "I"]
     ranges = []
     for row in deep[:: max(1, len(deep) // DECODED)][:DECODED]:
         try:

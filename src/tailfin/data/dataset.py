@@ -219,7 +219,7 @@ class TrainingDataset(Dataset):
         if self.config.unchecked_classes == "ignore":
             known = [self.source.index.known(own) for own in pictures]  # looked for in all that are in the picture
             target["known"] = torch.from_numpy(np.logical_and.reduce(known))
-        return image.contiguous(), {**target, "image_id": torch.tensor(row)}
+        return packed(image), {**target, "image_id": torch.tensor(row)}
 
     def _any_row(self, rng: np.random.Generator) -> int:
         rows = self.rows()
@@ -265,6 +265,11 @@ class TrainingDataset(Dataset):
     def _segmented(self) -> bool:
         """Whether every object that trains has a mask."""
         return bool((self.source.index.segmentations().kinds[self.clean.rows] > 0).all())
+
+
+def packed(image: Tensor) -> Tensor:
+    """The picture [3, H, W] in memory of its own size, channels first or last: a crop would keep that of the whole."""
+    return image if image.permute(1, 2, 0).is_contiguous() else image.contiguous()
 
 
 def seen_masks(masks: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from tailfin.errors import UserError
+from tailfin.files import writing
 
 Placing = Literal["copy", "link", "none"]
 
@@ -31,8 +32,9 @@ def staged_folder(out: str | Path, *, overwrite: bool = False) -> Iterator[Path]
             )
         if any(out.iterdir()) and not overwrite:
             raise UserError(f"{out} exists and is not empty (--overwrite replaces it)")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name or 'data'}."))
+    with writing(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name or 'data'}."))
     try:
         staged = work / "new"
         staged.mkdir()  # inside: mkdtemp's own folder is closed to other users

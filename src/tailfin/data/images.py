@@ -32,6 +32,15 @@ HEIC = (".heic", ".heif", ".hif")
 ORIENTATION = 0x0112  # EXIF tag: 1 upright, 2-4 mirrored or upside down, 5-8 turned by 90 degrees
 TIFF_WIDTH, TIFF_HEIGHT, TIFF_COMPRESSION, TIFF_PHOTOMETRIC, TIFF_SUBSAMPLING = 256, 257, 259, 262, 530  # tags
 YCBCR = 6
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # by EXIF orientation
 
 
 @dataclass(frozen=True)
@@ -112,11 +121,12 @@ def read_image(
         path: the file.
         width: what the annotation file says, in pixels; None leaves the size unchecked. `height` likewise.
         max_pixels: a larger picture is refused before it is decoded.
-        value_range: values of 16-bit and 32-bit grey pictures that become 0 and 255.
+        value_range: values of 16-bit pictures and of 32-bit grey ones that become 0 and 255.
 
     A missing, unreadable, truncated or too large picture and a size that differs are a `UserError` naming the file.
     """
     with _open(path, max_pixels) as image:
+        deep = _deep(image)
         try:
             image.load()
         except MemoryError:
@@ -129,6 +139,9 @@ def read_image(
             if problem := size_problem(header, width, height):
                 raise UserError(f"image {path}: {problem}")
             turn = turn and header.shown_size == (width, height)
+        if deep:
+            colours = Image.fromarray(_grey(_deep_values(path, image), value_range))
+            return np.array(colours.transpose(TURNS[header.orientation]) if turn else colours)
         if turn:
             ImageOps.exif_transpose(image, in_place=True)
         return to_rgb(image, value_range)
@@ -195,20 +208,42 @@ def _misread(image: Image.Image) -> str:
 
 
 def _header(image: Image.Image, *, loaded: bool) -> Header:
+    mode = f"{image.mode};16" if _deep(image) else image.mode
     try:
         if image.format == "TIFF":  # Pillow turns these itself on loading, so what counts is the size as shown
             if loaded:
-                return Header(image.width, image.height, 1, image.mode)
+                return Header(image.width, image.height, 1, mode)
             tags = image.tag_v2  # type: ignore[attr-defined]
             width, height = tags[TIFF_WIDTH], tags[TIFF_HEIGHT]
             turned = tags.get(ORIENTATION, 1) in range(5, 9)
-            return Header(*((height, width) if turned else (width, height)), 1, image.mode)
+            return Header(*((height, width) if turned else (width, height)), 1, mode)
         orientation = Image.Image.getexif(image).get(ORIENTATION, 1)  # the PNG reader's own would decode the picture
     except Exception:  # a damaged tag block turns nothing
         orientation = 1
     if not isinstance(orientation, int) or not 1 <= orientation <= 8:
         orientation = 1
-    return Header(image.width, image.height, orientation, image.mode)
+    return Header(image.width, image.height, orientation, mode)
+
+
+def _deep(image: Image.Image) -> bool:
+    """Whether a picture that is not decoded yet holds colours of 16 bits, of which Pillow keeps the upper 8."""
+    modes = [tile[3] if isinstance(tile[3], str) else (tile[3] or [""])[0] for tile in getattr(image, "tile", [])]
+    return image.mode in ("RGB", "RGBA", "RGBX", "LA") and any(";16" in str(mode) for mode in modes)
+
+
+def _deep_values(path: str | Path, image: Image.Image) -> np.ndarray:
+    """Colours of 16 bits, uint16 [H, W, 3] as stored; of other files than PNG the lower 8 are lost."""
+    if image.format == "PNG":
+        from torchvision.io import decode_png, read_file
+
+        try:
+            values = decode_png(read_file(str(path))).numpy()
+        except RuntimeError as error:
+            raise UserError(f"image {path} is damaged: {_reason(error)}") from None
+        if values.dtype == np.uint16:
+            return np.ascontiguousarray(values[: 3 if len(values) > 2 else 1].transpose(1, 2, 0).repeat(
+                1 if len(values) > 2 else 3, axis=2))  # fmt: skip
+    return np.array(image.convert("RGB")).astype(np.uint16) << 8
 
 
 def to_rgb(image: Image.Image, value_range: tuple[int, int] | None = None) -> np.ndarray:
@@ -250,9 +285,11 @@ def depth(largest: int) -> int:
 def value_range(path: str | Path, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
     """Smallest and largest value of a grey picture as stored; errors as `read_image` has them."""
     with _open(path, max_pixels) as image:
+        deep = _deep(image)
         try:
             values = np.asarray(image)
-        except MemoryError:
+            values = _deep_values(path, image) if deep else values
+        except (MemoryError, UserError):
             raise
         except Exception as error:  # a decoder of Pillow may raise anything on damaged bytes
             raise UserError(f"image {path} is damaged: {_reason(error)}") from None

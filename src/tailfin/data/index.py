@@ -12,6 +12,7 @@ workers and ranks share one copy. Everything else in the package (dataset, sampl
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -218,14 +219,18 @@ def image_path(folder: Path, name: str) -> Path:
 def other_names(name: str) -> list[str]:
     """What a `file_name` may mean beside itself.
 
-    Programs on Windows write `folder\\picture.jpg`, web tools `my%20picture.jpg`. LVIS v0.5 names its pictures as COCO
-    2014 did (`COCO_val2014_000000000139.jpg`), while COCO 2017's folders hold `000000000139.jpg`.
+    Programs on Windows write `folder\\picture.jpg`, web tools `my%20picture.jpg`, macOS letters and their marks apart.
+    LVIS v0.5 names its pictures as COCO 2014 did (`COCO_val2014_000000000139.jpg`), while COCO 2017's folders hold
+    `000000000139.jpg`.
     """
     names = []
     if "\\" in name:
         names.append(name.replace("\\", "/"))
     if "%" in name:
         names += [plain for known in [name, *names] if (plain := unquote(known)) != known]
+    if marked := [known for known in [name, *names] if not known.isascii()]:
+        forms = [unicodedata.normalize(form, known) for known in marked for form in ("NFC", "NFD")]
+        names += [other for other in dict.fromkeys(forms) if other != name and other not in names]
     old = _COCO_2014.fullmatch(name)
     if old is not None:
         names += [f"{sub}{old[1]}" for sub in ("", "train2017/", "val2017/")]

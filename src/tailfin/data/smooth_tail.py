@@ -61,6 +61,15 @@ def divide(image_count: ArrayLike, cuts: Sequence[int], boundary: str = "gt") ->
     return len(cuts) - np.searchsorted(np.sort(cuts), counts, side="left" if boundary == "gt" else "right")
 
 
+def divide_by_rank(instance_count: ArrayLike, cuts: Sequence[int]) -> NDArray[np.int64]:
+    """Part of each class by its rank, int64 [C]: 0 for the cuts[0] classes with most annotations, 1 for the next ones
+    up to cuts[1], ... Classes with equally many stay in their order."""
+    order = np.argsort(-np.asarray(instance_count), kind="stable")
+    parts = np.empty(len(order), dtype=np.int64)
+    parts[order] = np.searchsorted(np.sort(cuts), np.arange(len(order)), side="right")
+    return parts
+
+
 def per_class(parts: NDArray[np.int64], own: int, before: int, inside: int, after: int | None = None) -> NDArray:
     """Counts [C] of a step: `before` for classes of earlier parts, `inside` for part `own`, `after` for later ones.
 
@@ -106,6 +115,12 @@ def rank_exemplars(
     return Exemplars(rows[order], np.concatenate([[0], np.cumsum(sizes)]), scores[order])
 
 
+def random_scores(index: AnnotationIndex, rows: NDArray[np.int64], seed: int) -> NDArray[np.float32]:
+    """A number by chance for each annotation, the same for all of a picture: by it whole pictures are drawn."""
+    drawn = np.random.default_rng([seed, 7]).random(len(index))
+    return drawn[index.image_of[rows]].astype(np.float32)
+
+
 def choose(exemplars: Exemplars, index: AnnotationIndex, counts: NDArray[np.int64]) -> NDArray[np.bool_]:
     """Which annotations a set keeps, bool [A]: the first counts[c] exemplars of class c, all annotations for `ALL`."""
     kept = (counts == ALL)[index.labels]
@@ -115,11 +130,17 @@ def choose(exemplars: Exemplars, index: AnnotationIndex, counts: NDArray[np.int6
     return kept
 
 
-def planned_steps(settings: Stepwise, parts: NDArray[np.int64]) -> list[PlannedStep]:
-    """The steps after step 0, in order."""
+def planned_steps(
+    settings: Stepwise, parts: NDArray[np.int64], instance_count: ArrayLike | None = None
+) -> list[PlannedStep]:
+    """The steps after step 0, in order; `instance_count` [C], annotations of each class, is for balanced replay."""
     planned = []
     for name, part, step in steps(settings):
-        head, tail = _number(step.per_head_class), _number(step.per_tail_class)
+        tail = _number(step.per_tail_class)
+        if step.per_head_class == "balanced":
+            head = _mean_of(instance_count, parts == part if part >= 0 else parts > 0)
+        else:
+            head = _number(step.per_head_class)
         if part == 0:
             counts = per_class(parts, 0, head, _later(settings))
         elif part > 0:
@@ -319,6 +340,13 @@ def _positions(labels: NDArray[np.int32], classes: int) -> NDArray[np.int64]:
 def _later(settings: Stepwise) -> int:
     """Annotations of a class that has its step still before it."""
     return _number(settings.head.per_tail_class) if settings.head is not None else 0
+
+
+def _mean_of(instance_count: ArrayLike | None, own: NDArray[np.bool_]) -> int:
+    """Annotations that the classes `own` have on average, at least one."""
+    if instance_count is None or not own.any():
+        return 1
+    return max(1, round(float(np.asarray(instance_count)[own].mean())))
 
 
 def _number(count: Kept) -> int:

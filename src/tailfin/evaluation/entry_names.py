@@ -20,7 +20,7 @@ import numpy as np
 
 from tailfin.errors import UserError
 from tailfin.evaluation.truth import GroundTruth
-from tailfin.joins import PictureNames
+from tailfin.joins import PictureNames, composed
 from tailfin.parsing import Box, column, nearest_id, rows_of
 
 PICTURE_KEYS = ("file_name", "filename", "image_name", "img_name", "image_path", "image")
@@ -100,10 +100,14 @@ class _ClassNames:
         for row, name in enumerate(names):
             if name:
                 self._exact.setdefault(name, []).append(row)
-                self._folded.setdefault(name.strip().casefold(), []).append(row)
+                self._folded.setdefault(_folded(name), []).append(row)
 
     def find(self, name: str) -> list[int]:
-        return self._exact.get(name) or self._folded.get(name.strip().casefold(), [])
+        return self._exact.get(name) or self._folded.get(_folded(name), [])
+
+
+def _folded(name: str) -> str:
+    return composed(name.strip()).casefold()
 
 
 def _rows(

@@ -13,6 +13,7 @@ from tailfin.evaluation.detections import Detections
 from tailfin.evaluation.truth import GroundTruth, encode_mask
 
 PAIRS = 2**21  # compared at a time
+NEAR_PAIRS = 2**18  # by `near_boxes`: what it needs stays in the processor's cache
 
 
 class Pairs(NamedTuple):
@@ -58,6 +59,54 @@ def pairs(
         mine = np.repeat(rows[part], count)
         their = objects[np.arange(count.sum()) + np.repeat(first[part] - begin, count)]
         yield Pairs(part, begin, count, mine, their, overlap_of(mine, their))
+
+
+def near_boxes(
+    truth: GroundTruth, detections: Detections, least: float
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
+    """Detection, object and IoU of all pairs of one image whose boxes overlap by `least` (above 0) or more, by
+    detection, then annotation id. Most pairs do not overlap: they are dropped by their horizontal sides alone."""
+    boxes = detections.boxes
+    assert boxes is not None
+    objects = np.lexsort((truth.annotation_ids, truth.image_rows))
+    starts = np.searchsorted(truth.image_rows[objects], np.arange(len(truth.image_ids) + 1))
+    first = starts[detections.image_rows]
+    sizes = starts[detections.image_rows + 1] - first
+    ends = np.cumsum(sizes)
+    left, top, right, bottom = _corners(boxes)
+    its_left, its_top, its_right, its_bottom = (side[objects] for side in _corners(truth.boxes))
+    area, its_area = boxes[:, 2:].prod(axis=1), truth.boxes[objects, 2:].prod(axis=1)
+    found: list[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]] = []
+    start = 0
+    while start < len(boxes):
+        done = ends[start - 1] if start else 0
+        stop = max(start + 1, int(np.searchsorted(ends, done + NEAR_PAIRS, side="right")))
+        count = sizes[start:stop]
+        mine = np.repeat(np.arange(start, stop), count)
+        begin = first[start:stop] - (np.cumsum(count) - count)
+        theirs = np.arange(len(mine)) + np.repeat(begin, count)
+        start = stop
+        wide = np.minimum(right[mine], its_right[theirs]) - np.maximum(left[mine], its_left[theirs])
+        keep = np.flatnonzero(wide > 0)
+        mine, theirs, wide = mine[keep], theirs[keep], wide[keep]
+        high = np.minimum(bottom[mine], its_bottom[theirs]) - np.maximum(top[mine], its_top[theirs])
+        keep = np.flatnonzero(high > 0)
+        mine, theirs = mine[keep], theirs[keep]
+        shared = wide[keep] * high[keep]
+        union = area[mine] + its_area[theirs] - shared
+        iou = np.divide(shared, union, out=np.zeros_like(shared), where=union > 0)
+        keep = np.flatnonzero(iou >= least)
+        found.append((mine[keep], objects[theirs[keep]], iou[keep]))
+    if not found:
+        return np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0)
+    mine, theirs, iou = (np.concatenate(columns) for columns in zip(*found, strict=True))
+    return mine, theirs, iou
+
+
+def _corners(boxes: NDArray[np.float64]) -> tuple[NDArray[np.float64], ...]:
+    """Left, top, right and bottom of boxes xywh, each in a row."""
+    low, high = boxes[:, :2], boxes[:, :2] + boxes[:, 2:]
+    return tuple(np.ascontiguousarray(side) for side in (low[:, 0], low[:, 1], high[:, 0], high[:, 1]))
 
 
 def box_overlap(truth: GroundTruth, detections: Detections) -> Overlap:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from tailfin.errors import UserError
 from tailfin.evaluation.detections import Detections, load_detections, with_geometry
-from tailfin.evaluation.overlaps import box_overlap, crowd_share, mask_overlap, pairs
+from tailfin.evaluation.overlaps import crowd_share, mask_overlap, near_boxes, pairs
 from tailfin.evaluation.truth import GroundTruth, load_truth
 
 IOU = 0.5  # from here on a detection is on the object, where precision and recall are counted
@@ -97,11 +97,10 @@ class Reading:
         return self.near.where(wanted[self.near.detections])
 
     def _near(self, rows: NDArray[np.int64]) -> Near:
+        if self.iou_type == "bbox":
+            return Near(*near_boxes(self.truth, self.detections, LEAST))
         every = np.ones(len(self.truth.annotation_ids), dtype=bool)
-        if self.iou_type == "segm":
-            overlap = mask_overlap(self.truth, every, self.detections)
-        else:
-            overlap = box_overlap(self.truth, self.detections)
+        overlap = mask_overlap(self.truth, every, self.detections)
         parts = []
         for part in pairs(self.truth, every, self.detections, rows, overlap):
             keep = part.iou >= LEAST

@@ -21,6 +21,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -70,7 +71,7 @@ def tide(
     letters = frequencies(found.truth.categories, group_bounds, as_train_counts(train_counts))
     case = _sort_out(found, rules, LIMITS[rules] if max_dets is None else max_dets)
     classes = len(found.truth.category_ids)
-    base = case.average_precision()
+    base = case.base
     mended = {kind: case.mended(kind) for kind in (*MAIN, *SPECIAL)}
     gains = {kind: np.nan_to_num(own) - np.nan_to_num(base) for kind, own in mended.items()}
     annotated = case.objects > 0
@@ -105,10 +106,11 @@ def tide(
 
 @dataclass(frozen=True)
 class _Case:
-    """D detections in the order in which they count (image, then score), and what is wrong with each."""
+    """D detections class by class, best first (ties: image, then input order), and what is wrong with each."""
 
     labels: NDArray[np.int64]  # [D]
-    scores: NDArray[np.float64]  # [D]
+    rank: NDArray[np.int64]  # [D] by image, then score, then input order
+    places: NDArray[np.int64]  # [D] of the score among all different ones, 0 the best
     right: NDArray[np.bool_]  # [D]
     ignored: NDArray[np.bool_]  # [D] wrong, but counts neither way
     kind: NDArray[np.int64]  # [D] place in MAIN, -1 where right
@@ -122,6 +124,11 @@ class _Case:
             return self.missed
         return np.bincount(self.labels[self.kind == MAIN.index(kind)], minlength=len(self.objects))
 
+    @cached_property
+    def base(self) -> NDArray[np.float64]:
+        """AP with nothing mended."""
+        return self.average_precision()
+
     def mended(self, kind: str) -> NDArray[np.float64]:
         if kind == "Miss":
             return self.average_precision(objects=self.objects - self.missed)
@@ -129,7 +136,7 @@ class _Case:
             return self.average_precision(objects=self.objects - self.unfound)
         if kind == "FalsePos":
             own = self.average_precision(dropped=~self.right)
-            return np.where(np.isnan(self.average_precision()), np.nan, np.nan_to_num(own))  # last, but not gone
+            return np.where(np.isnan(self.base), np.nan, np.nan_to_num(own))  # last, but not gone
         own = self.kind == MAIN.index(kind)
         good = own & (self.mends >= 0)
         return self.average_precision(dropped=own & ~good, made_right=good)
@@ -141,16 +148,19 @@ class _Case:
         objects: NDArray[np.int64] | None = None,
     ) -> NDArray[np.float64]:
         """AP of each class in points of 100, float64 [C]; 0 without objects, NaN without detections as well."""
-        nothing = np.zeros(len(self.scores), dtype=bool)
+        nothing = np.zeros(len(self.labels), dtype=bool)
         dropped = nothing if dropped is None else dropped
         made_right = nothing if made_right is None else made_right
         changed = dropped.any() or made_right.any() or objects is not None
         number = self.objects if objects is None else objects
         labels = np.where(made_right, self.mends, self.labels)
         rows = np.flatnonzero((~self.ignored | made_right) & ~dropped)
-        # of equal scores the wrong detections come first once anything is mended, as in tidecv
-        later = self.right[rows] if changed else np.zeros(len(rows), dtype=bool)
-        rows = rows[np.lexsort((later, -self.scores[rows], labels[rows]))]
+        if changed:  # of equal scores the wrong detections come first once anything is mended, as in tidecv
+            number_of_scores = int(self.places.max(initial=0)) + 1
+            keys = 2 * (labels[rows] * number_of_scores + self.places[rows]) + self.right[rows]
+            moved = bool((labels[rows] != self.labels[rows]).any())
+            # nearly in order already, which makes it fast
+            rows = rows[np.lexsort((self.rank[rows], keys)) if moved else np.argsort(keys, kind="stable")]
         labels, good = labels[rows], (self.right | made_right)[rows]
         starts = np.flatnonzero(np.diff(labels, prepend=-1))
         sizes = np.diff(starts, append=len(labels))
@@ -212,13 +222,16 @@ def _sort_out(found: Reading, rules: Rules, limit: int) -> _Case:
     missed = counted & ~used
     unfound = np.bincount(truth.category_rows[missed], minlength=classes)
     missed[reachable] = False
+    _, places = np.unique(-scores, return_inverse=True)
+    by_class = np.argsort(labels * (int(places.max(initial=0)) + 1) + places, kind="stable")
     return _Case(
-        labels=labels,
-        scores=scores,
-        right=right,
-        ignored=~right & _set_aside(found, rules)[order],
-        kind=kind,
-        mends=mends,
+        labels=labels[by_class],
+        rank=by_class,
+        places=places[by_class],
+        right=right[by_class],
+        ignored=(~right & _set_aside(found, rules)[order])[by_class],
+        kind=kind[by_class],
+        mends=mends[by_class],
         objects=np.bincount(truth.category_rows[counted], minlength=classes),
         unfound=unfound,
         missed=np.bincount(truth.category_rows[missed], minlength=classes),

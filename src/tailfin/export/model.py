@@ -81,9 +81,11 @@ def export(
         raise UserError(f"--out {target}: a detector for pictures of one size is written as .onnx or .xml")
     graph = Graph(detector.model, Settings(thresholds, max_dets, detector.model.limits.nms)).eval()
     described = facts(detector, thresholds, max_dets)
-    target.parent.mkdir(parents=True, exist_ok=True)
     agreement = None
-    with tempfile.TemporaryDirectory(prefix=".export-", dir=target.parent) as folder:
+    with writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = tempfile.TemporaryDirectory(prefix=".export-", dir=target.parent)
+    with temporary as folder:
         made = Path(folder) / target.name
         if target.suffix == ".pt2":
             _program(graph, made, described)

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tailfin.losses.base import PICTURES, ClassificationLoss, at_least_float32
+from tailfin.losses.base import PICTURES, ClassificationLoss, at_least_float32, counts_of
 from tailfin.stats import ClassStats
 
 
@@ -44,11 +44,12 @@ class BAGS(ClassificationLoss):
         draws: [B + 1, N] weights w of the bins' rows instead of random ones; rows are counted without the ignored ones.
         generator: where the random choice comes from otherwise; torch's own by default.
         picture: int64 [N], the picture of each row; without it all are of one.
+        pictures: how many there are; read from `picture` where it is not given.
 
     `slices` are (start, length) of the bins' logits, bin 0 first.
     """
 
-    row_facts = ("picture",)
+    row_facts = ("picture", "pictures")
     classes_first = False  # a class has its logit in its bin
     bin_label: Tensor
     column: Tensor
@@ -84,14 +85,15 @@ class BAGS(ClassificationLoss):
         draws: Any = None,
         generator: torch.Generator | None = None,
         picture: Tensor | None = None,
+        pictures: int | None = None,
     ) -> Tensor:
         targets = self.bin_label[:, labels]  # [B + 1, N] label inside each bin
-        group = torch.zeros_like(labels)
-        if picture is not None and self.per == "batch":
+        group, groups = torch.zeros_like(labels), 1
+        if picture is not None and self.per == "batch" and len(labels):
             group = picture // PICTURES
-        groups = int(group.max()) + 1 if len(labels) else 1
+            groups = int(group.max()) + 1 if pictures is None else -(-pictures // PICTURES)
         if draws is None:
-            chosen = self.choose_rows(targets, generator, group)
+            chosen = self.choose_rows(targets, generator, group, groups)
         else:
             chosen = torch.as_tensor(draws, device=logits.device)
             if chosen.shape != targets.shape:
@@ -110,7 +112,11 @@ class BAGS(ClassificationLoss):
 
     @torch.no_grad()
     def choose_rows(
-        self, targets: Tensor, generator: torch.Generator | None = None, group: Tensor | None = None
+        self,
+        targets: Tensor,
+        generator: torch.Generator | None = None,
+        group: Tensor | None = None,
+        groups: int = 1,
     ) -> Tensor:
         """bool [B + 1, N], rows that count in each bin, from the labels [B + 1, N] inside the bins; `group` int64 [N]
         are the rows among which they are chosen, by default all."""
@@ -121,7 +127,7 @@ class BAGS(ClassificationLoss):
         keys = keys.masked_fill(own, 2.0)  # "others" rows come first
         if group is None:
             group = targets.new_zeros(targets.shape[1])
-        counts = torch.bincount(group)
+        counts = counts_of(group, groups, torch.int64)
         ranks = (keys + 4 * group).argsort(dim=1).argsort(dim=1) - (counts.cumsum(0) - counts)[group]
         number = torch.zeros((len(own), len(counts)), device=keys.device).index_add_(1, group, own.to(keys.dtype))
         return own | (ranks + 1 <= self.others_sample_ratio * number[:, group])

@@ -67,8 +67,9 @@ class ClassificationLoss(ExactBuffers):
     # Keywords of `loss` that a detector fills where it knows them; others keep their default. Of each row, [N]:
     # "gt_index", its object over the batch (-1: none); "memory", whether it comes from a feature memory; "quality", the
     # IoU of its predicted box with its object (0 on background); "picture", its place in the batch, int64 (rows of no
-    # picture have one behind the last). Of all rows: "iter_id", the pass of an iterative box
-    # head that they come from; "normalizer", the number of objects, where these are matched to rows one to one.
+    # picture have one behind the last). Of all rows: "pictures", how many places there are; "iter_id", the pass of an
+    # iterative box head that they come from; "normalizer", the number of objects, where these are matched to rows one
+    # to one.
     row_facts: tuple[str, ...] = ()
 
     def __init__(self, stats: ClassStats) -> None:

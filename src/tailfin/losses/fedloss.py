@@ -66,7 +66,7 @@ class FedLoss(ClassificationLoss):
         per: "picture", or "process": the rows of a call have one draw together.
     """
 
-    row_facts: tuple[str, ...] = ("normalizer", "picture")  # and those of the base
+    row_facts: tuple[str, ...] = ("normalizer", "picture", "pictures")  # and those of the base
     weight: Tensor
 
     def __init__(
@@ -96,7 +96,7 @@ class FedLoss(ClassificationLoss):
         self.base = BASES[base](stats, **(base_options or {}))
         self.num_logits = self.base.num_logits
         self.of_objects = "normalizer" in self.base.row_facts  # divides by foreground rows
-        self.row_facts = tuple({*self.base.row_facts, "normalizer", "picture"})
+        self.row_facts = tuple({*self.base.row_facts, "normalizer", "picture", "pictures"})
         self.places = int(num_classes)
         counts = torch.from_numpy(stats.image_count).double()
         self.register_exact("weight", counts.pow(power) * (counts > 0), persistent=False)
@@ -114,17 +114,20 @@ class FedLoss(ClassificationLoss):
         generator: torch.Generator | None = None,
         normalizer: float | Tensor | None = None,
         picture: Tensor | None = None,
+        pictures: int | None = None,
         **facts: Any,
     ) -> Tensor:
         """`drawn` are negatives, int64 [K]; without them `generator`, by default torch's of the device, draws.
 
-        `picture` int64 [N] is the picture of each row; without it all are of one. `normalizer` takes the place of the
+        `picture` int64 [N] is the picture of each row; without it all are of one. `pictures` is how many there are (on
+        an accelerator, reading it back from `picture` waits). `normalizer` takes the place of the
         base's divisor (the number of objects, in Deformable DETR); `facts` are those of its rows that the base asks
         for.
         """
         if picture is None or self.per == "process" or not len(labels):
-            picture = torch.zeros_like(labels)
-        pictures = int(picture.max()) + 1 if len(labels) else 1
+            picture, pictures = torch.zeros_like(labels), 1
+        if pictures is None:
+            pictures = int(picture.max()) + 1
         present = logits.new_zeros((pictures, self.num_classes + 1), dtype=torch.bool)
         present[picture, labels] = True
         if drawn is None:

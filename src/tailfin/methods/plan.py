@@ -48,7 +48,7 @@ def stage_models(recipe: Recipe, source: Source, stats: ClassStats) -> Iterator[
     torch.manual_seed(recipe.seed)
     settings, config = recipe.stepwise, recipe.pretraining
     parts = stepwise.class_parts(recipe, stats) if settings is not None else None
-    steps = planned_steps(settings, parts) if settings is not None and parts is not None else []
+    steps = planned_steps(settings, parts, stats.instance_count) if settings is not None and parts is not None else []
     if settings is not None:
         stepwise.kept_by_files(recipe, source.index, steps)
         stepwise.given_exemplars(recipe, source.index, steps)

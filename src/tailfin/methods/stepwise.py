@@ -56,7 +56,7 @@ def train(run: Run) -> None:
     settings = run.recipe.stepwise
     assert settings is not None
     parts = class_parts(run.recipe, run.stats, run.out / "stages" / run.planned("base").folder / "model.safetensors")
-    planned = planned_steps(settings, parts)
+    planned = planned_steps(settings, parts, run.stats.instance_count)
     files = kept_by_files(run.recipe, run.train.index, planned)
     begun = on_main(run.accelerator, (run.out / "exemplars.json").exists)
     chosen = None if begun else given_exemplars(run.recipe, run.train.index, planned)
@@ -88,6 +88,13 @@ def class_parts(recipe: Recipe, stats: ClassStats, begun: Path | None = None) ->
     assert settings is not None
     if settings.parts == "images":
         return smooth_tail.divide(stats.image_count, settings.division, settings.boundary)
+    if settings.parts == "rank":
+        if settings.division[-1] >= len(stats.names):
+            raise UserError(
+                f"stepwise.division {list(settings.division)} by rank: the data have {len(stats.names)} classes, "
+                "the last cut leaves none behind it"
+            )
+        return smooth_tail.divide_by_rank(stats.instance_count, settings.division)
     if begun is not None and begun.exists():
         old = load_model_file(begun).fact("known")
     else:
@@ -134,6 +141,21 @@ def select_exemplars(
         }
         on_main(run.accelerator, lambda: smooth_tail.write_exemplars(path, given, index, parts, facts))
         run.say(f"exemplars: those of {source}")
+    elif options.order == "random":
+
+        def draw() -> None:
+            if path.exists():
+                return
+            rows = index.clean().rows
+            scores = smooth_tail.random_scores(index, rows, run.recipe.seed)
+            made = smooth_tail.rank_exemplars(
+                index, rows, scores, threshold=1.0, distinct_images=False, length=options.length
+            )
+            facts: dict[str, Any] = {**divided, "order": "random", "seed": run.recipe.seed, "length": options.length}
+            smooth_tail.write_exemplars(path, made, index, parts, facts)
+
+        on_main(run.accelerator, draw)
+        run.say("exemplars: whole pictures of each class by chance")
     elif on_main(run.accelerator, lambda: not path.exists()):
         score_annotations(
             model.to(run.accelerator.device),

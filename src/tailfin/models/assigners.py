@@ -17,7 +17,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from tailfin.losses.base import at_least_float32
 
@@ -233,16 +232,25 @@ def pad_targets(
     of objects of a picture, at least 1. No read back to the host."""
     boxes, valid = pad_boxes([target["boxes"] for target in targets], device, dtype)
     labels = [target["labels"].to(device) for target in targets]
-    return boxes, torch.stack([F.pad(own, (0, valid.shape[1] - len(own))) for own in labels]), valid
+    return boxes, _padded(labels, valid.shape[1]), valid
 
 
 def pad_boxes(boxes: Sequence[Tensor], device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """`pad_targets` without labels."""
-    boxes = [own.to(device, dtype).reshape(-1, 4) for own in boxes]
+    boxes = [own.to(device, dtype) if len(own) else torch.zeros((0, 4), device=device, dtype=dtype) for own in boxes]
     counts = torch.tensor([len(own) for own in boxes])
     most = max(1, *(len(own) for own in boxes))
-    padded = torch.stack([F.pad(own, (0, 0, 0, most - len(own))) for own in boxes])
-    return padded, (torch.arange(most) < counts[:, None]).to(device, non_blocking=True)
+    return _padded(boxes, most), (torch.arange(most) < counts[:, None]).to(device, non_blocking=True)
+
+
+def _padded(parts: Sequence[Tensor], most: int) -> Tensor:
+    """Parts [n, ...] to [B, most, ...], zeros behind each: read from one list by places that the host knows."""
+    every = torch.cat(list(parts))
+    every = torch.cat([every, every.new_zeros((1, *every.shape[1:]))])
+    counts = torch.tensor([len(own) for own in parts])
+    place = torch.arange(most)
+    place = torch.where(place < counts[:, None], place + (counts.cumsum(0) - counts)[:, None], len(every) - 1)
+    return every[place.to(every.device, non_blocking=True)]
 
 
 @torch.no_grad()

@@ -91,7 +91,7 @@ class CascadeHeads(nn.Module):
         if rows is None:
             return list(refined.split(counts))
         joined = padded(list(refined.split(counts)))
-        added = padded([own[:, None].expand(-1, 4) for own in rows.added.split(counts)]).boxes[..., 0]
+        added = padded(list(rows.added[:, None].expand(-1, 4).split(counts))).boxes[..., 0]
         return joined._replace(valid=joined.valid & ~added)
 
     def detect(self, scores: Tensor, deltas: Tensor, *rest: Any) -> Detections:

@@ -6,10 +6,12 @@ them with weights of its own. Projections run in the precision of autocast; plac
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from transformers.models.deformable_detr.modeling_deformable_detr import (
     DeformableDetrEncoderLayer,
@@ -89,20 +91,66 @@ def sample(value: Tensor, shapes: Shapes, places: Tensor, weights: Tensor) -> Te
     Returns:
         [B, Q, H * D].
     """
-    tokens, heads = value.shape[1:3]
-    if not _exporting() and value.device.type == "cpu" and tokens <= DENSE_TOKENS:
+    if not _exporting() and value.device.type == "cpu" and value.shape[1] <= DENSE_TOKENS:
         return _DenseSampling.apply(value, places, weights, shapes).transpose(1, 2).flatten(2)  # type: ignore[no-any-return]
-    grids = (2 * places - 1).transpose(1, 2).flatten(0, 1)  # [B H, Q, L, P, 2]
-    maps = value.permute(0, 2, 3, 1).flatten(0, 1)  # [B H, D, S]
-    sampled, start = [], 0
+    if _exporting():
+        return _sampled(value, places, weights, shapes)
+    return _LeanSampling.apply(value, places, weights, shapes)  # type: ignore[no-any-return]
+
+
+def _sampled(value: Tensor, places: Tensor, weights: Tensor, shapes: Shapes) -> Tensor:
+    """`sample` level by level: of one level at a time the read values [B H, D, Q, P] exist."""
+    summed = None
+    for maps, grid, own in _levels(value, places, weights, shapes):
+        read = F.grid_sample(maps, grid, padding_mode="zeros", align_corners=False)
+        level = (read * own[:, None]).sum(-1)  # [B H, D, Q]
+        summed = level if summed is None else summed + level
+    assert summed is not None
+    return summed.unflatten(0, (-1, value.shape[2])).flatten(1, 2).transpose(1, 2)
+
+
+def _levels(value: Tensor, places: Tensor, weights: Tensor, shapes: Shapes) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Per level its map [B H, D, h, w], where it is read [B H, Q, P, 2] in -1..1, and the weights [B H, Q, P]."""
+    start = 0
     for number, (height, width) in enumerate(shapes):
-        level = maps[:, :, start : start + height * width]
-        level = level.reshape(level.shape[0], level.shape[1], height, width)
-        sampled.append(F.grid_sample(level, grids[:, :, number], padding_mode="zeros", align_corners=False))
+        maps = value[:, start : start + height * width].permute(0, 2, 3, 1).flatten(0, 1)
+        grid = (2 * places[:, :, :, number] - 1).transpose(1, 2).flatten(0, 1)
+        yield maps.unflatten(2, (height, width)), grid, weights[:, :, :, number].transpose(1, 2).flatten(0, 1)
         start = start + height * width
-    own = weights.transpose(1, 2).flatten(0, 1).flatten(2)[:, None]
-    summed = (torch.cat(sampled, dim=-1) * own).sum(-1)  # [B H, D, Q]
-    return summed.unflatten(0, (-1, heads)).flatten(1, 2).transpose(1, 2)
+
+
+class _LeanSampling(torch.autograd.Function):
+    """`_sampled`, which keeps its inputs alone for backward and reads the values there once more.
+
+    Autograd would keep them for every level, [B H, D, Q, L P], twice: at 22,223 cells more than all else of a layer.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, places: Tensor, weights: Tensor, shapes: Shapes) -> Tensor:
+        ctx.save_for_backward(value, places, weights)
+        ctx.shapes = shapes
+        return _sampled(value, places, weights, shapes)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        value, places, weights = ctx.saved_tensors
+        heads = value.shape[2]
+        to_value, to_places, to_weights = torch.empty_like(value), torch.empty_like(places), torch.empty_like(weights)
+        above = upstream.unflatten(2, (heads, -1)).permute(0, 2, 3, 1).flatten(0, 1)[..., None]  # [B H, D, Q, 1]
+        start = 0
+        for number, (maps, grid, own) in enumerate(_levels(value, places, weights, ctx.shapes)):
+            read = F.grid_sample(maps, grid, padding_mode="zeros", align_corners=False)
+            to_weights[:, :, :, number] = (read * above).sum(1).unflatten(0, (-1, heads)).transpose(1, 2)
+            del read
+            to_maps, to_grid = torch.ops.aten.grid_sampler_2d_backward(
+                above * own[:, None], maps, grid, 0, 0, False, [True, True]
+            )  # bilinear, zeros outside
+            to_places[:, :, :, number] = 2 * to_grid.unflatten(0, (-1, heads)).transpose(1, 2)
+            cells = maps.shape[2] * maps.shape[3]
+            to_value[:, start : start + cells] = to_maps.flatten(2).unflatten(0, (-1, heads)).permute(0, 3, 1, 2)
+            start += cells
+        return to_value, to_places, to_weights, None
 
 
 def _sides(shapes: Shapes, like: Tensor) -> Tensor:

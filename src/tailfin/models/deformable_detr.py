@@ -10,6 +10,7 @@ is; there is no NMS.
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import warnings
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import box_convert
 from transformers import DeformableDetrConfig, ResNetConfig
@@ -95,6 +97,7 @@ class DeformableDETR(Detector):
             self.reference_points = nn.Linear(channels, 2)
         self.criterion = SetCriterion(loss, config)
         self.queries, self.refine, self.two_stage = config.queries, config.refine, config.two_stage
+        self.checkpointing = config.checkpointing
         self._reset(loss, packed=config.attention_init == "packed")
 
     def losses(self, outputs: Outputs, targets: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -159,8 +162,9 @@ class DeformableDETR(Detector):
             dim=1,
         )
         centres = torch.cat([grid(shape, ratio) for shape, ratio in zip(shapes, ratios.unbind(1), strict=True)], dim=1)
+        again = self.checkpointing and self.training and torch.is_grad_enabled()
         for layer in self.encoder:
-            memory = layer(
+            memory = (functools.partial(checkpoint, layer, use_reentrant=False) if again else layer)(
                 memory,
                 mask,
                 spatial_position_embeddings=places,

@@ -24,7 +24,7 @@ from __future__ import annotations
 import inspect
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -169,7 +169,9 @@ class DenseDetector(Detector):
         logits = flat(outputs.logits, self.class_loss.num_logits)
         facts = self.facts(matched, targets)
         if self.normalizer != "picture":
-            rows = {name: value.flatten(0, 1) for name, value in facts.items()}
+            rows: dict[str, Any] = {name: value.flatten(0, 1) for name, value in facts.items()}
+            if "pictures" in self.class_loss.row_facts:
+                rows["pictures"] = len(matched.labels)
             return self._class_term(logits.flatten(0, 1), matched.labels.flatten(), divisor[0], rows)
         terms = [
             self._class_term(own, labels, by, {name: value[number] for name, value in facts.items()})
@@ -177,7 +179,7 @@ class DenseDetector(Detector):
         ]
         return torch.stack(terms).sum()
 
-    def _class_term(self, logits: Tensor, labels: Tensor, divisor: Tensor, facts: dict[str, Tensor]) -> Tensor:
+    def _class_term(self, logits: Tensor, labels: Tensor, divisor: Tensor, facts: dict[str, Any]) -> Tensor:
         if self.takes_normalizer:
             return self.class_loss(logits, labels, normalizer=divisor, **facts)
         return self.class_loss(logits, labels, **facts) * ((labels >= 0).sum() / divisor)

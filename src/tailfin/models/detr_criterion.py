@@ -15,7 +15,7 @@ scipy solves the assignments.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -175,11 +175,13 @@ def class_losses(
     at = (pairs.layer, pairs.picture, pairs.query)
     labels = torch.full((layers, pictures, queries), loss.num_classes, device=logits.device)
     labels[at] = objects.labels[pairs.picture, pairs.object]
-    keywords = known_classes(targets, [queries] * pictures)
+    keywords: dict[str, Any] = known_classes(targets, [queries] * pictures)
     if "normalizer" in loss.row_facts:
         keywords["normalizer"] = normalizer
     if "picture" in loss.row_facts:
         keywords["picture"] = torch.arange(pictures, device=logits.device).repeat_interleave(queries)
+    if "pictures" in loss.row_facts:
+        keywords["pictures"] = pictures
     rows: dict[str, Tensor] = {}  # [L, B, Q]
     if "gt_index" in loss.row_facts:
         first = torch.tensor(np.cumsum([0, *objects.counts[:-1]]), device=logits.device)  # object of each picture

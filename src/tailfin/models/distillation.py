@@ -22,6 +22,8 @@ from torch import Tensor
 
 from tailfin.losses.base import at_least_float32
 
+TINY = 1e-12  # below a root, whose slope at 0 has no bound
+
 
 def box_masks(
     boxes: Sequence[Tensor],
@@ -91,3 +93,12 @@ def class_distillation(student: Tensor, teacher: Tensor, classes: Tensor, temper
         return student.sum() * 0.0
     divergence = (log_teacher.exp() * (log_teacher - log_student)).sum(-1)
     return divergence.flatten(1).mean(1).sum() if divergence.numel() else student.sum() * 0.0
+
+
+def logit_distance(student: Tensor, teacher: Tensor, classes: Tensor) -> Tensor:
+    """LST's distillation (Hu et al., CVPR'20): a scalar from logits [L, ..., K] of the same rows, the length of their
+    difference over the columns `classes`; layers are summed, rows averaged."""
+    gap = at_least_float32(student)[..., classes] - at_least_float32(teacher.detach())[..., classes]
+    if not gap.numel():
+        return student.sum() * 0.0
+    return (gap.square().sum(-1) + TINY).sqrt().flatten(1).mean(1).sum()

@@ -91,6 +91,28 @@ def mask_targets(
     return pooled if style == "torchvision" else (pooled >= THRESHOLD).to(boxes.dtype)
 
 
+def batch_mask_targets(
+    masks: Sequence[Tensor], boxes: Sequence[Tensor], matched: Sequence[Tensor], size: int, style: TargetStyle
+) -> Tensor:
+    """`mask_targets` of the boxes of several pictures, one after another; neighbours of one size in one computation.
+
+    Args:
+        masks: of each picture, uint8 or bool [M, H, W].
+        boxes: of each picture, [P, 4].
+        matched: of each picture, int64 [P], counted over the masks of all pictures.
+    """
+    found, start, before = [], 0, 0
+    for end in range(1, len(masks) + 1):
+        last = end == len(masks)
+        pixels = sum(own.numel() for own in masks[start : end + 1])
+        if not last and masks[end].shape[1:] == masks[start].shape[1:] and pixels <= CHUNK:
+            continue
+        together, own = torch.cat(list(masks[start:end])), torch.cat(list(matched[start:end]))
+        found.append(mask_targets(together, torch.cat(list(boxes[start:end])), size, style, matched=own - before))
+        start, before = end, before + len(together)
+    return torch.cat(found)
+
+
 def mask_loss(logits: Tensor, targets: Tensor, labels: Tensor) -> Tensor:
     """Mean binary cross-entropy over all pixels of the rows, on the channel of each row's class (Mask R-CNN, 3).
 

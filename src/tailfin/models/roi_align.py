@@ -53,11 +53,15 @@ class PyramidRoIAlign(MultiScaleRoIAlign):
         return PyramidRoIAlign(names, strides, self.output_size[0], self.sampling_ratio, self.aligned)
 
     def levels(self, boxes: Tensor) -> Tensor:
-        """int64 [..., K], the level (0 = finest) that boxes [..., K, 4] are pooled from."""
+        """int64 [..., K], the level (0 = finest) that boxes [..., K, 4] are pooled from: FPN, eq. 1, in the arithmetic
+        of torchvision's `LevelMapper` without its constants made on the host."""
         if len(self.featmap_names) == 1:
             return torch.zeros_like(boxes[..., 0], dtype=torch.int64)
-        found: Tensor = self.map_levels([boxes.reshape(-1, 4)])
-        return found.clamp(0, len(self.featmap_names) - 1).view(boxes.shape[:-1])  # of a box of NaN too
+        rule: LevelMapper = self.map_levels
+        width, height = (boxes[..., 2:] - boxes[..., :2]).unbind(-1)
+        found = (((width * height).sqrt() / rule.s0).log2() + rule.lvl0 + rule.eps).floor()
+        found = found.clamp(rule.k_min, rule.k_max).to(torch.int64) - rule.k_min
+        return found.clamp(0, len(self.featmap_names) - 1)  # of a box of NaN too
 
     def forward(
         self,
@@ -100,10 +104,13 @@ class PyramidRoIAlign(MultiScaleRoIAlign):
             )
             if len(own)
         ]
-        if len(pooled) == 1:
-            return pooled[0] if order is None else pooled[0].index_select(0, order.argsort())
-        assert order is not None
-        return torch.cat(pooled).index_select(0, order.argsort())
+        joined = pooled[0] if len(pooled) == 1 else torch.cat(pooled)
+        if order is None:
+            return joined
+        if joined.device.type != "cpu":
+            return joined.index_select(0, order.argsort())
+        rows = joined.permute(0, 2, 3, 1)  # as `_pool` lays them out; convolutions on CPUs take them so and are faster
+        return rows.index_select(0, order.argsort()).permute(0, 3, 1, 2)
 
     def _pool(self, feature: Tensor, boxes: Tensor, images: Tensor) -> Tensor:
         """Boxes [K, 4] in cells of one level [B, C, H, W] and their images [K] to [K, C, bins, bins]."""

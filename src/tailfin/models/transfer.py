@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tailfin.errors import UserError
 from tailfin.losses.base import ClassificationLoss
 from tailfin.models.detector import Compared, Detector
-from tailfin.models.distillation import box_masks, class_distillation, feature_distillation
+from tailfin.models.distillation import box_masks, class_distillation, feature_distillation, logit_distance
 from tailfin.schema.stepwise import Distillation
 
 TINY = 1e-12  # below every score that matters
@@ -65,7 +65,10 @@ class Transfer(nn.Module):
         if config.classes:
             first = 0 if config.layers == "all" else len(seen.logits) - 1
             own, wanted = (class_logits(loss, value[first:]) for value in (seen.logits, seen.taught_logits))
-            value = class_distillation(own, wanted, self.over, config.temperature)
+            if config.distance == "l2":
+                value = logit_distance(own, wanted, self.over)
+            else:
+                value = class_distillation(own, wanted, self.over, config.temperature)
             losses["loss_class_distillation"] = config.classes * value
         return losses
 

@@ -18,8 +18,9 @@ import numpy as np
 from tailfin.api import Detector, load
 from tailfin.checkpoint import content_hash
 from tailfin.errors import UserError, nearest
-from tailfin.files import existing_file
+from tailfin.files import existing_file, writing
 from tailfin.mask_encoding import decode_masks
+from tailfin.models.folding import for_inference
 from tailfin.pictures import read_pictures
 from tailfin.predicting.inputs import decoded, fetched, find_inputs, is_video
 from tailfin.predicting.shards import PIECE, Pieces, Record
@@ -105,6 +106,7 @@ def predict(
     limit_threads()
     detector = load(model, state.device if several else device)
     detector.limits()
+    for_inference(detector.model)
     options = Options(
         SCORE if score is None and detector.points is None else score,
         max_dets,
@@ -148,7 +150,8 @@ def _detect(
     left = sum(len(pieces.numbers(piece)) for piece in own)
     stems = _stems(pieces.inputs) if options.draw is not None else []
     if options.draw is not None and own:
-        options.draw.mkdir(parents=True, exist_ok=True)
+        with writing(options.draw):
+            options.draw.mkdir(parents=True, exist_ok=True)
     pictures = ((n, pieces.inputs[n]) for piece in own for n in pieces.numbers(piece) if not is_video(pieces.inputs[n]))
     ahead = 2 * options.batch + threads
     stream = decoded(pictures, detector.recipe.data, threads=threads, ahead=ahead)

@@ -12,7 +12,7 @@ import os
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
@@ -25,7 +25,7 @@ from tailfin.report.sections import SECTIONS
 from tailfin.report.sections.labels import labels_document
 from tailfin.version import __version__
 
-Method = Literal["mean", "gradcam"]  # of `tailfin.report.activations`
+METHODS: dict[str, Literal["mean", "gradcam"]] = {"mean": "mean", "gradcam": "gradcam"}  # of activation maps
 
 
 def write_report(
@@ -33,7 +33,7 @@ def write_report(
     out: str | Path | None = None,
     *,
     title: str | None = None,
-    activations: Method | None = None,
+    activations: str | None = None,
 ) -> Path:
     """Write one HTML file about one or several run directories, the first being the reference.
 
@@ -64,11 +64,11 @@ def build_report(
     *,
     title: str | None = None,
     live: bool = False,
-    activations: Method | None = None,
+    activations: str | None = None,
 ) -> str:
     """The page as text. `live` leaves Plotly's script to the server and lets the page reload itself."""
-    if activations is not None and activations not in get_args(Method):
-        raise UserError(f'--activations "{activations}" does not exist{nearest(activations, get_args(Method))}')
+    if activations is not None and activations not in METHODS:
+        raise UserError(f'--activations "{activations}" does not exist{nearest(activations, METHODS)}')
     if not runs:
         raise UserError("no run directory given: tailfin report RUN...")
     found = read_runs(runs)
@@ -76,7 +76,7 @@ def build_report(
     if activations is not None:
         from tailfin.report.sections.activations import activations as looked_at  # the detectors load slowly
 
-        sections.insert(-1, looked_at(found, activations))
+        sections.insert(-1, looked_at(found, METHODS[activations]))
     return render(
         "report.html",
         title=title or _title(found),

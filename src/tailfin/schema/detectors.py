@@ -190,6 +190,7 @@ class DeformableDETRConfig(DetectorSection):
     # losses are divided by the objects of all processes per process: at least one in the batch, or as released at least
     # one for every process
     normalizer: Literal["batch", "process"] = "batch"
+    checkpointing: bool = False  # encoder layers are computed again in backward: less memory, about a third more time
 
     @model_validator(mode="after")
     def _check(self) -> DeformableDETRConfig:

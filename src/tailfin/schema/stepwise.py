@@ -13,6 +13,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from tailfin.schema.base import Count, Fraction, NotNegative, Positive, Section, by_name
 
 Kept = Annotated[int, Field(ge=0)] | Literal["all"]  # annotations of each class
+Replayed = Kept | Literal["balanced"]  # of old classes; balanced: as many as the step's own classes have on average
 Rates = Literal["multistep", "cosine", "constant"]
 EVERYTHING = "all"  # in `trains`: every part
 
@@ -27,6 +28,8 @@ class ExemplarSelection(Section):
     # an exemplars.json of these annotations, or a run that has one, in the place of a selection by step 0; the keys
     # below are then those of that selection
     file: str = ""
+    # random: whole pictures by chance, without a look at the step-0 model, and the keys below mean nothing
+    order: Literal["score", "random"] = "score"
     score: Literal["max", "gt_class"] = "max"  # of the matched query: over all classes (released), or of its own class
     threshold: Fraction = 0.5  # first come scores above it ...
     distinct_images: bool = True  # ... from images that the class has none of yet; then plain order of scores
@@ -67,6 +70,8 @@ class Distillation(Section):
     over: Literal["head", "all"] = "head"  # classes of both distributions: those of earlier steps, or all
     layers: Literal["all", "last"] = "all"  # decoder layers of the class term
     temperature: Positive = 1.0
+    # of the class term. kl: eq. 3; l2: length of the difference of the logits (LST), without a temperature
+    distance: Literal["kl", "l2"] = "kl"
     teacher_eval: bool = True  # false: the teacher's dropout is live, as in the released code
     mask_rounding: Literal["outer", "released"] = "outer"
 
@@ -74,7 +79,7 @@ class Distillation(Section):
 class Step(Section):
     """A step on smooth-tail data."""
 
-    per_head_class: Kept  # annotations of each class of the parts before this step's own (step 1: of the head)
+    per_head_class: Replayed  # annotations of each class of the parts before this step's own (step 1: of the head)
     per_tail_class: Kept  # of each class of its own part (step 1: of all others)
     # COCO files with the annotations that the step keeps, as `tailfin data smooth-tail` writes them, in the place of
     # the two counts: one for each step of the section
@@ -104,14 +109,14 @@ class Step(Section):
 class HeadStep(Step):
     """Step 1: the expert of the head classes (3.2)."""
 
-    per_head_class: Kept = 200
+    per_head_class: Replayed = 200
     per_tail_class: Kept = 30
 
 
 class TailStep(Step):
     """Step 2: head and tail together, taught by the expert (3.3); repeated where there are more than two parts."""
 
-    per_head_class: Kept = 50
+    per_head_class: Replayed = 50
     per_tail_class: Kept = "all"
     distillation: Distillation | None = Distillation()
     epochs: Positive = 2
@@ -122,10 +127,12 @@ class TailStep(Step):
 class Stepwise(Section):
     """Step 0 on whole data, step 1 on head-dominant and step 2 on tail-dominant exemplars."""
 
-    division: Annotated[tuple[Count, ...], Field(min_length=1)] = (30,)  # image counts that part the classes
+    # image counts that part the classes; with `parts` rank numbers of classes, the most frequent ones first
+    division: Annotated[tuple[Count, ...], Field(min_length=1)] = (30,)
     boundary: Literal["gt", "ge"] = "gt"  # head has more images than the cut (released), or at least as many (text)
-    # images: the classes are parted by `division`; known: those that `weights` knows are the head, new ones the tail
-    parts: Literal["images", "known"] = "images"
+    # images: the classes are parted by `division`; rank: so are the classes by falling number of annotations; known:
+    # those that `weights` knows are the head, new ones the tail
+    parts: Literal["images", "rank", "known"] = "images"
     base: Literal["whole", "head", "given"] = "whole"  # step 0: all data, head classes alone, or `weights` as they are
     exemplars: ExemplarSelection = ExemplarSelection()
     head: HeadStep | None = HeadStep()  # null: knowledge transfer alone
@@ -138,11 +145,13 @@ class Stepwise(Section):
             raise ValueError("division must ascend")
         if self.parts == "known" and (self.base != "given" or len(self.division) > 1):
             raise ValueError("parts known is for classes added to a trained detector: base given, one cut in division")
+        if self.head is not None and self.head.per_head_class == "balanced":
+            raise ValueError("head.per_head_class balanced is for later steps: in step 1 no class is old")
         for name in ("head", "tail", "both"):
             step = getattr(self, name)
             counts = () if step is None else (step.per_head_class, step.per_tail_class)
             few = not self.exemplars.file and (step is None or not step.annotations)
-            if few and any(count != "all" and count > self.exemplars.length for count in counts):
+            if few and any(isinstance(count, int) and count > self.exemplars.length for count in counts):
                 raise ValueError(
                     f"{name} wants more annotations of a class than exemplars.length, {self.exemplars.length}"
                 )

@@ -63,6 +63,7 @@ class Schedule(Section):
     precision: Literal["auto", "no", "bf16", "fp16"] = "no"  # auto: bf16 where the device computes in it, else no
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None  # decay of an exponential moving average of the weights
     channels_last: bool = False
+    compile: bool = False  # torch.compile of backbone and pyramid; takes minutes at the start
 
     @property
     def rate(self) -> float:

@@ -13,13 +13,14 @@ from torch import Tensor, nn
 
 from tailfin.losses.base import at_least_float32
 from tailfin.models.features.base import Rows, Targets
-from tailfin.models.mask_ops import TargetStyle, mask_loss, mask_targets
+from tailfin.models.mask_ops import TargetStyle, batch_mask_targets, mask_loss
 from tailfin.models.normed_conv import NormedConv2d
 from tailfin.models.precision import in_float32
 from tailfin.models.roi_align import Places, PyramidRoIAlign
 from tailfin.models.row_sampling import chosen_rows
 
-CHUNK = 256  # boxes whose masks are computed at a time in evaluation: 28 x 28 cells of 256 channels are 0.8 MB each
+# boxes whose masks are computed at a time in evaluation: 28 x 28 cells of 256 channels are 0.8 MB each
+CHUNK, CPU_CHUNK = 256, 32  # the latter stays in a core's cache, and is an eighth faster
 
 
 class MaskHead(nn.Module):
@@ -38,8 +39,8 @@ class MaskHead(nn.Module):
 
     def forward(self, pooled: Tensor) -> Tensor:
         for conv in self.convs:
-            pooled = conv(pooled).relu()
-        return self.upsample(pooled).relu()
+            pooled = conv(pooled).relu_()
+        return self.upsample(pooled).relu_()
 
 
 class MaskPredictor(nn.Module):
@@ -144,15 +145,10 @@ class MaskBranch(nn.Module):
         labels = rows.labels[chosen.rows]
         boxes = list(every[chosen.rows].split(chosen.per_picture))
         size = 2 * int(self.pool.output_size[0])
-        wanted, before = [], 0
-        # the masks of a picture have its size, so each picture has a computation of its own
-        for own, index, target in zip(
-            boxes, rows.gt_index[chosen.rows].split(chosen.per_picture), targets, strict=True
-        ):
-            wanted.append(mask_targets(target["masks"], own, size, self.style, matched=index - before))
-            before += len(target["masks"])
+        index = rows.gt_index[chosen.rows].split(chosen.per_picture)
+        wanted = batch_mask_targets([target["masks"] for target in targets], boxes, index, size, self.style)
         logits = self.logits(features, boxes, labels, image_sizes, places)
-        return {"loss_mask": self.weight * mask_loss(logits[:, None], torch.cat(wanted), labels)}
+        return {"loss_mask": self.weight * mask_loss(logits[:, None], wanted, labels)}
 
     @torch.no_grad()
     def probabilities(
@@ -160,8 +156,9 @@ class MaskBranch(nn.Module):
     ) -> Tensor:
         """[N, m, m] of the boxes of each image and their classes int64 [N]; some boxes at a time."""
         pooled = self.pool(features, boxes, image_sizes)
+        chunk = CPU_CHUNK if pooled.device.type == "cpu" else CHUNK
         parts = [
             self.predictor.own(self.head(own), classes).sigmoid()
-            for own, classes in zip(pooled.split(CHUNK), labels.split(CHUNK), strict=True)
+            for own, classes in zip(pooled.split(chunk), labels.split(chunk), strict=True)
         ]
         return torch.cat(parts)

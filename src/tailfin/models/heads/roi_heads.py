@@ -203,17 +203,19 @@ class RoIHeads(nn.Module):
 
     def facts(
         self, deltas: Tensor, boxes: Tensor, labels: Tensor, matched: Tensor, rows: Rows, *, memory: bool = False
-    ) -> dict[str, Tensor]:
+    ) -> dict[str, Any]:
         """What the loss asks to know about its rows, [N] each: the sampled `rows`, then extra ones up to `labels`.
 
         Only the first rows may have boxes and matched ones; `memory` says whether the extra rows come from a memory.
         """
-        wanted: dict[str, Tensor] = {}
+        wanted: dict[str, Any] = {}
         extra = len(labels) - len(rows.labels)
         if "gt_index" in self.loss.row_facts:
             wanted["gt_index"] = F.pad(rows.gt_index, (0, extra), value=-1)
         if "picture" in self.loss.row_facts:
             wanted["picture"] = F.pad(rows.places.picture, (0, extra), value=len(rows.boxes))
+        if "pictures" in self.loss.row_facts:
+            wanted["pictures"] = len(rows.boxes) + (extra > 0)
         if "memory" in self.loss.row_facts:
             wanted["memory"] = torch.arange(len(labels), device=labels.device) >= len(labels) - extra * memory
         if "quality" in self.loss.row_facts:

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from torch import nn
-from torchvision.models.detection.faster_rcnn import TwoMLPHead
 
 from tailfin.losses.base import ClassificationLoss
 from tailfin.models.backbones import start_xavier
 from tailfin.models.heads.roi_heads import BoxPredictor, RoIHeads
+from tailfin.models.heads.shared_layers import SharedLayers
 from tailfin.models.roi_align import PyramidRoIAlign
 from tailfin.schema.detectors import FasterRCNNConfig
 from tailfin.stats import ClassStats
@@ -39,7 +39,7 @@ class HeadSpec(NamedTuple):
 
     def shared(self) -> nn.Module:
         """The usual two layers from pooled to shared features."""
-        layers = TwoMLPHead(self.channels * self.config.roi_size**2, self.width)
+        layers = SharedLayers(self.channels * self.config.roi_size**2, self.width)
         if self.config.init == "xavier":
             start_xavier(layers)
         return layers

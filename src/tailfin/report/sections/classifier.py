@@ -8,36 +8,26 @@ tensor by tensor. Runs that differ in the indicator of `fcbl` are compared as in
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
-import safetensors
-import torch
 from markupsafe import Markup
 
-from tailfin import losses
-from tailfin.config import parse_yaml, stored_recipe
-from tailfin.errors import UserError
-from tailfin.losses.base import ClassificationLoss
-from tailfin.losses.fcbl import FCBL
-from tailfin.report.norms import balance, class_norms, trend
+from tailfin.report.classifiers import Classifier, read_classifier
+from tailfin.report.norms import balance, trend
 from tailfin.report.page import Section, chart, color, count, defined, label, render
 from tailfin.report.runs import Run
 from tailfin.schema.recipe import Recipe
-from tailfin.stats import ClassStats
 
-_WEIGHT = re.compile(r"(?:.*\.)?(?:cls_score|class_embed(?:\.\d+)?)\.weight$")
 _CROWD = 30  # from so many classes on the curve is faint and its trend solid (2DRCL, figure A.2)
 _METRICS = ("AP", "APr", "APc", "APf")
 
 
 def classifier(runs: Sequence[Run]) -> Section | None:
     """Charts of the final classifiers; None where no run has a known one and none compares indicators."""
-    found = [_read(run) for run in runs]
+    found = [read_classifier(run.path / "model.safetensors") for run in runs]
     compared = _compared(runs)
     if compared is None and not any(found):
         return None
@@ -61,6 +51,7 @@ def classifier(runs: Sequence[Run]) -> Section | None:
                 for run, model in zip(runs, found, strict=True)
                 if model and model.indicator is not None
             ],
+            weight=_weight(found),
             compared=compared,
             mixed=_mixed(runs),
         ),
@@ -70,66 +61,35 @@ def classifier(runs: Sequence[Run]) -> Section | None:
 # ---- details ---------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Model:
-    """What a model file says about its classifier; classes in label order."""
-
-    recipe: Recipe
-    stats: ClassStats
-    norms: np.ndarray  # float64 [C] length of each class's weights
-    indicator: np.ndarray | None  # float64 [C] of a run with fcbl, 0..1
-
-    @property
-    def order(self) -> np.ndarray:
-        """Classes by training instances, the most frequent first."""
-        return np.argsort(-self.stats.instance_count, kind="stable")
-
-
-def _read(run: Run) -> _Model | None:
-    path = run.path / "model.safetensors"
-    if not path.is_file():
-        return None
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            recipe = stored_recipe(parse_yaml(metadata["recipe"], str(path)), str(path))
-            stats = ClassStats.from_dict(json.loads(metadata["categories"]))
-            names = list(file.keys())
-            weights = sorted((name for name in names if _WEIGHT.fullmatch(name)), key=_natural)
-            layers = getattr(recipe.detector, "decoder_layers", 0)  # of a DETR; the encoder's head comes after theirs
-            weights = [name for name in weights if name.endswith(f"class_embed.{layers - 1}.weight")] or weights
-            if not weights:
-                return None
-            loss = losses.build(recipe.loss.name, stats, **recipe.loss.options)
-            weight = file.get_tensor(weights[-1])  # of several heads the last one
-            if weight.ndim != 2 or len(weight) != loss.num_logits:
-                return None
-            norms = class_norms(weight.double().numpy(), _columns(loss).numpy())
-            state = {name.rpartition(".loss.")[2]: name for name in names if ".loss." in name}
-            indicator = None
-            if isinstance(loss, FCBL) and set(loss.state_dict()) <= state.keys():
-                loss.load_state_dict({key: file.get_tensor(state[key]) for key in loss.state_dict()})
-                indicator = loss.indicator_diagonal().double().numpy()
-    except (LookupError, TypeError, AttributeError, ValueError, RuntimeError, OSError, *_OTHERS):
-        return None  # of another version or damaged: the rest of the report is worth reading
-    return _Model(recipe, stats, norms, indicator)
+def _weight(found: Sequence[Classifier | None]) -> Markup | None:
+    """BACL's figure 3: which other classes of a row count in the loss, of the first run with `fcbl`."""
+    for model in found:
+        if model is None or model.indicator is None:
+            continue
+        stage = model.recipe.second.loss if model.recipe.second is not None else model.recipe.loss
+        if not stage.options.get("reweight", True):
+            continue
+        threshold = float(stage.options.get("prob_thr", 0.7))
+        steps = np.linspace(0, 1, 51)
+        counts = (steps[:, None] >= steps[None]) | (steps[:, None] >= threshold)
+        figure = go.Figure(
+            go.Heatmap(
+                x=steps,
+                y=steps,
+                z=counts.astype(np.int8),
+                colorscale=[[0, "rgba(47,125,225,0.08)"], [1, "rgba(47,125,225,0.75)"]],
+                showscale=False,
+                hovertemplate="own class %{x:.2f}, other class %{y:.2f}: weight <b>%{z}</b><extra></extra>",
+            )
+        )
+        figure.update_layout(
+            xaxis={"title": "probability of the own class"}, yaxis={"title": "probability of another class"}
+        )
+        return chart(figure, height=300, note=f"Blue: weight 1, else 0; threshold {threshold:g}.")
+    return None
 
 
-_OTHERS = (safetensors.SafetensorError, UserError)
-
-
-def _columns(loss: ClassificationLoss) -> torch.Tensor:
-    """The logits of the foreground classes: the first ones, unless the loss has an order of its own (BAGS)."""
-    column = getattr(loss, "column", None)
-    return torch.arange(loss.num_classes) if column is None else column
-
-
-def _natural(name: str) -> list[int | str]:
-    """`head.10` after `head.9`."""
-    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
-
-
-def _curves(runs: Sequence[Run], values: list[tuple[_Model, np.ndarray] | None], title: str) -> Markup | None:
+def _curves(runs: Sequence[Run], values: list[tuple[Classifier, np.ndarray] | None], title: str) -> Markup | None:
     if not any(values):
         return None
     figure = go.Figure()
@@ -171,7 +131,7 @@ def _curves(runs: Sequence[Run], values: list[tuple[_Model, np.ndarray] | None],
     return chart(figure, height=400)
 
 
-def _balance(model: _Model) -> dict[str, Any]:
+def _balance(model: Classifier) -> dict[str, Any]:
     """Mean norm of each group, rare over frequent, and the rank correlation of norm and training instances."""
     group = np.array([str(letter) for letter in model.stats.frequency])
     means = {

@@ -9,11 +9,15 @@ import numpy as np
 import plotly.graph_objects as go
 from markupsafe import Markup
 
-from tailfin.report.evaluated import MIN_SCORE, looks
+from tailfin.errors import UserError
+from tailfin.report.classifiers import read_classifier, twins
+from tailfin.report.crops import Pictures
+from tailfin.report.evaluated import MIN_SCORE, Look, looks
 from tailfin.report.page import Section, chart, color, group_choices, label, render
 from tailfin.report.runs import Run
 
 _MATRIX = 60  # classes; a picture of more cannot be read
+_PAIRS, _EACH = 8, 4  # classes with examples, and of each
 
 
 def swallowed(runs: Sequence[Run]) -> Section | None:
@@ -33,6 +37,8 @@ def swallowed(runs: Sequence[Run]) -> Section | None:
         rows=[{**row, "cells": [row["runs"].get(number) for number, _ in found]} for row in rows],
         columns=[{"name": runs[number].name, "color": color(number)} for number, _ in found],
         groups=group_choices(row["group"] for row in rows),
+        twins=_twins(runs, found),
+        pairs=_examples(runs, seen),
         matrix=_matrix(runs[found[0][0]], found[0][1]),
         first=runs[found[0][0]].name,
         score=MIN_SCORE,
@@ -68,6 +74,54 @@ def _cells(run: Run, value: dict[str, Any]) -> list[dict[str, Any]]:
             }
         )
     return cells
+
+
+def _twins(runs: Sequence[Run], found: Sequence[tuple[int, dict[str, Any]]]) -> dict[str, str]:
+    """Class name -> the class whose classifier weights are the most alike, of the first run with a known model."""
+    for number, _ in found:
+        model = read_classifier(runs[number].path / "model.safetensors")
+        if model is not None and len(model.rows) > 2:
+            names = model.stats.names
+            return {names[place]: names[other] for place, other in enumerate(twins(model.rows).tolist())}
+    return {}
+
+
+def _examples(runs: Sequence[Run], seen: Sequence[tuple[int, Look]]) -> list[dict[str, Any]]:
+    """Of the rarest classes: objects that the first run takes for another class, beside objects of that one."""
+    number, own = seen[0]
+    truth, said, table = own.truth, own.doubt, own.confusion
+    known = {int(entry["id"]): entry.get("image_count") for entry in runs[number].categories if "id" in entry}
+    ids = truth.category_ids.tolist()
+    swallowed_by = [row[0][0] if row else None for row in table["taken_for"]]
+    order = sorted(
+        (place for place in range(len(ids)) if swallowed_by[place] is not None),
+        key=lambda place: (known.get(ids[place]) is None, known.get(ids[place]) or 0, ids[place]),
+    )
+    shown = []
+    try:
+        pictures = Pictures.of(runs[number], truth)
+        for place in order[:_PAIRS]:
+            other = ids.index(swallowed_by[place])
+            mine = truth.category_rows == place
+            lost = np.flatnonzero(mine & ~said.seen & (said.other_class == other))
+            lost = lost[np.argsort(-said.other_score[lost], kind="stable")][:_EACH]
+            its = np.flatnonzero((truth.category_rows == other) & said.seen)
+            its = its[np.argsort(-truth.area[its], kind="stable")][:: max(1, len(its) // _EACH)][:_EACH]
+            if not len(lost):
+                continue
+            sides = []
+            for rows, tone in ((lost, (255, 122, 50)), (its, (46, 204, 113))):
+                sides.append(
+                    [
+                        pictures.cut_out(int(truth.image_rows[row]), tuple(truth.boxes[row].tolist()), tone, side=96)
+                        for row in rows.tolist()
+                    ]
+                )
+            names = [truth.categories[label].name or str(ids[label]) for label in (place, other)]
+            shown.append({"name": names[0], "other": names[1], "lost": sides[0], "its": sides[1]})
+    except UserError:
+        return shown  # the section about examples says what is wrong with the pictures
+    return shown
 
 
 def _matrix(run: Run, value: dict[str, Any]) -> Markup | str:

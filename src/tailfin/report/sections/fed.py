@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
@@ -187,7 +188,7 @@ def _growth(runs: Sequence[Run], found: _Found) -> Markup | None:
     return chart(figure, height=340)
 
 
-def _rows(runs: Sequence[Run], number: int, stats: ClassStats, stages_of: list[_Fed]) -> list[dict[str, object]]:
+def _rows(runs: Sequence[Run], number: int, stats: ClassStats, stages_of: list[_Fed]) -> list[dict[str, Any]]:
     letters = np.array([str(letter) for letter in stats.frequency])
     members = [letters == group for group in GROUPS]
     rows = []

@@ -17,9 +17,11 @@ from markupsafe import Markup
 from tailfin.data.dataset import open_source
 from tailfin.errors import UserError
 from tailfin.files import read_object
+from tailfin.report.classifiers import read_classifier
 from tailfin.report.draw import data_uri, draw_detections
 from tailfin.report.page import Section, chart, color, count, defined, label, percent, render, signed
 from tailfin.report.runs import Run
+from tailfin.stats import GROUPS
 
 _KEYS = ("AP", "APr", "APc", "APf")
 _CLASSES = 3  # of the rarest, and of the most frequent ones
@@ -74,9 +76,33 @@ def _of_run(run: Run, notes: list[str]) -> dict[str, Any]:
         "rows": rows,
         "numbers": keys,
         "chart": _curves(read, document),
+        "shift": _shift(folders),
         "classes": _exemplars(run, document, notes) if document else [],
         "chosen": _how(document),
     }
+
+
+def _shift(folders: Sequence[Path]) -> list[dict[str, Any]]:
+    """How far the classifier's rows turn from one step to the next: 1 - cosine, the mean of each frequency group."""
+    models = [(folder.name.partition("-")[2], read_classifier(folder / "model.safetensors")) for folder in folders]
+    rows = []
+    for (_, before), (name, after) in zip(models, models[1:], strict=False):
+        if before is None or after is None or before.rows.shape != after.rows.shape:
+            continue
+        length = np.linalg.norm(before.rows, axis=1) * np.linalg.norm(after.rows, axis=1)
+        turned = 1 - np.divide(
+            (before.rows * after.rows).sum(axis=1), length, out=np.ones(len(length)), where=length > 0
+        )
+        group = np.array([str(letter) for letter in after.stats.frequency])
+        means = [f"{turned[group == own].mean():.3f}" if (group == own).any() else "–" for own in GROUPS]
+        rows.append({"name": name, "means": means, "grown": _grown(before.norms, after.norms, group)})
+    return rows
+
+
+def _grown(before: np.ndarray, after: np.ndarray, group: np.ndarray) -> list[str]:
+    """Norm after over before, the mean of each frequency group."""
+    ratio = np.divide(after, before, out=np.full(len(after), np.nan), where=before > 0)
+    return [f"{np.nanmean(ratio[group == own]):.2f}" if (group == own).any() else "–" for own in GROUPS]
 
 
 def _read(path: Path) -> dict[str, Any]:
