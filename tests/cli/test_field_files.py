@@ -399,6 +399,25 @@ def test_labels_without_a_picture_are_counted_and_named(tailfin, tmp_path):
     assert "2 label files without a picture left out (1.txt: 1.raw is no picture that can be read here, 2.txt)" in said
 
 
+def test_pictures_without_labels_and_labels_of_another_case_are_counted(tailfin, tmp_path):
+    source = yolo(tmp_path / "set", {"train": dict.fromkeys(["a.jpg", "b.jpg", "c.jpg"], ROW)})
+    (source / "labels/train/a.txt").rename(source / "labels/train/A.TXT")
+    (source / "labels/train/b.txt").unlink()
+    document, said = converted(tailfin, source)
+    assert len(document["annotations"]) == 1 and "2 pictures without a label file kept" in said
+    assert "1 label file without a picture left out (A.TXT)" in said
+
+
+def test_pictures_on_both_sides_of_a_split_are_told_of(tailfin, tmp_path):
+    source = yolo(tmp_path / "set", {"train": {"a.jpg": ROW, "b.jpg": ROW}}, val="images/train")
+    assert "2 pictures are in train and in val" in converted(tailfin, source)[1]
+    folder = voc(tmp_path / "voc", {"a": CAR, "b": CAR}, ["a.jpg", "b.jpg"])
+    (folder / "ImageSets/Main").mkdir(parents=True)
+    for split, names in (("train", "a\nb\n"), ("val", "b\n")):
+        (folder / f"ImageSets/Main/{split}.txt").write_text(names)
+    assert "1 picture is in train and in val" in converted(tailfin, folder)[1]
+
+
 def test_files_of_macos_are_passed_over(tailfin, tmp_path):
     source = yolo(tmp_path / "set", {"train": {"0.jpg": ROW, "1.jpg": ROW}})
     for name in ("images/train/._0.jpg", "labels/train/._0.txt", "._data.yaml", "images/__MACOSX/._x.jpg"):

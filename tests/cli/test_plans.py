@@ -110,6 +110,9 @@ def test_dry_run_refuses_what_training_refuses(tailfin, tiny_recipe, tiny_set, t
     assert "iou type segm needs the mask of every annotation" in bare
     assert "none.json does not exist" in tailfin(*train, "--val", "none.json").error
     assert "start.pth does not exist" in tailfin(*train, "--weights", "start.pth").error
+    monkeypatch.setenv("COLUMNS", "300")
+    assert "validation pictures, too" in tailfin(*train, "--val", tiny_set[0]).out
+    assert "validation pictures, too" not in tailfin(*train, "--val", tiny_set[1]).out
 
 
 FEATURE_MEMORY = ["second.loss=ebl", "second.features={name: feature_memory, stores: shared}"]

@@ -89,7 +89,8 @@ NARROW = """
 <!doctype html><html><body><iframe id="page" width="390" height="844"></iframe><script>
 const frame = document.getElementById("page");
 frame.srcdoc = TEXT;
-const boxes = (holder, query) => [...holder.querySelectorAll(query)].map(one => one.getBoundingClientRect()).filter(b => b.width);
+const boxes = (holder, query) => [...holder.querySelectorAll(query)].map(one => one.getBoundingClientRect())
+  .filter(box => box.width);
 const touch = (a, b) => Math.min(a.right, b.right) - Math.max(a.left, b.left) > 2
   && Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top) > 2;
 frame.addEventListener("load", () => setTimeout(() => {
@@ -97,10 +98,11 @@ frame.addEventListener("load", () => setTimeout(() => {
   const inner = frame.contentDocument, seen = {overlaps: [], charts: 0, width: inner.documentElement.scrollWidth};
   inner.querySelectorAll(".js-plotly-plot").forEach((holder, place) => {
     seen.charts += 1;
-    const titles = boxes(holder, ".annotation-text-g text, .annotation text"), marks = boxes(holder, ".ytick text, .xtick text");
-    const all = [...titles, ...boxes(holder, ".ytick text"), ...boxes(holder, ".legendtext"), ...boxes(holder, ".xtitle, .ytitle")];
-    for (let i = 0; i < all.length; i++) for (let j = 0; j < i; j++) if (touch(all[i], all[j])) seen.overlaps.push([place, i, j]);
-    for (const title of titles) for (const mark of marks) if (touch(title, mark)) seen.overlaps.push([place, "title"]);
+    const titles = boxes(holder, ".annotation-text-g text, .annotation text");
+    const marks = boxes(holder, ".ytick text, .xtick text");
+    const all = [...titles, ...boxes(holder, ".ytick text, .legendtext, .xtitle, .ytitle")];
+    all.forEach((one, i) => all.slice(0, i).forEach(other => touch(one, other) && seen.overlaps.push([place, i])));
+    titles.forEach(one => marks.forEach(mark => touch(one, mark) && seen.overlaps.push([place, "title"])));
   });
   inner.querySelector("[data-table]").click();
   seen.cells = inner.querySelectorAll(".values td").length;

@@ -156,9 +156,9 @@ def _notes(index: AnnotationIndex, raw: RawColumns, headers: list[Header], folde
     if lists := negative_lists_note(index):
         yield lists
     sizes = np.stack([index.widths, index.heights], 1)[index.image_of].astype(np.float64)
-    if not raw.form_stated and (form := guess(index.boxes, sizes)) is not None:
-        if form.form or not clean.clipped:  # else boxes over the border are told of below
-            yield form.question
+    form = None if raw.form_stated else guess(index.boxes, sizes)
+    if form is not None and (form.form or not clean.clipped):  # else boxes over the border are told of below
+        yield form.question
     if clean.dropped:
         yield f"{_many(clean.dropped, 'box')} without area inside the image: dropped in training, kept in evaluation"
     if clean.clipped:

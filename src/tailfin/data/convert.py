@@ -74,7 +74,7 @@ def convert(
     if split is not None and origin != "coco":
         parts = [_named(parts, split, source)]
     report = Report(target, out, classes=len(parts[0].document["categories"]))
-    report.notes = [note for part in parts for note in part.notes]
+    report.notes = [note for part in parts for note in part.notes] + _on_both_sides(parts)
     if out.suffix == ".json" and target == "coco":
         _write_single(parts, out, report, overwrite)
         return report
@@ -86,6 +86,20 @@ def convert(
         else:
             write_voc(parts, folder, placing, report)
     return report
+
+
+def _on_both_sides(parts: Sequence[Part]) -> list[str]:
+    """Notes on splits that have pictures in common: what is measured on them was trained on."""
+    files = [{os.path.realpath(file) for file in part.files} for part in parts]
+    notes = []
+    for number, part in enumerate(parts):
+        for other in range(number):
+            if both := len(files[number] & files[other]):
+                pictures = "1 picture is" if both == 1 else f"{both} pictures are"
+                notes.append(
+                    f"{pictures} in {parts[other].name} and in {part.name}: they are no measure of what is learnt"
+                )
+    return notes
 
 
 def detect_layout(path: Path) -> Layout:

@@ -240,7 +240,7 @@ def _orphans(pictures: list[Path]) -> list[str]:
         inside = [path for folder in folders for path in folder.iterdir() if path.suffix.lower() != ".txt"]
         known = {path.stem for path in inside if is_picture(path)}
         others = {path.stem: path.name for path in inside if not is_hidden(path)}
-        for path in sorted(labels.glob("*.txt")):
+        for path in sorted(path for path in labels.iterdir() if path.suffix.lower() == ".txt"):
             if path.stem not in known and path.name != "classes.txt" and not is_hidden(path) and _has_rows(path):
                 other = others.get(path.stem)
                 names.append(
@@ -291,6 +291,8 @@ def _read_split(
                     shape["area"] = round(shape["bbox"][2] * shape["bbox"][3], 4)
                 document["annotations"].append({**ids, **shape, "iscrowd": 0})
     notes = []
+    if bare := label_files.count(None):
+        notes.append(f"{split}: {bare} pictures without a label file kept as pictures without objects")
     if rows.kind == "keypoints" and objects > first:
         notes.append(f"{split}: keypoints of {objects - first} objects left out, their boxes are read")
     if rows.kind == "oriented" and objects > first:

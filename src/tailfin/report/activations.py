@@ -126,21 +126,22 @@ def _map(detector: Detector, picture: Tensor, size: tuple[int, int], label: int 
         raise UserError("activation maps need a detector whose backbone names its layers")
     kept: dict[str, Tensor] = {}
 
-    def before(_: torch.nn.Module, given: tuple[Tensor, ...]) -> None:
-        kept["input"] = given[0]
+    own_layers = body.layers
 
-    def after(_: torch.nn.Module, __: tuple[Tensor, ...], made: Tensor) -> Tensor:
-        kept["features"] = made.detach().requires_grad_(label is not None)
-        return kept["features"]
+    def layers(given: Tensor) -> dict[str, Tensor]:
+        made = own_layers(given)
+        last = list(made)[-1]
+        kept["input"] = given
+        kept["features"] = made[last] = made[last].detach().requires_grad_(label is not None)
+        return made
 
-    handles = [body.register_forward_pre_hook(before), body[body.layer_names[-1]].register_forward_hook(after)]
+    body.layers = layers  # type: ignore[method-assign]
     try:
         with torch.set_grad_enabled(label is not None):
             limits: Limits = detector.limits.replaced(0.0 if label is not None else None, None)
             (found,) = detector([picture], limits=limits)
     finally:
-        for handle in handles:
-            handle.remove()
+        del body.layers
     features = kept["features"][0].float()
     covered = (int(kept["input"].shape[-2]), int(kept["input"].shape[-1]))
     shown = (int(picture.shape[-2]), int(picture.shape[-1]))
