@@ -342,3 +342,12 @@ def test_rotated_and_odd_pictures_are_told_of(tmp_path: Path) -> None:
 def test_real_sets_are_usable(data_dir: Path, name: str) -> None:
     report = check_file(data_dir / f"{name}.json", decode=True)
     assert report.usable and report.summary["images"] > 0
+
+
+def test_notes_on_annotations_come_without_the_pictures_too(tmp_path: Path) -> None:
+    document = copy.deepcopy(GOOD)
+    for image in document["images"]:
+        image["neg_category_ids"] = []
+    result = run_check(make(tmp_path, put("annotations", 0, "iscrowd", 1)(document)), "--images", tmp_path)
+    assert result.exit_code == 2 and "none of the 2 pictures" in result.stderr
+    assert "every neg_category_ids is empty" in result.stderr and "1 of 2 annotations are crowd" in result.stderr

@@ -306,6 +306,8 @@ def test_the_command(file, out, monkeypatch):
     assert found.exit_code == 1 and "failed tiny/rfs/seed-0: error: a class has no name" in found.output
     shown = CliRunner().invoke(study, ["show", str(out)])
     assert "1 finished, 1 failed" in shown.output and "waiting" in shown.output
+    CliRunner().invoke(study, [str(file), "--out", str(out), "--arms", "two", "--tables"])
+    assert "| plain | 0 |" in (out / "study.md").read_text()  # tables are of all that is there
     wrong = CliRunner().invoke(study, [str(file), "--arms", "plane"])
     assert isinstance(wrong.exception, UserError) and 'did you mean "plain"' in str(wrong.exception)
 

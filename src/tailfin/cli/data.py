@@ -112,6 +112,8 @@ def _told(report: CheckReport, name: str, notes: list[str]) -> bool:
             echo(problem, err=True)
         if others := report.num_problems - len(report.problems):
             echo(f"{others} more problem{'s' if others > 1 else ''} (--all lists them)", err=True)
+        for note in report.notes:
+            echo(f"  note: {note}", err=True)
         return False
     folder = str(report.images).removeprefix(f"{Path.cwd()}/")
     echo(f"{name}: usable; pictures in {folder}")

@@ -73,7 +73,9 @@ def study(
         except (KeyboardInterrupt, Terminated) as error:
             echo("stopped; the same command goes on", err=True)
             raise typer.Exit(130 if isinstance(error, KeyboardInterrupt) else TERMINATED) from None
-    for path in write_tables(loaded, cells, fates, folder):
+    everything = make_cells(loaded, folder) if arms or seeds or sets else cells  # tables are of all that is there
+    whole = {cell.name: fates[cell.name] if cell.name in fates else fate(cell) for cell in everything}
+    for path in write_tables(loaded, everything, whole, folder):
         echo(f"{path}")
     for line in status_lines(cells, fates, loaded.workers):
         echo(line)

@@ -10,7 +10,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 
@@ -40,7 +40,7 @@ class CheckReport:
     images: Path | None  # the image folder; None where the annotations are already unusable
     problems: list[str]  # each names file and id; with `all_problems` every one, else the first
     num_problems: int
-    notes: list[str] = field(default_factory=list)  # of a usable file
+    notes: list[str] = field(default_factory=list)  # of usable annotations; of pictures, where these are usable too
     summary: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -85,7 +85,9 @@ def check_file(
         bad.insert(0, masks)
     if findings or bad:
         total = sum(map(len, findings)) + len(bad)
-        return _unusable(path, folder, annotation_problems, bad, total, all_problems)
+        told = index is None or masks.endswith(BOX_AS_POLYGON)
+        notes = [] if told or index is None else list(_notes(index, raw, None, folder, masks))
+        return replace(_unusable(path, folder, annotation_problems, bad, total, all_problems), notes=notes)
     assert index is not None
     return CheckReport(path, folder, [], 0, list(_notes(index, raw, headers, folder, masks)), _summary(index))
 
@@ -142,7 +144,10 @@ def _alike(names: Sequence[str]) -> list[str]:
     return [", ".join(own) for own in places.values() if len(own) > 1]
 
 
-def _notes(index: AnnotationIndex, raw: RawColumns, headers: list[Header], folder: Path, masks: str) -> Iterator[str]:
+def _notes(
+    index: AnnotationIndex, raw: RawColumns, headers: list[Header] | None, folder: Path, masks: str
+) -> Iterator[str]:
+    """Notes on the annotations, and on the pictures where `headers` has those of all."""
     clean = index.clean()
     if not len(index.labels):
         yield "there are no annotations"
@@ -187,8 +192,9 @@ def _notes(index: AnnotationIndex, raw: RawColumns, headers: list[Header], folde
             f"{listed(roots)}: no annotations, and the supercategory of other classes: a root that would be a class of "
             f'its own (`tailfin data merge FILE --rename "{roots[0]}=" --out NEW` drops it)'
         )
-    yield from _picture_notes(index, headers)
-    yield from _deep_pictures(index, headers, folder)
+    if headers is not None:
+        yield from _picture_notes(index, headers)
+        yield from _deep_pictures(index, headers, folder)
     if masks:
         yield f"masks cannot be used, boxes can: {masks}"
     else:

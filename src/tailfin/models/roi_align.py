@@ -90,11 +90,14 @@ class PyramidRoIAlign(MultiScaleRoIAlign):
             places = Places(pictures_of([len(own) for own in boxes], every.device), _per_level(levels, len(features)))
         if not len(every):
             return features[0].new_zeros((0, features[0].shape[1], *self.output_size))
+        if features[0].device.type == "cpu" and self.sampling_ratio > 0:
+            where = (every, levels, places.picture)
+            return _pool(features, self.scales, where, self.output_size[0], self.sampling_ratio, self.aligned)
         order = levels.argsort(stable=True) if len(features) > 1 else None
         sorted_boxes = every if order is None else every[order]
         pictures = places.picture if order is None else places.picture[order]
         pooled = [
-            self._pool(feature, own * scale, image)
+            self._level(feature, own * scale, image)
             for feature, scale, own, image in zip(
                 features,
                 self.scales,
@@ -105,20 +108,12 @@ class PyramidRoIAlign(MultiScaleRoIAlign):
             if len(own)
         ]
         joined = pooled[0] if len(pooled) == 1 else torch.cat(pooled)
-        if order is None:
-            return joined
-        if joined.device.type != "cpu":
-            return joined.index_select(0, order.argsort())
-        rows = joined.permute(0, 2, 3, 1)  # as `_pool` lays them out; convolutions on CPUs take them so and are faster
-        return rows.index_select(0, order.argsort()).permute(0, 3, 1, 2)
+        return joined if order is None else joined.index_select(0, order.argsort())
 
-    def _pool(self, feature: Tensor, boxes: Tensor, images: Tensor) -> Tensor:
+    def _level(self, feature: Tensor, boxes: Tensor, images: Tensor) -> Tensor:
         """Boxes [K, 4] in cells of one level [B, C, H, W] and their images [K] to [K, C, bins, bins]."""
-        bins, samples = self.output_size[0], self.sampling_ratio
-        if feature.device.type == "cpu" and samples > 0:
-            return _pool(feature, boxes, images, bins, samples, self.aligned)
         rois = torch.cat([images.to(boxes.dtype)[:, None], boxes], dim=1)
-        return roi_align(feature, rois.to(feature.dtype), bins, 1.0, samples, self.aligned)
+        return roi_align(feature, rois.to(feature.dtype), self.output_size[0], 1.0, self.sampling_ratio, self.aligned)
 
 
 def pictures_of(counts: Sequence[int], device: torch.device) -> Tensor:
@@ -135,9 +130,26 @@ def _per_level(levels: Tensor, count: int) -> list[int]:
     return found
 
 
-def _pool(feature: Tensor, boxes: Tensor, images: Tensor, bins: int, samples: int, aligned: bool) -> Tensor:
-    _, channels, height, width = feature.shape
-    start, sizes = boxes[:, :2], boxes[:, 2:] - boxes[:, :2]
+def _pool(
+    features: Sequence[Tensor],
+    scales: Sequence[float],
+    where: tuple[Tensor, Tensor, Tensor],
+    bins: int,
+    samples: int,
+    aligned: bool,
+) -> Tensor:
+    """Boxes [K, 4] in pixels, their levels and images [K] to [K, C, bins, bins], channels last in memory.
+
+    The cells of all levels are one table, so that the boxes stay in their order.
+    """
+    boxes, levels, images = where
+    channels = features[0].shape[1]
+    size = torch.tensor([feature.shape[-2:] for feature in features], dtype=torch.int32)
+    counts = torch.tensor([len(feature) for feature in features]) * size.prod(1)
+    first = (counts.cumsum(0) - counts).to(torch.int32)[levels, None, None]
+    height, width = size[levels].unbind(1)
+    own = boxes * torch.tensor(scales, dtype=boxes.dtype)[levels, None]
+    start, sizes = own[:, :2], own[:, 2:] - own[:, :2]
     if aligned:
         start = start - 0.5
     else:
@@ -145,29 +157,34 @@ def _pool(feature: Tensor, boxes: Tensor, images: Tensor, bins: int, samples: in
     column, across = _bilinear(start[:, 0], sizes[:, 0], width, bins, samples)
     row, down = _bilinear(start[:, 1], sizes[:, 1], height, bins, samples)
     # [K, bins down, bins across, 2 samples down, 2 samples across]
-    row = row + height * images.to(row.dtype)[:, None, None]
-    cells = row[:, :, None, :, None] * width + column[:, None, :, None, :]
+    row = (row + (height * images.to(height.dtype))[:, None, None]) * width[:, None, None] + first
+    cells = row[:, :, None, :, None] + column[:, None, :, None, :]
     weights = down[:, :, None, :, None] * across[:, None, :, None, :]
-    vectors = feature.permute(0, 2, 3, 1).reshape(-1, channels)  # a view where memory is channels-last
-    vectors = vectors.to(torch.promote_types(feature.dtype, torch.float32))
+    # a view of each level where memory is channels-last
+    vectors = torch.cat([feature.permute(0, 2, 3, 1).reshape(-1, channels) for feature in features])
+    vectors = vectors.to(torch.promote_types(vectors.dtype, torch.float32))
     bags = (len(boxes) * bins**2, (2 * samples) ** 2)
     sums = F.embedding_bag(
         cells.view(bags), vectors, per_sample_weights=weights.to(vectors.dtype).view(bags), mode="sum"
     )
-    return sums.to(feature.dtype).view(len(boxes), bins, bins, channels).permute(0, 3, 1, 2)
+    return sums.to(features[0].dtype).view(len(boxes), bins, bins, channels).permute(0, 3, 1, 2)
 
 
-def _bilinear(start: Tensor, length: Tensor, cells: int, bins: int, samples: int) -> tuple[Tensor, Tensor]:
-    """Along one axis: the two neighbours of every sample, int32 [K, bins, 2 samples], and their shares of the mean.
+def _bilinear(start: Tensor, length: Tensor, cells: Tensor, bins: int, samples: int) -> tuple[Tensor, Tensor]:
+    """Along one axis of `cells` int32 [K]: the two neighbours of every sample, int32 [K, bins, 2 samples], and their
+    shares of the mean.
 
     A sample more than one cell outside counts as 0, one nearer than that as the border's value.
     """
     steps = (torch.arange(bins * samples, dtype=start.dtype) + 0.5) / samples
     place = start[:, None] + steps * (length / bins)[:, None]
-    weight = ((place >= -1) & (place <= cells)).to(place.dtype) / samples
-    place = place.nan_to_num(0.0).clamp(0, cells - 1)  # a broken box counts as 0, its loss will tell of it
+    last = (cells - 1).to(place.dtype)[:, None]
+    weight = ((place >= -1) & (place <= last + 1)).to(place.dtype) / samples
+    place = torch.minimum(
+        place.nan_to_num(0.0).clamp(min=0), last
+    )  # a broken box counts as 0, its loss will tell of it
     low = place.floor()
     upper = (place - low) * weight
-    neighbours = torch.stack([low, (low + 1).clamp(max=cells - 1)], 2).to(torch.int32)
+    neighbours = torch.stack([low, torch.minimum(low + 1, last)], 2).to(torch.int32)
     shares = torch.stack([weight - upper, upper], 2)
     return neighbours.view(len(start), bins, -1), shares.view(len(start), bins, -1)

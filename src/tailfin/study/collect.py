@@ -66,8 +66,9 @@ def rows_of(cells: Sequence[Cell], fates: Mapping[str, Fate], metrics: Sequence[
 
 def command_of(cell: Cell) -> str:
     """The command that makes a cell, with DATA for the folder of its set."""
-    if cell.calibrate is not None:
-        return f"tailfin {' '.join(cell.words)} --train DATA/train.json"
+    if cell.calibrate is not None:  # RUN: the cell of the same seed
+        options = [word for word in cell.words[2:] if not word.startswith("--by") or cell.calibrate.strength is None]
+        return " ".join([f"tailfin calibrate RUN-OF-{cell.words[1]} --out FILE --train DATA/train.json", *options])
     return " ".join(["tailfin", *(_quoted(word) for word in cell.words), "data.root=DATA"])
 
 

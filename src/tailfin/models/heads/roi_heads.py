@@ -9,6 +9,7 @@ come from the loss; nothing here knows which method it is.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ from tailfin.models.box_deltas import encode_deltas
 from tailfin.models.detections import select_detections
 from tailfin.models.detector import Limits, Targets, known_classes
 from tailfin.models.features.base import ExtraRows, FeatureModule, Rows, Seen
+from tailfin.models.heads.shared_layers import product
 from tailfin.models.precision import in_float32
 from tailfin.models.roi_align import Places, PyramidRoIAlign
 from tailfin.models.row_sampling import Proposals, chosen_rows, padded, sample_rows
@@ -55,9 +57,11 @@ class BoxPredictor(nn.Module):
 
     def forward(self, features: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """`labels` [N] are those of training rows; a classifier that follows them says so (`takes_labels`)."""
+        deltas = in_float32(partial(product, self.bbox_pred), features)
         if labels is not None and getattr(self.cls_score, "takes_labels", False):
-            return in_float32(self.cls_score, features, labels), in_float32(self.bbox_pred, features)
-        return in_float32(self.cls_score, features), in_float32(self.bbox_pred, features)
+            return in_float32(self.cls_score, features, labels), deltas
+        classify = partial(product, self.cls_score) if type(self.cls_score) is nn.Linear else self.cls_score
+        return in_float32(classify, features), deltas
 
 
 class Trained(NamedTuple):
