@@ -28,6 +28,8 @@ def test_seeds_are_one_row_with_their_range(make_data: Callable, make_run: Calla
     runs = read_runs(paths)
     first, other = columns(runs)
     assert (first.name, first.seeds, other.name) == ("base, 2 seeds", 2, "better-0")
+    twice = columns([*runs, runs[0]])  # one seed again is no further seed
+    assert [column.seeds for column in twice] == [2, 1, 1]
     assert first.mean("bbox", "AP") == pytest.approx(0.31) and first.values("bbox", "AP") == [0.3, 0.32]
     text = parse_page(str(summary(runs).html)).text
     assert "base, 2 seeds 31.0 30.0–32.0" in text and "better-0 40.0 +9.0" in text

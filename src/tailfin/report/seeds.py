@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -65,10 +66,13 @@ class Difference:
 
 
 def columns(runs: Sequence[Run]) -> list[Column]:
-    """The runs by recipe, in the order of their first ones."""
-    found: dict[str, list[int]] = {}
+    """The runs by recipe, in the order of their first ones; of one seed twice, each is a column."""
+    found: dict[tuple[str, int], list[int]] = {}
+    times: Counter[tuple[str, int]] = Counter()  # how often a recipe came with a seed before
     for number, run in enumerate(runs):
-        found.setdefault(_recipe(run) or f"run {number}", []).append(number)
+        recipe, seed = _recipe(run) or f"run {number}", run.recipe.seed if run.recipe is not None else 0
+        found.setdefault((recipe, times[recipe, seed]), []).append(number)
+        times[recipe, seed] += 1
     names = [_name([runs[number] for number in own]) for own in found.values()]
     return [
         Column(name if names.count(name) == 1 else f"{name} ({place})", color(own[0]), [runs[n] for n in own])
