@@ -135,13 +135,13 @@ def _map(detector: Detector, picture: Tensor, size: tuple[int, int], label: int 
         kept["features"] = made[last] = made[last].detach().requires_grad_(label is not None)
         return made
 
-    body.layers = layers  # type: ignore[method-assign]
+    body.__dict__["layers"] = layers  # before the class's own, for this picture
     try:
         with torch.set_grad_enabled(label is not None):
             limits: Limits = detector.limits.replaced(0.0 if label is not None else None, None)
             (found,) = detector([picture], limits=limits)
     finally:
-        del body.layers
+        del body.__dict__["layers"]
     features = kept["features"][0].float()
     covered = (int(kept["input"].shape[-2]), int(kept["input"].shape[-1]))
     shown = (int(picture.shape[-2]), int(picture.shape[-1]))
