@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+import tailfin
 from tailfin.report import build_report
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -35,6 +36,9 @@ addEventListener("load", () => setTimeout(() => {
   const rare = document.querySelector("[data-groups=class-table] [data-group=r]");
   rare.click(); seen.rare = names();
   seen.charts = document.querySelectorAll(".main-svg").length;
+  const chart = document.querySelector(".js-plotly-plot");
+  Plotly.Fx.hover(chart, [{curveNumber: 0, pointNumber: 0}]);
+  seen.hover = [...chart.querySelectorAll(".hoverlayer text")].map(text => text.textContent).join(" ");
   seen.width = document.documentElement.scrollWidth;
   seen.window = innerWidth;
   const note = document.createElement("pre"); note.id = "seen"; note.textContent = JSON.stringify(seen);
@@ -76,6 +80,21 @@ def test_the_page_works_in_a_browser(make_data: Callable, make_run: Callable, tm
     assert seen["filtered"] == 1 and seen["rare"] == ["bolt"]
     assert seen["charts"] >= 5
     assert seen["width"] <= seen["window"]  # wide tables scroll within their own frame
+    assert seen["hover"]
+
+
+@pytest.mark.usefixtures("quick_training")
+def test_the_page_of_two_trained_runs(tmp_path: Path, tiny_set, tiny_recipe) -> None:
+    train, val = tiny_set
+    short = {"schedule.epochs": 1}
+    runs = [
+        tailfin.train(tiny_recipe, train=train, val=val, out=tmp_path / loss, overrides={**short, "loss": loss})
+        for loss in ("softmax", "seesaw")
+    ]
+    seen, console = opened(build_report(runs), tmp_path, "--window-size=1300,900")
+    assert console == []
+    assert seen["before"] and seen["sorted"] == sorted(seen["before"]) and seen["reversed"] == seen["sorted"][::-1]
+    assert seen["charts"] >= 5 and seen["hover"] and seen["width"] <= seen["window"]
 
 
 def test_names_stay_text_in_a_browser(make_data: Callable, make_run: Callable, tmp_path: Path) -> None:
