@@ -382,3 +382,14 @@ def test_packaged_is_a_name_and_no_path(tiny_set):
     train, val = tiny_set
     recipe = resolve_recipe("fod/packaged", train=train, val=val)
     assert recipe.weights == "packaged"
+
+
+@packaged
+@pytest.mark.parametrize("recipe", ["fod/packaged", "fod/d_fine_tiny", "fod/retinanet_lite0", "road12/mask_rcnn_lite0"])
+def test_detectors_whose_released_files_are_read_take_packaged_weights_too(recipe):
+    """`weights: packaged` is the name of no file."""
+    model, notes = build_detector(load_recipe(recipe), STATS)
+    state = packaged_state(LITE)
+    own = {key: value for key, value in model.backbone.state_dict().items() if key.endswith("conv_stem.weight")}
+    assert notes == ["backbone: packaged"] and len(own) == 1
+    assert torch.equal(own.popitem()[1], state["conv_stem.weight"])

@@ -225,7 +225,7 @@ def _released_hub(
     state: dict[str, Tensor], stats: ClassStats, loss: ClassificationLoss, source: str
 ) -> Released | None:
     """A folder of transformers' goes through its own loader, which knows files by former and by the authors' names."""
-    if source != "coco" and (path := _file_and_part(source)[0]).name == "model.safetensors":
+    if source not in NAMED_WEIGHTS and (path := _file_and_part(source)[0]).name == "model.safetensors":
         config = path.with_name("config.json")
         if config.is_file() and read_object(config).get("model_type") in HUB_TYPES:
             state = load_folder(path.parent)
