@@ -230,7 +230,7 @@ def test_bad_files(tmp_path: Path) -> None:
         (tmp_path / "vall.json", [], 'vall.json does not exist (did you mean "val.json"?)'),
         (broken, [], "broken.json is not valid JSON"),
         (empty, [], "empty.json is empty"),
-        (good, good, "val.json: Expected `array`, got `object`"),
+        (good, good, 'val.json: an object, and a list [{"image_id": ...'),
         (good, tmp_path, "holds no finished shard and no results JSON"),
         (good, 7, "a path or a list of entries is needed, not a int"),
         (7, [], "a path or a COCO dict is needed, not a int"),

@@ -27,7 +27,7 @@ def study(
     retry: Annotated[bool, typer.Option("--retry", help="Run failed cells again.")] = False,
     tables: Annotated[bool, typer.Option("--tables", help="Write the tables of what is there; train nothing.")] = False,
 ) -> None:
-    """Train every cell of a study once, each in a run folder of its own, and write its tables.
+    """Train a grid of recipes, sets and seeds once, each cell resumable, and compare the arms.
 
     The same command goes on with what is not finished. Stages that cells have in common are trained once.
     """

@@ -109,7 +109,7 @@ def chart(figure: go.Figure, *, height: int, log_switch: str = "", note: str = "
 
 def embedded(values: Any) -> Markup:
     """Plain values as JSON for a script element."""
-    return _script_text(json.dumps(values, ensure_ascii=False, separators=(",", ":")))
+    return _script_text(json.dumps(values, separators=(",", ":")))
 
 
 def _script_text(text: str) -> Markup:
