@@ -32,6 +32,7 @@ from tailfin.losses.focal import Focal
 from tailfin.models.backbones import Backbone
 from tailfin.models.bodies import build_body
 from tailfin.models.deformable_attention import DeformableAttention, EncoderLayer, Shapes
+from tailfin.models.detections import best_pairs
 from tailfin.models.detector import Compared, Detections, Detector, Limits, Targets, reported
 from tailfin.models.detr_criterion import Outputs, SetCriterion
 from tailfin.models.detr_geometry import box_code, grid, inverse_sigmoid, position_code, valid_mask
@@ -252,17 +253,7 @@ class DeformableDETR(Detector):
     def detections(self, outputs: Outputs, limits: Limits) -> Detections:
         """The best pairs of query and class."""
         scores = reported(self, self.criterion.scores(outputs.logits[-1]))
-        classes = scores.shape[-1]
-        boxes = self.pixels(outputs)
-        flat = scores.flatten(1)
-        count = flat.shape[1] if limits.max_dets < 0 else min(limits.max_dets, flat.shape[1])
-        values, places = flat.topk(count, dim=1)
-        results = []
-        for own_boxes, own, place in zip(boxes, values, places, strict=True):
-            keep = own > limits.score_threshold
-            place = place[keep]
-            results.append({"boxes": own_boxes[place // classes], "scores": own[keep], "labels": place % classes})
-        return results
+        return best_pairs(self.pixels(outputs), scores, limits)
 
     def pixels(self, outputs: Outputs) -> Tensor:
         """[B, Q, 4] boxes (xyxy, pixels) of the last layer within their pictures."""

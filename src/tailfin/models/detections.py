@@ -14,7 +14,7 @@ from torch import Tensor
 from torchvision.models.detection._utils import BoxCoder
 from torchvision.ops import nms
 
-from tailfin.models.detector import Limits
+from tailfin.models.detector import Detections, Limits
 
 MIN_SIDE = 1e-2  # pixels; thinner boxes are dropped
 FIRST_CANDIDATES = 4  # times max_dets
@@ -87,6 +87,21 @@ def best_detections(boxes: Tensor, scores: Tensor, labels: Tensor, limits: Limit
     if limits.max_dets >= 0:
         keep = keep[: limits.max_dets]
     return {"boxes": boxes[keep], "scores": scores[keep], "labels": labels[keep]}
+
+
+def best_pairs(boxes: Tensor, scores: Tensor, limits: Limits) -> Detections:
+    """What query detectors report, without suppression: boxes [B, Q, 4] and scores [B, Q, C] to the best pairs of query
+    and class of each picture, within `limits`."""
+    classes = scores.shape[-1]
+    flat = scores.flatten(1)
+    count = flat.shape[1] if limits.max_dets < 0 else min(limits.max_dets, flat.shape[1])
+    values, places = flat.topk(count, dim=1)
+    results = []
+    for own_boxes, own, place in zip(boxes, values, places, strict=True):
+        keep = own > limits.score_threshold
+        place, own = place[keep], own[keep]
+        results.append({"boxes": own_boxes[place // classes], "scores": own, "labels": place % classes})
+    return results
 
 
 def nms_per_class(boxes: Tensor, scores: Tensor, labels: Tensor, iou: float) -> Tensor:

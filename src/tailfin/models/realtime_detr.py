@@ -26,6 +26,7 @@ from tailfin.losses.base import ClassificationLoss
 from tailfin.models.backbones import Backbone
 from tailfin.models.bodies import build_body
 from tailfin.models.constants import constant
+from tailfin.models.detections import best_pairs
 from tailfin.models.detector import Compared, Detections, Detector, Limits, Targets, reported, valid_cells
 from tailfin.models.detr_criterion import Objects, pad_objects
 from tailfin.models.detr_geometry import valid_mask
@@ -120,17 +121,7 @@ class RealTimeDETR(Detector):
     def detections(self, outputs: Outputs, limits: Limits) -> Detections:
         """The best pairs of query and class."""
         scores = reported(self, self.criterion.scores(outputs.logits[-1]))
-        boxes = self.pixels(outputs)
-        classes = scores.shape[-1]
-        flat = scores.flatten(1)
-        count = flat.shape[1] if limits.max_dets < 0 else min(limits.max_dets, flat.shape[1])
-        values, places = flat.topk(count, dim=1)
-        results = []
-        for own_boxes, own, place in zip(boxes, values, places, strict=True):
-            keep = own > limits.score_threshold
-            place = place[keep]
-            results.append({"boxes": own_boxes[place // classes], "scores": own[keep], "labels": place % classes})
-        return results
+        return best_pairs(self.pixels(outputs), scores, limits)
 
     def pixels(self, outputs: Outputs) -> Tensor:
         """[B, Q, 4] boxes (xyxy, pixels) of the last layer within their pictures."""
