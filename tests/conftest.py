@@ -196,15 +196,10 @@ def run_on_ranks() -> Callable[..., list[Any]]:
     """`run_on_ranks(function, n=2)`: what `function(rank)` returns on each of n gloo processes (picklable values)."""
 
     def run(function: Callable[[int], Any], n: int = 2) -> list[Any]:
-        context = multiprocessing.get_context("fork")
-        with tempfile.TemporaryDirectory() as folder:
-            queue = context.Queue()
-            processes = [context.Process(target=_on_rank, args=(function, rank, n, folder, queue)) for rank in range(n)]
-            for process in processes:
-                process.start()
-            results = dict(queue.get(timeout=240) for _ in processes)
-            for process in processes:
-                process.join(timeout=60)
+        for _ in range(3):  # now and then the system refuses gloo a connection, before anything of ours has run
+            results = _outcomes(function, n)
+            if all(error != NO_GROUP for error, _ in results.values()):
+                break
         for rank, (error, _) in results.items():
             assert error is None, f"rank {rank}: {error}"
         return [results[rank][1] for rank in range(n)]
@@ -229,9 +224,37 @@ def train_on_ranks(run_on_ranks: Callable[..., list[Any]]) -> Callable[..., list
     return run
 
 
+NO_GROUP = "the processes did not find each other"
+
+
+def _outcomes(function: Callable[[int], Any], n: int) -> dict[int, Any]:
+    """(error, value) of each rank; of the first rank alone that could not join the others."""
+    context = multiprocessing.get_context("fork")
+    results: dict[int, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        queue = context.Queue()
+        processes = [context.Process(target=_on_rank, args=(function, rank, n, folder, queue)) for rank in range(n)]
+        for process in processes:
+            process.start()
+        while len(results) < n:
+            rank, outcome = queue.get(timeout=240)
+            results[rank] = outcome
+            if outcome[0] == NO_GROUP:
+                for process in processes:
+                    process.kill()
+                break
+        for process in processes:
+            process.join(timeout=60)
+    return results
+
+
 def _on_rank(function: Callable[[int], Any], rank: int, n: int, folder: str, queue: Any) -> None:
     torch.set_num_threads(1)  # a forked process must not use the parent's thread pool
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=n)
+    try:
+        torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=n)
+    except RuntimeError:
+        queue.put((rank, (NO_GROUP, None)))
+        return
     try:
         queue.put((rank, (None, function(rank))))
     except BaseException as error:
