@@ -54,6 +54,12 @@ def make_plan(index, name="plain", *, batch=4, epochs=3.0, seed=0, group=False, 
     return BatchPlan(index, rows, ClassStats.from_index(index), sampler, batch, epochs, seed, group)
 
 
+def order(plan: BatchPlan, epoch: int) -> np.ndarray:
+    """Image rows of an epoch of a plan with batches of one, which nothing fills up."""
+    assert plan.batch == 1
+    return plan.epoch(epoch)[:, 0, 0]
+
+
 plans = st.fixed_dictionaries(
     {
         "name": st.sampled_from(SAMPLERS),
@@ -126,32 +132,59 @@ def test_plain_shows_every_image_once(index, batch, seed, epoch, group):
 
 @given(options=plans)
 @quick
-def test_copies_count_repeats(index, options):
-    """The third entry of a key numbers the repeats of an image in its epoch, so that each is augmented differently."""
+def test_repeats_are_told_apart(index, options):
+    """The third entry of a key differs between an image's repeats in an epoch: each is augmented differently."""
     plan = make_plan(index, **options)
     for epoch in range(int(np.ceil(plan.epochs))):
         table = plan.epoch(epoch).reshape(-1, 2)
         assert len(np.unique(table, axis=0)) == len(table)
-        seen: Counter = Counter()
-        for row, copy in table.tolist():
-            assert copy == seen[row]
-            seen[row] += 1
+        if options["name"] not in ("class_aware", "eirfs"):
+            for row in np.unique(table[:, 0]):
+                turns = table[table[:, 0] == row, 1]
+                assert sorted(turns.tolist()) == list(range(len(turns)))
+
+
+@given(options=plans, data=st.data())
+@quick
+def test_pieces_of_an_epoch_are_those_of_the_whole(index, options, data):
+    plan = make_plan(index, **options)
+    whole, read = plan.epoch(1), plan.order(1).read
+    batches = np.array(data.draw(st.lists(st.integers(0, len(whole) - 1), min_size=1, max_size=9)))
+    columns = np.array(data.draw(st.lists(st.integers(0, plan.batch - 1), min_size=1, max_size=5)))
+    np.testing.assert_array_equal(read(batches, columns), whole[batches[:, None], columns])
+
+
+@pytest.mark.parametrize("group", [False, True])
+def test_an_image_may_stand_anywhere(index, group):
+    """Over many epochs an image is in every tenth of an epoch alike, and after any other."""
+    epochs = 1500
+    plan = make_plan(index, "plain", batch=1, epochs=epochs, group=group)
+    rows = np.stack([order(plan, epoch) for epoch in range(epochs)])
+    places = np.argsort(rows, axis=1)  # of the images in ascending order
+    images = places.shape[1]
+    seen = np.stack([np.bincount(places[:, image] * 10 // images, minlength=10) for image in range(images)])
+    cells = np.bincount(np.arange(images) * 10 // images, minlength=10)
+    expected = epochs * cells / images
+    assert (((seen - expected) ** 2 / expected).sum() / (9 * images)) < 1.3  # chi square over its degrees of freedom
+    follows = (places[:, 1:] == places[:, :-1] + 1).mean()
+    assert abs(follows - 1 / images) < 0.004
 
 
 @pytest.mark.parametrize("policy", ["rfs", "irfs"])
 def test_repeats_are_those_of_the_factors(index, policy):
-    plan = make_plan(index, policy, rounding="ceil")
+    plan = make_plan(index, policy, rounding="ceil", batch=1)
     stats = ClassStats.from_index(index)
     factors = image_factors(category_factors(stats, policy, 0.4), *training_labels(index), len(index))
     expected = {int(row): int(np.ceil(factors[row])) for row in plan.rows}
     assert max(expected.values()) > min(expected.values())
     for epoch in range(3):
-        assert Counter(plan.order(epoch).tolist()) == expected
-    stochastic = make_plan(index, policy, epochs=400)
-    mean = np.mean([np.bincount(stochastic.order(epoch), minlength=len(index)) for epoch in range(400)], axis=0)
+        assert Counter(order(plan, epoch).tolist()) == expected
+        assert plan.length(epoch) == sum(expected.values())
+    stochastic = make_plan(index, policy, epochs=400, batch=1)
+    mean = np.mean([np.bincount(order(stochastic, epoch), minlength=len(index)) for epoch in range(400)], axis=0)
     assert np.abs(mean[plan.rows] - factors[plan.rows]).max() < 0.15
     for epoch in range(3):
-        counts = np.bincount(stochastic.order(epoch), minlength=len(index))[plan.rows]
+        counts = np.bincount(order(stochastic, epoch), minlength=len(index))[plan.rows]
         assert (np.abs(counts - factors[plan.rows]) < 1).all()
 
 
@@ -170,18 +203,18 @@ def test_dynamic_moves_from_image_to_instance_shares(tmp_path):
     }
     (tmp_path / "train.json").write_text(json.dumps(document))
     index = open_index(tmp_path / "train.json", cache=False)
-    plan = make_plan(index, "dynamic", epochs=8, rounding="ceil", threshold=0.45)
-    dense = [int((plan.order(epoch) < 3).sum()) for epoch in range(8)]
+    plan = make_plan(index, "dynamic", epochs=8, rounding="ceil", threshold=0.45, batch=1)
+    dense = [int((order(plan, epoch) < 3).sum()) for epoch in range(8)]
     assert dense[0] == 3 * int(np.ceil(np.sqrt(0.45 / (3 / 40))))
     assert dense == sorted(dense, reverse=True) and dense[-1] < dense[0]
-    static = make_plan(index, "rfs", epochs=8, rounding="ceil", threshold=0.45)
-    assert {int((static.order(epoch) < 3).sum()) for epoch in range(8)} == {dense[0]}
+    static = make_plan(index, "rfs", epochs=8, rounding="ceil", threshold=0.45, batch=1)
+    assert {int((order(static, epoch) < 3).sum()) for epoch in range(8)} == {dense[0]}
 
 
 def test_class_aware_shows_every_class_equally_often(index):
-    plan = make_plan(index, "class_aware", epochs=2)
-    order = plan.order(0)
-    assert len(order) == len(plan.rows) and set(order.tolist()) <= set(plan.rows.tolist())
+    plan = make_plan(index, "class_aware", epochs=2, batch=1)
+    rows = order(plan, 0)
+    assert len(rows) == plan.length(0) == len(plan.rows) and set(rows.tolist()) <= set(plan.rows.tolist())
     image_of = np.array([0, 1, 2, 3, 4, 4], np.int64)
     labels = np.array([0, 0, 0, 0, 0, 1], np.int64)
     draws = class_aware_order(image_of, labels, 40, np.random.default_rng(0))
@@ -198,7 +231,7 @@ def test_batches_hold_one_orientation(index, batch):
         assert len(mixed) <= 1  # what is left over of both
     ungrouped = make_plan(index, batch=batch)
     assert sum(row.any() and not row.all() for row in wide[ungrouped.epoch(0)[..., 0]]) > 1
-    assert Counter(plan.order(0).tolist()) == Counter(plan.rows.tolist())
+    assert Counter(order(make_plan(index, batch=1, group=True), 0).tolist()) == Counter(plan.rows.tolist())
 
 
 @given(options=plans)
@@ -247,15 +280,15 @@ def test_small_sets(tmp_path_factory, images, seed, options):
 
 @pytest.mark.parametrize("name", ["eirfs", "eirfs_paper"])
 def test_eirfs_draws_with_replacement_by_the_factors(index, name):
-    plan = make_plan(index, name, threshold=0.05)
+    plan = make_plan(index, name, threshold=0.05, batch=1)
     expected = image_factors(category_factors(plan.stats, name, 0.05), *training_labels(index), len(index))[plan.rows]
     expected /= expected.sum()
     epochs = 400
     seen = np.zeros(len(index))
     for epoch in range(epochs):
-        order = plan.order(epoch)
-        assert len(order) == len(plan.rows)
-        seen += np.bincount(order, minlength=len(index))
+        rows = order(plan, epoch)
+        assert len(rows) == len(plan.rows)
+        seen += np.bincount(rows, minlength=len(index))
     share = seen[plan.rows] / seen.sum()
     assert (np.abs(share - expected) < 5 * np.sqrt(expected / seen.sum())).all()
     assert expected.max() > 1.2 * expected.min()

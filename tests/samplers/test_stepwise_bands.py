@@ -84,13 +84,15 @@ def test_plan_takes_the_factors(tiny_set):
 
     def plan(seed: int) -> BatchPlan:
         sampler = Sampler(name="plain", rounding="ceil")
-        return BatchPlan(index, rows, ClassStats.from_index(index), sampler, 4, 2, seed, factors=factors)
+        return BatchPlan(index, rows, ClassStats.from_index(index), sampler, 1, 2, seed, factors=factors)
 
-    order = plan(0).order(0)
-    assert len(order) == np.ceil(factors[rows]).sum()
-    np.testing.assert_array_equal(np.bincount(order, minlength=len(index))[[0, 1, 4, 6]], [1, 0, 3, 3])
-    np.testing.assert_array_equal(plan(0).order(1), plan(0).order(1))
-    assert (plan(0).order(0) != plan(0).order(1)).any() and (plan(0).order(0) != plan(1).order(0)).any()
+    def order(seed: int, epoch: int) -> np.ndarray:
+        return plan(seed).epoch(epoch)[:, 0, 0]
+
+    assert len(order(0, 0)) == plan(0).length(0) == np.ceil(factors[rows]).sum()
+    np.testing.assert_array_equal(np.bincount(order(0, 0), minlength=len(index))[[0, 1, 4, 6]], [1, 0, 3, 3])
+    np.testing.assert_array_equal(order(0, 1), order(0, 1))
+    assert (order(0, 0) != order(0, 1)).any() and (order(0, 0) != order(1, 0)).any()
 
 
 def test_stochastic_rounding_has_the_factor_as_its_mean(tiny_set):
@@ -98,7 +100,7 @@ def test_stochastic_rounding_has_the_factor_as_its_mean(tiny_set):
     sampler = Sampler(name="plain", rounding="stochastic")
     stats = ClassStats.from_index(index)
     plan = BatchPlan(index, np.arange(20), stats, sampler, 4, 200, 0, factors=np.full(len(index), 1.25))
-    assert np.mean([len(plan.order(epoch)) for epoch in range(200)]) / 20 == pytest.approx(1.25, abs=0.03)
+    assert np.mean([plan.length(epoch) for epoch in range(200)]) / 20 == pytest.approx(1.25, abs=0.03)
 
 
 @pytest.mark.parametrize(

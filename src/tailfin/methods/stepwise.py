@@ -304,7 +304,7 @@ def _step(run: Run, trained: Detector, step: PlannedStep, kept: NDArray[np.bool_
         recipe = _stretched(recipe, plan.iterations, _plan(run, recipe, step, dataset, settings).iterations)
         plan = _plan(run, recipe, step, dataset, settings)
     own = dataset.clean.rows
-    run.say(f"step {step.name}: {len(own)} annotations in {len(dataset.rows())} images, {len(plan.order(0))} an epoch")
+    run.say(f"step {step.name}: {len(own)} annotations in {len(dataset.rows())} images, {plan.length(0)} an epoch")
     on_main(run.accelerator, lambda: _record(run, step, plan, index.labels[own]))
     model = _copy(run, recipe, trained)
     freeze_but(model, config.trains)
@@ -362,7 +362,7 @@ def _record(run: Run, step: PlannedStep, plan: BatchPlan, labels: NDArray[np.int
         "own": np.flatnonzero(step.own).tolist(),
         "old": np.flatnonzero(step.old).tolist(),
         "images": len(plan.rows),
-        "epoch": len(plan.order(0)),
+        "epoch": plan.length(0),
         "iterations": plan.iterations,
         "trains": list(step.config.trains),
         "reads": {key: _hash_of(run.recipe, file) for key, file in planned.reads.items()},

@@ -21,24 +21,25 @@ from tailfin.samplers.plan import BatchPlan
 class EpisodePlan(BatchPlan):
     """A `BatchPlan` of episodes: a batch is one; its keys have the class after epoch, image row and repeat."""
 
-    def order(self, epoch: int) -> NDArray[np.int64]:
-        """Image rows of an epoch, episode after episode."""
-        return self._episodes(epoch)[1]
-
-    def epoch(self, epoch: int) -> NDArray[np.int64]:
-        """Batches of an epoch: int64 [batches, batch, 3] of (image row, place in the epoch, class).
-
-        The place tells the samples of a picture apart.
-        """
-        classes, rows = self._episodes(epoch)
-        return np.stack([rows, np.arange(len(rows)), classes], axis=1).reshape(-1, self.batch, 3)
-
-    def _episodes(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """(classes, image rows) of an epoch, each int64 [episodes * batch]."""
+    def order(self, epoch: int) -> EpisodeOrder:
+        """Batches of (image row, place in the epoch, class); the place tells the samples of a picture apart."""
         episodes = -(-len(self.rows) // self.batch)
         rng = np.random.default_rng([self.seed, 1, epoch])
         classes, rows = draw_episodes(*self._labels, episodes, rng, classes_per_episode=self.batch)
-        return classes.ravel(), rows.ravel()
+        return EpisodeOrder(np.stack([rows, np.arange(rows.size).reshape(rows.shape), classes], axis=2))
+
+
+@dataclass(frozen=True)
+class EpisodeOrder:
+    """Batches of a table int64 [batches, batch, 3]."""
+
+    table: NDArray[np.int64]
+
+    def read(self, batches: NDArray[np.int64], columns: NDArray[np.int64]) -> NDArray[np.int64]:
+        return self.table[batches[:, None], columns]
+
+    def all(self) -> NDArray[np.int64]:
+        return self.table
 
 
 class EpisodeDataset(TrainingDataset):
@@ -51,8 +52,8 @@ class EpisodeDataset(TrainingDataset):
 
 
 def draw_episodes(
-    image_of: NDArray[np.int64],
-    labels: NDArray[np.int64],
+    image_of: NDArray[np.integer],
+    labels: NDArray[np.integer],
     episodes: int,
     rng: np.random.Generator,
     classes_per_episode: int = 16,

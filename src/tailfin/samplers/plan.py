@@ -1,14 +1,14 @@
 """Which images make up which batch: a pure function of (seed, epoch), so that training goes on where it stopped.
 
-`BatchPlan.epoch(e)` is the whole epoch's table of batches, the same on every process. A rank reads its columns, a
-resumed run starts at its row; nothing has to be stored but the iteration. Batches hold only upright or only wide
-pictures where asked (less padding).
+`BatchPlan.order(e)` is an epoch's batches, the same on every process. A rank reads its columns, a resumed run starts at
+its row; nothing has to be stored but the iteration. Batches hold only upright or only wide pictures where asked (less
+padding).
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,18 +17,21 @@ from numpy.typing import NDArray
 from tailfin.data.index import AnnotationIndex
 from tailfin.errors import UserError
 from tailfin.samplers.class_aware import class_aware_draws, class_pairs
+from tailfin.samplers.epoch_order import Batches, EpochOrder
+from tailfin.samplers.permutation import CHUNK, keyed_permutation, uniform
 from tailfin.samplers.repeat_factor import (
     WITH_REPLACEMENT,
     category_factors,
-    image_factors,
+    factors_of_images,
     round_factors,
-    training_labels,
 )
 from tailfin.schema.training import Sampler
 from tailfin.stats import ClassStats
 
-# (epoch, image row, how often the image came before in this epoch), and what another kind of plan adds
+# (epoch, image row, which of its repeats in this epoch), and what another kind of plan adds; draws have their number as
+# the third, which differs between repeats likewise
 Key = tuple[int, ...]
+AHEAD = 4096  # entries of a process that are computed together
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ class BatchPlan:
     def boundaries(self) -> NDArray[np.int64]:
         """First iteration of every epoch, and the number of iterations at the end, int64 [ceil(epochs) + 1]."""
         whole = int(np.ceil(self.epochs))
-        lengths = np.array([-(-self._length(epoch) // self.batch) for epoch in range(whole)], dtype=np.int64)
+        lengths = np.array([-(-self.length(epoch) // self.batch) for epoch in range(whole)], dtype=np.int64)
         lengths[-1] = max(1, round(int(lengths[-1]) * (self.epochs - (whole - 1))))
         return np.concatenate([[0], np.cumsum(lengths)])
 
@@ -88,33 +91,71 @@ class BatchPlan:
         """The points in epochs of `boundaries`: 0, 1, 2, ..., and the (perhaps fractional) end."""
         return np.minimum(np.arange(len(self.boundaries)), self.epochs)
 
-    def order(self, epoch: int) -> NDArray[np.int64]:
-        """Shuffled image rows of an epoch, with repeats."""
-        rng = np.random.default_rng([self.seed, 1, epoch])
-        if self._repeats:
-            return rng.permutation(np.repeat(self.rows, self._times(epoch, rng)))
+    def order(self, epoch: int) -> Batches:
+        """The batches of an epoch, to be read piece by piece; the last one is filled up with some pictures more."""
+        keys = np.random.default_rng([self.seed, 2, epoch]).integers(2**63, size=5, dtype=np.uint64)
+        if self._repeats or self.sampler.name == "plain":
+            times = self._filled(epoch, keys[:1])
+            return self._batches(len(self.rows), self.rows.__getitem__, times, keys[2:])
+        draws = -(-len(self.rows) // self.batch) * self.batch
         if self.sampler.name == "class_aware":
-            return class_aware_draws(*self._pairs, len(self.rows), rng)
-        if self.sampler.name == "plain":
-            return rng.permutation(self.rows)
-        per_image = self.image_factors(epoch)
-        return rng.choice(self.rows, len(self.rows), p=per_image / per_image.sum())
+            pairs = self._pairs
+            return self._batches(draws, lambda number: class_aware_draws(*pairs, number, keys[1:2]), None, keys[2:])
+        chances = np.cumsum(self.image_factors(epoch))
+        chances /= chances[-1]
 
-    def _length(self, epoch: int) -> int:
-        """`len(self.order(epoch))` without the order."""
+        def rows_of(number: NDArray[np.int64]) -> NDArray[np.int64]:
+            return self.rows[np.searchsorted(chances, uniform(number, keys[1:2]), side="right")]
+
+        return self._batches(draws, rows_of, None, keys[2:])
+
+    def _batches(
+        self,
+        count: int,
+        rows_of: Callable[[NDArray[np.int64]], NDArray[np.int64]],
+        times: NDArray[np.unsignedinteger] | None,
+        keys: NDArray[np.uint64],
+    ) -> EpochOrder:
+        """Pictures that come some times are shuffled; draws are in random order already."""
+        wide = self._wide if self.group_by_aspect else None
+        return EpochOrder(count, rows_of, times, batch=self.batch, wide=wide, keys=keys, shuffled=times is not None)
+
+    def _wide(self, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
+        return np.asarray(self.index.widths[rows] > self.index.heights[rows])
+
+    def length(self, epoch: int) -> int:
+        """Images of an epoch, with repeats, without those that fill its last batch."""
         if not self._repeats:
             return len(self.rows)
-        return int(self._times(epoch, np.random.default_rng([self.seed, 1, epoch])).sum())
+        return sum(int(times.sum()) for times in self._times(epoch))
 
     @property
     def _repeats(self) -> bool:
         """Whether an epoch has every picture a number of times, its repeat factor rounded."""
         return self.factors is not None or self.sampler.name not in ("plain", "class_aware", *WITH_REPLACEMENT)
 
-    def _times(self, epoch: int, rng: np.random.Generator) -> NDArray[np.int64]:
-        """How often each of `rows` comes in an epoch; the first draw of its generator."""
-        factors = self.image_factors(epoch) if self.factors is None else self.factors[self.rows]
-        return round_factors(factors, self.sampler.rounding, rng.random(len(self.rows)))
+    def _times(self, epoch: int) -> Iterator[NDArray[np.int64]]:
+        """How often each of `rows` comes in an epoch, in pieces."""
+        rng = np.random.default_rng([self.seed, 1, epoch])
+        factors = self.image_factors(epoch) if self.factors is None else self.factors
+        for start in range(0, len(self.rows), CHUNK):
+            rows = self.rows[start : start + CHUNK]
+            own = factors[start : start + CHUNK] if self.factors is None else factors[rows]
+            yield round_factors(own, self.sampler.rounding, rng.random(len(rows)))
+
+    def _filled(self, epoch: int, key: NDArray[np.uint64]) -> NDArray[np.unsignedinteger]:
+        """How often each of `rows` comes, [len(rows)] in as few bytes as it takes; the sum is a multiple of `batch`."""
+        images = len(self.rows)
+        times = np.ones(images, dtype=np.uint8)
+        if self._repeats:
+            for start, own in zip(range(0, images, CHUNK), self._times(epoch), strict=True):
+                times = times.astype(np.promote_types(times.dtype, np.min_scalar_type(int(own.max()))), copy=False)
+                times[start : start + CHUNK] = own
+        missing = np.arange(-int(times.sum()) % self.batch)
+        highest = int(times.max()) + len(missing) // images + 1
+        times = times.astype(np.promote_types(times.dtype, np.min_scalar_type(highest)), copy=False)
+        np.add.at(times, keyed_permutation(missing % images, images, key), 1)
+        return times
 
     def image_factors(self, epoch: int) -> NDArray[np.float64]:
         """Repeat factor of every image that takes part, float64 [len(rows)], by the sampler's policy."""
@@ -133,19 +174,12 @@ class BatchPlan:
         factors = category_factors(
             self.stats, sampler.name, sampler.threshold, progress, exponent=sampler.exponent, alpha=sampler.alpha
         )
-        return image_factors(factors, *self._labels, len(self.index))[self.rows]
+        every = factors_of_images(self.index, factors)
+        return every if len(self.rows) == len(every) else every[self.rows]
 
     def epoch(self, epoch: int) -> NDArray[np.int64]:
-        """Batches of an epoch: int64 [batches, batch, 2] of (image row, how often it came before in this epoch).
-
-        The last batch is filled up from the epoch's first images.
-        """
-        order = self.order(epoch)
-        missing = -len(order) % self.batch
-        order = np.concatenate([order, np.resize(order, missing)])
-        if self.group_by_aspect:
-            order = self._grouped(order, np.random.default_rng([self.seed, 2, epoch]))
-        return np.stack([order, _occurrence(order)], axis=1).reshape(-1, self.batch, 2)
+        """All batches of an epoch: int64 [batches, batch, 2] of (image row, which of its repeats)."""
+        return self.order(epoch).all()
 
     def keys(self, start: int, part: slice, parts: int) -> Iterator[list[Key]]:
         """Micro-batches of one process from iteration `start` on.
@@ -153,18 +187,27 @@ class BatchPlan:
         An iteration's batch is cut into `parts` equal pieces (processes x accumulation steps); `part` selects those of
         this process, in order.
         """
+        columns = np.arange(self.batch).reshape(parts, -1)[part]
+        step = max(1, AHEAD // columns.size)  # batches that are looked up together
         iteration = start
         while iteration < self.iterations:
             epoch = int(np.searchsorted(self.boundaries, iteration, side="right")) - 1
-            table = self.epoch(epoch)
-            for row in range(iteration - int(self.boundaries[epoch]), int(np.diff(self.boundaries)[epoch])):
-                for piece in table[row].reshape(parts, -1, table.shape[-1])[part]:
-                    yield [(epoch, *map(int, entry)) for entry in piece]
-                iteration += 1
+            order = self.order(epoch)
+            first, end = int(self.boundaries[epoch]), int(self.boundaries[epoch + 1])
+            for batch in range(iteration - first, end - first, step):
+                batches = np.arange(batch, min(batch + step, end - first))
+                entries = order.read(batches, columns.ravel())
+                for piece in entries.reshape(-1, columns.shape[1], entries.shape[-1]).tolist():
+                    yield [(epoch, *entry) for entry in piece]
+            iteration = end
 
     @functools.cached_property
-    def _labels(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        image_of, labels = training_labels(self.index)
+    def _labels(self) -> tuple[NDArray[np.integer], NDArray[np.integer]]:
+        """(image row, class) of every annotation that trains, of images that take part."""
+        trained = self.index.clean().rows
+        image_of, labels = self.index.image_of[trained], self.index.labels[trained]
+        if len(self.rows) == len(self.index):
+            return image_of, labels
         taking_part = np.zeros(len(self.index), dtype=bool)
         taking_part[self.rows] = True
         keep = taking_part[image_of]
@@ -173,25 +216,3 @@ class BatchPlan:
     @functools.cached_property
     def _pairs(self) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
         return class_pairs(*self._labels)
-
-    def _grouped(self, order: NDArray[np.int64], rng: np.random.Generator) -> NDArray[np.int64]:
-        """Whole batches of each orientation; what is left over of both makes the mixed ones. Then shuffled."""
-        wide = self.index.widths[order] > self.index.heights[order]
-        groups = [order[wide], order[~wide]]
-        whole = [group[: len(group) // self.batch * self.batch] for group in groups]
-        rest = [group[len(group) // self.batch * self.batch :] for group in groups]
-        return rng.permutation(np.concatenate([*whole, *rest]).reshape(-1, self.batch)).reshape(-1)
-
-
-def _occurrence(values: NDArray[np.int64]) -> NDArray[np.int64]:
-    """How often each entry's value came before it; only values that come again are sorted."""
-    result = np.zeros(len(values), dtype=np.int64)
-    if len(values) == 0:
-        return result
-    again = np.flatnonzero(np.bincount(values)[values] > 1)
-    # value and place in one number: sorting it is a stable sort by value, in a fourth of the time
-    joint = np.sort(values[again] * np.int64(len(again)) + np.arange(len(again)))
-    ordered, order = np.divmod(joint, len(again))
-    first = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]])) if len(again) else again
-    result[again[order]] = np.arange(len(again)) - np.repeat(first, np.diff(np.append(first, len(again))))
-    return result

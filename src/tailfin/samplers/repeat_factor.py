@@ -34,6 +34,7 @@ Policy = Literal["rfs", "irfs", "dynamic", "eirfs", "eirfs_paper"]
 POLICIES = get_args(Policy)
 WITH_REPLACEMENT = ("eirfs", "eirfs_paper")  # images are drawn with chances as their factors
 REPEATS = (2.0, 10.0)  # of the rarest class: less changes nothing, more only learns the same pictures by heart
+PIECE = 1 << 20  # annotations
 LEAST_THRESHOLD = 1e-3  # LVIS practice
 Rounding = Literal["stochastic", "ceil", "floor", "round"]
 
@@ -132,7 +133,17 @@ def repeat_factors(
     index = source if isinstance(source, AnnotationIndex) else open_index(source, needs_names=False)
     stats = ClassStats.from_index(index)
     factors = category_factors(stats, policy, threshold, progress, exponent=exponent, alpha=alpha)
-    return image_factors(factors, *training_labels(index), len(index))
+    return factors_of_images(index, factors)
+
+
+def factors_of_images(index: AnnotationIndex, category_factors: NDArray[np.float64]) -> NDArray[np.float64]:
+    """`image_factors` of an index, whose columns are read piece by piece."""
+    factors = np.ones(len(index))
+    trained = index.clean().rows
+    for start in range(0, len(trained), PIECE):
+        rows = trained[start : start + PIECE]
+        np.maximum.at(factors, index.image_of[rows], category_factors[index.labels[rows]])
+    return factors
 
 
 def training_labels(index: AnnotationIndex) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

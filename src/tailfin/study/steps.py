@@ -85,7 +85,7 @@ def epochs_for(recipe: Recipe, files: Files, steps: int) -> float:
         whole = 0
         done = 0
         while True:  # whole epochs that fit
-            length = -(-len(plan.order(whole)) // recipe.schedule.batch)
+            length = -(-plan.length(whole) // recipe.schedule.batch)
             if done + length > steps:
                 break
             done, whole = done + length, whole + 1
