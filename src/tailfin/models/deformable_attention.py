@@ -19,6 +19,7 @@ from transformers.models.deformable_detr.modeling_deformable_detr import (
 )
 
 from tailfin.models.constants import constant
+from tailfin.models.fused_attention import FusedSampling, kernel
 
 Shapes = list[tuple[int, int]]  # (height, width) of every level
 DENSE_TOKENS = 512  # up to so many cells over all levels a CPU samples by a matrix product; where both take as long
@@ -91,10 +92,12 @@ def sample(value: Tensor, shapes: Shapes, places: Tensor, weights: Tensor) -> Te
     Returns:
         [B, Q, H * D].
     """
-    if not _exporting() and value.device.type == "cpu" and value.shape[1] <= DENSE_TOKENS:
-        return _DenseSampling.apply(value, places, weights, shapes).transpose(1, 2).flatten(2)  # type: ignore[no-any-return]
     if _exporting():
         return _sampled(value, places, weights, shapes)
+    if (fused := kernel(value.device)) is not None:
+        return FusedSampling.apply(value, places, weights, shapes, fused)  # type: ignore[no-any-return]
+    if value.device.type == "cpu" and value.shape[1] <= DENSE_TOKENS:
+        return _DenseSampling.apply(value, places, weights, shapes).transpose(1, 2).flatten(2)  # type: ignore[no-any-return]
     return _LeanSampling.apply(value, places, weights, shapes)  # type: ignore[no-any-return]
 
 
