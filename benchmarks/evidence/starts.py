@@ -7,8 +7,8 @@
     softmax, rfs, bacl, stepwise                  EfficientNet-Lite0 from `weights: packaged`, frozen up to stride 4
     softmax_random, rfs_random, ...               the same network from random weights, all of it trained, batch norm
 
-Minutes are those of a processor: before its cell an arm is trained for a third and for a whole epoch, and what the
-difference costs says how many epochs it gets. So a random start, which trains more layers, has fewer. Evaluation and
+Minutes are those of a processor: before its cell an arm is trained twice, for a few passes, and what the difference
+costs says how many epochs it gets. So a random start, which trains more layers, has fewer. Evaluation and
 the start of the program are not counted. What a cell used in the end, with both, is `processor_seconds` of its line.
 Step-wise learning has half of its epochs in step 0 (objectness), a sixth in step 1 and a third in step 2; BACL half in
 each stage. Rates are the recipes' own. Differences are to `softmax_random`; see `cells.py` for resuming and intervals.
@@ -30,7 +30,7 @@ from cells import SETS, Arm, command_of, processor_seconds, schedule, watched
 METHODS = ("softmax", "rfs", "bacl", "stepwise")
 RANDOM: dict[str, Any] = {"weights": "none", "detector.norm": "bn", "detector.frozen_layers": 0}
 DIVISION = {"road12": 40, "fod": 42}  # pictures of the largest class of the tail: half of the classes
-SHORT, LONG = 0.34, 1.0  # epochs of the two trainings that are timed
+TIMED = {"road12": (0.5, 3.0), "fod": (0.15, 0.75)}  # epochs of the two trainings that are timed
 
 
 def arm_of(method: str, random: bool, epochs: float, name: str) -> Arm:
@@ -65,8 +65,8 @@ def _flow(values: dict[str, Any]) -> str:
 
 def epochs_in(minutes: float, method: str, random: bool, options: argparse.Namespace) -> float:
     """How many epochs an arm trains in so many minutes of a processor, from two short trainings."""
-    used = []
-    for epochs in (SHORT, LONG):
+    used, (short, long) = [], TIMED[options.set]
+    for epochs in (short, long):
         arm = arm_of(method, random, epochs, options.set)
         with tempfile.TemporaryDirectory() as folder, (Path(folder) / "log").open("w") as output:
             command = [*command_of(arm, 0, options), f"data.root={options.data}", "--out", f"{folder}/run"]
@@ -75,7 +75,7 @@ def epochs_in(minutes: float, method: str, random: bool, options: argparse.Names
             if code := watched([sys.executable, "-m", "tailfin", *command], environment, output):
                 sys.exit(f"{arm.name}: exit code {code}\n{(Path(folder) / 'log').read_text()[-2000:]}")
             used.append(processor_seconds() - before)
-    return round(60 * minutes * (LONG - SHORT) / max(used[1] - used[0], 1e-3), 2)
+    return round(60 * minutes * (long - short) / max(used[1] - used[0], 1e-3), 2)
 
 
 def arms(options: argparse.Namespace) -> list[Arm]:

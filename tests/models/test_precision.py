@@ -1,9 +1,12 @@
-"""Class logits and box deltas under autocast: their values, not their types, are those of float32."""
+"""Under autocast: class logits, box deltas and depthwise convolutions have float32's values, not its type alone."""
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
+from torch import nn
 
 from tailfin import losses
 from tailfin.config import load_recipe
@@ -17,6 +20,7 @@ from tailfin.models.heads.roi_heads import BoxPredictor
 from tailfin.models.heads.simcal import DualPredictor, with_twin
 from tailfin.models.heads.tde import TDEHead
 from tailfin.models.localizer import Localizer
+from tailfin.models.precision import depthwise_in_float32
 from tailfin.stats import ClassStats
 
 STATS = ClassStats(image_count=[40, 20, 9, 5, 3], instance_count=[50, 30, 9, 6, 3], num_images=60)
@@ -167,3 +171,36 @@ def test_cosines_alone(make):
     with torch.autocast("cpu", torch.bfloat16):
         found = classifier(features)
     torch.testing.assert_close(found, classifier(features.float()), rtol=1e-5, atol=1e-5)
+
+
+def test_depthwise_convolutions_compute_in_float32():
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Conv2d(8, 8, 5, 2, 2, groups=8), nn.Conv2d(8, 6, 1, groups=2), nn.Conv2d(6, 3, 1))
+    network = copy.deepcopy(plain)
+    depthwise_in_float32(network)
+    depthwise_in_float32(network)  # once more changes nothing
+    assert network.state_dict().keys() == plain.state_dict().keys()
+    assert [isinstance(module, nn.Conv2d) for module in network] == [True] * 3
+    x = torch.randn(2, 8, 9, 9).bfloat16()
+    for own in (network, copy.deepcopy(network)):
+        with torch.no_grad():
+            own[0].weight.mul_(1.001)  # its own weights, which bfloat16 could not tell from the former ones
+        with torch.autocast("cpu", torch.bfloat16):
+            found = own[0](x)
+            assert own[1](found).dtype == torch.bfloat16
+        exact = own[0](x.float())
+        assert found.dtype == torch.bfloat16
+        assert torch.equal(found, exact.bfloat16())  # rounded once, at the end
+        own(x.float()).sum().backward()
+        assert own[0].weight.grad is not None
+
+
+def test_a_backbone_of_depthwise_convolutions_has_them_in_float32():
+    recipe = load_recipe("road12/packaged", ["weights=none", "detector.norm=bn", "detector.frozen_layers=0"])
+    model = build_detector(recipe, STATS, start=False)[0]
+    depthwise = [one for one in model.modules() if isinstance(one, nn.Conv2d) and 1 < one.groups == one.in_channels]
+    assert len(depthwise) > 10
+    whole = copy.deepcopy(depthwise[0])
+    x = torch.randn(1, whole.in_channels, 9, 9).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(whole(x), whole(x.float()).bfloat16())

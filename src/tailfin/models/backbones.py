@@ -33,6 +33,7 @@ from torchvision.ops.feature_pyramid_network import (
 
 from tailfin.errors import UserError
 from tailfin.models.images import MEAN, STD
+from tailfin.models.precision import depthwise_in_float32
 from tailfin.schema.backbones import CAFFE
 
 IMAGENET_WEIGHTS = {
@@ -144,6 +145,7 @@ class Backbone(nn.Module):
     def __init__(self, body: Body, fpn: FeaturePyramidNetwork | None = None, out_channels: int = 0) -> None:
         super().__init__()
         self.body = body
+        depthwise_in_float32(body)
         if fpn is not None:
             self.fpn = fpn
         self.out_channels = out_channels  # of every level of the pyramid
