@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tailfin.collectives import sum_over_ranks
+from tailfin.collectives import several_ranks, sum_over_ranks
 from tailfin.errors import nearest
-from tailfin.losses.base import ClassificationLoss, mean_over_rows, one_hot
+from tailfin.losses.base import ClassificationLoss, counts_of, mean_over_rows, one_hot
 from tailfin.losses.eqlv2 import EQLv2
 from tailfin.losses.seesaw import Seesaw
 from tailfin.losses.softmax import Softmax
@@ -158,15 +158,18 @@ class PCB(ClassificationLoss):
     def observe(self, class_logits: Tensor, labels: Tensor) -> None:
         """Move the rows of M towards what is predicted now; [F, C] logits of the foreground rows, labels [F]."""
         matrix = self.fg_confusion_matrix
-        ones = torch.ones_like(labels, dtype=matrix.dtype)
-        (counts,) = sum_over_ranks(torch.zeros_like(self.num_inst_cnt).scatter_add_(0, labels, ones))
+        (counts,) = sum_over_ranks(counts_of(labels, self.num_classes, matrix.dtype))
+        # the rows of M that change, the same on every rank; one process has them without asking its device, repeated
+        seen = counts.nonzero()[:, 0] if several_ranks() else labels
+        place = torch.zeros_like(counts, dtype=torch.int64)
+        place[seen] = torch.arange(len(seen), device=seen.device)
         predicted = class_logits.sigmoid() if self.base_name == "eqlv2" else class_logits.softmax(dim=1)
-        (sums,) = sum_over_ranks(torch.zeros_like(matrix).index_add_(0, labels, predicted.to(matrix.dtype)))
-        # rows of all classes, which ones have changed is known to the device alone
-        rows = sums.mul_(((1 - self.momentum) / counts.clamp(min=1))[:, None]).add_(matrix, alpha=self.momentum)
+        sums = matrix.new_zeros((len(seen), self.num_classes))
+        (sums,) = sum_over_ranks(sums.index_add_(0, place[labels], predicted.to(matrix.dtype)))
+        rows = matrix[seen].lerp(sums[place[seen]] / counts[seen, None], 1 - self.momentum)
         if self.base_name != "eqlv2":
             rows /= rows.sum(dim=1, keepdim=True)
-        matrix.copy_(torch.where(counts[:, None] > 0, rows, matrix))
+        matrix.index_copy_(0, seen, rows)
         self.num_inst_cnt += counts
 
     # ---- the three active forms ------------------------------------------------------------------------------------
