@@ -361,7 +361,9 @@ def _yolo(folder: Path) -> Kind:
     out = folder / "out.json"
 
     def lost(said: str) -> str:
-        texts = [label.read_text("utf-8", "replace") for label in labels]
+        texts = [
+            label.read_bytes().removeprefix(b"\xff\xfe").decode("utf-8", "replace") for label in labels
+        ]  # UTF-16's mark
         rows = sum(bool(line.strip(" \t\x00\ufeff")) for text in texts for line in text.splitlines())
         images, objects = _annotations(out)
         return _fewer("images", len(names), images, said) or _fewer("rows", rows, objects, said)
