@@ -81,6 +81,18 @@ def test_a_long_warmup_is_told(tiny_recipe, tiny_set):
     assert "of the run's" in note and "at most" not in note
 
 
+def test_steps_of_the_rate_behind_the_end_are_told(tiny_recipe, tiny_set):
+    steps = ["schedule.epochs=4", "schedule.decay=multistep"]
+    (note,) = notes(even(tiny_recipe, *steps, "schedule.milestones=[8, 11]"), tiny_set[0])
+    assert "the rate never falls: schedule.milestones=[8, 11]" in note
+    remedy = note.partition("; ")[2].partition(" are ")[0]
+    assert notes(even(tiny_recipe, *steps, remedy), tiny_set[0]) == []
+    for fine in ("[]", "[3]", "[3, 11]"):  # none is asked for; one comes; one comes, the other not
+        assert notes(even(tiny_recipe, *steps, f"schedule.milestones={fine}"), tiny_set[0]) == []
+    other = even(tiny_recipe, "schedule.epochs=4", "schedule.decay=cosine", "schedule.milestones=[8, 11]")
+    assert notes(other, tiny_set[0]) == []
+
+
 def test_a_flip_of_classes_with_sides_is_told(tiny_recipe, tiny_set, tmp_path):
     document = json.loads(tiny_set[0].read_text())
     document["categories"][0]["name"], document["categories"][1]["name"] = "turn left", "turn right"

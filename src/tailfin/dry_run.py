@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tailfin.data.dataset import Source, TrainingDataset, open_source, unchecked_note
+from tailfin.data.dataset import TrainingDataset, open_source, unchecked_note
 from tailfin.data.index import AnnotationIndex
 from tailfin.data.smooth_tail import ALL, PlannedStep, planned_steps
 from tailfin.errors import printable
@@ -23,7 +22,7 @@ from tailfin.inference import check_kinds, check_validation
 from tailfin.memory import TrainingMemory, training_memory, watched_step
 from tailfin.methods.plan import StageModel, stage_models
 from tailfin.methods.stepwise import class_parts
-from tailfin.plan_notes import plan_notes
+from tailfin.plan_notes import plan_notes, shared_pictures_note
 from tailfin.processes import check_trackers
 from tailfin.report.draw import draw_detections
 from tailfin.run import batch_plan, run_folder
@@ -44,11 +43,11 @@ def show_plan(recipe: Recipe, out: Path | None, *, overwrite: bool = False) -> N
     check_trackers(recipe)
     train = open_source(recipe.data.train, recipe.data.root, "train")
     stats = ClassStats.from_index(train.index, group_bounds=recipe.evaluation.group_bounds)
-    both = 0
+    leak = ""
     if recipe.data.val.annotations:
         val = open_source(recipe.data.val, recipe.data.root, "val")
         check_validation(stats, val.index, recipe.evaluation.iou)
-        both = len(picture_files(train) & picture_files(val))
+        leak = shared_pictures_note(train, val)
     made, memories = [], []
     for stage in stage_models(recipe, train, stats):
         check_kinds(stage.detector, recipe.evaluation.iou, "evaluation.iou")
@@ -111,15 +110,9 @@ def show_plan(recipe: Recipe, out: Path | None, *, overwrite: bool = False) -> N
     row("first batch", str(picture))
     for note in stage_notes(recipe, dataset, stats):
         row("warning", note)
-    if both:
-        row("warning", f"{both} of the training pictures are validation pictures, too: they measure nothing learnt")
+    if leak:
+        row("warning", leak)
     Console().print(table)
-
-
-def picture_files(source: Source) -> set[str]:
-    """The files of a set's pictures, without looking whether they are there."""
-    folder = os.path.realpath(source.images)
-    return {os.path.join(folder, source.index.file_name(row)) for row in range(len(source.index))}  # noqa: PTH118
 
 
 def picture_size(data: Data, index: AnnotationIndex, first: list[tuple[torch.Tensor, dict[str, torch.Tensor]]]) -> str:

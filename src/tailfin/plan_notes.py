@@ -1,16 +1,20 @@
 """What a plan of training does that its recipe cannot have meant: told before training, and by the dry run.
 
     plan_notes(stage, plan)   ["sampler rfs repeats no picture: ...", ...]
+    shared_pictures_note(train, val)   "671 of the training pictures are validation pictures, too: ...", or ""
 
-A sampler whose threshold is below every class's share; a warm-up that takes up much of a short run; a flip of pictures
-whose classes are named left and right.
+A sampler whose threshold is below every class's share; a warm-up that takes up much of a short run; steps of the rate
+behind its end; a flip of pictures whose classes are named left and right; pictures that are trained on and measured on.
 """
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 
 from tailfin.data.advice import sided
+from tailfin.data.dataset import Source
 from tailfin.joins import listed
 from tailfin.samplers.plan import BatchPlan
 from tailfin.samplers.repeat_factor import class_shares, repeating_threshold
@@ -34,10 +38,25 @@ def plan_notes(stage: Stage[Recipe], plan: BatchPlan, processes: int = 1) -> lis
     found = (
         _sampler_note(plan, prefix),
         _warmup_note(recipe, plan, prefix),
+        _milestones_note(recipe, prefix),
         _flip_note(recipe, plan),
         _pairs_note(recipe, prefix, processes),
     )
     return [note for note in found if note]
+
+
+def shared_pictures_note(train: Source, val: Source) -> str:
+    """How many pictures are in both sets; empty where none is."""
+    both = len(_picture_files(train) & _picture_files(val))
+    if not both:
+        return ""
+    return f"{both} of the training pictures are validation pictures, too: they measure nothing learnt"
+
+
+def _picture_files(source: Source) -> set[str]:
+    """The files of a set's pictures, without looking whether they are there."""
+    folder = os.path.realpath(source.images)
+    return {os.path.join(folder, source.index.file_name(row)) for row in range(len(source.index))}  # noqa: PTH118
 
 
 def _sampler_note(plan: BatchPlan, prefix: str) -> str | None:
@@ -79,6 +98,19 @@ def _warmup_note(recipe: Recipe, plan: BatchPlan, prefix: str) -> str | None:
     return (
         f"the warm-up of {schedule.warmup} iterations is {part} the run's {total}: "
         f"{reached}{prefix}schedule.warmup={max(1, total // 10)} is a tenth"
+    )
+
+
+def _milestones_note(recipe: Recipe, prefix: str) -> str | None:
+    schedule, shared = recipe.schedule, recipe.pretraining is not None and recipe.pretraining.one_curve
+    behind = [epoch for epoch in schedule.milestones if epoch >= schedule.epochs]
+    if schedule.decay != "multistep" or not behind or len(behind) < len(schedule.milestones) or shared:
+        return None
+    listed_epochs = ", ".join(f"{epoch:g}" for epoch in behind)
+    two_thirds = f"{schedule.epochs * 2 / 3:.3g}, {schedule.epochs * 11 / 12:.3g}"
+    return (
+        f"the rate never falls: {prefix}schedule.milestones=[{listed_epochs}] are not before the end of the "
+        f"{schedule.epochs:g} epochs; {prefix}schedule.milestones=[{two_thirds}] are at the shares of a 1x schedule"
     )
 
 

@@ -27,7 +27,7 @@ from tailfin.files import read_object, write_atomic, write_json, writing
 from tailfin.inference import check_kinds, check_validation, counts_by_id, infer
 from tailfin.models import build_detector
 from tailfin.models.detector import Detector
-from tailfin.plan_notes import plan_notes
+from tailfin.plan_notes import plan_notes, shared_pictures_note
 from tailfin.processes import make_accelerator, on_main
 from tailfin.progress import Progress
 from tailfin.provenance import environment, now
@@ -254,6 +254,8 @@ class Run:
             return
         self.begun = True
         on_main(self.accelerator, self._record)
+        if self.val is not None and (leak := shared_pictures_note(self.train, self.val)):
+            self.say(leak)
         if self.recipe.logging.trackers:
             config = {"recipe": dump_recipe(self.recipe), "run": str(self.out)}
             self.accelerator.init_trackers("tailfin", config=config)

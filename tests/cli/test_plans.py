@@ -112,6 +112,8 @@ def test_dry_run_refuses_what_training_refuses(tailfin, tiny_recipe, tiny_set, t
     assert "start.pth does not exist" in tailfin(*train, "--weights", "start.pth").error
     monkeypatch.setenv("COLUMNS", "300")
     assert "validation pictures, too" in tailfin(*train, "--val", tiny_set[0]).out
+    short = ["--val", tiny_set[0], "--out", tmp_path / "run", "schedule.epochs=0.1"]
+    assert "validation pictures, too" in tailfin(*[word for word in train if word != "--dry-run"], *short).err
     assert "validation pictures, too" not in tailfin(*train, "--val", tiny_set[1]).out
 
 
