@@ -176,15 +176,17 @@ def scattered(count: int = 60, seed: int = 0) -> np.ndarray:
 
 def in_form(boxes: np.ndarray, form: str) -> np.ndarray:
     first, second = boxes[:, :2], boxes[:, 2:]
-    if form.startswith("xyxy"):
+    if form in ("xyxy", "xyxy-fractions", "yxyx"):
         second = first + second
     elif form.startswith("cxcywh"):
         first = first + second / 2
     boxes = np.concatenate([first, second], 1)
+    if form == "yxyx":
+        boxes = boxes[:, [1, 0, 3, 2]]
     return boxes / np.array([96, 72, 96, 72]) if form.endswith("-fractions") else boxes
 
 
-FORMS = ["xyxy", "cxcywh", "xywh-fractions", "xyxy-fractions", "cxcywh-fractions"]
+FORMS = ["xyxy", "yxyx", "cxcywh", "xywh-fractions", "xyxy-fractions", "cxcywh-fractions"]
 
 
 def with_boxes(document: dict[str, Any], boxes: np.ndarray) -> dict[str, Any]:

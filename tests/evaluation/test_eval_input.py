@@ -304,8 +304,8 @@ def test_names_replace_those_of_the_file() -> None:
 
 def crowded(per_image: list[int]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     document = truth(images=[{"id": i, "width": 9, "height": 9} for i in range(len(per_image))], annotations=[])
-    entry = {"category_id": 1, "bbox": [0, 0, 5, 5], "score": 0.5}
-    return document, [{"image_id": i, **entry} for i, n in enumerate(per_image) for _ in range(n)]
+    entry = {"category_id": 1, "bbox": [0, 0, 5, 5]}
+    return document, [{"image_id": i, **entry, "score": 1 / (k + 1)} for i, n in enumerate(per_image) for k in range(n)]
 
 
 @pytest.mark.parametrize("per_image", [[100] * 5, [300, 300, 12, 0, 250], [40] * 6 + [3, 7]])

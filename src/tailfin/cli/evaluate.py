@@ -69,7 +69,7 @@ def evaluate(
     ] = None,
     box_form: Annotated[
         str | None,
-        typer.Option(help="Form of the --results boxes: xywh, xyxy or cxcywh, with -fractions for fractions."),
+        typer.Option(help="Form of the --results boxes: xywh, xyxy, yxyx or cxcywh, with -fractions for fractions."),
     ] = None,
     no_cats: Annotated[bool, typer.Option("--no-cats", help="Pool all classes (coco only).")] = False,
     per_category: Annotated[bool, typer.Option("--per-category", help="Show every class too.")] = False,

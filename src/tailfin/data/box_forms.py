@@ -19,9 +19,11 @@ FORMS = {
     "xywh": "[x, y, width, height] in pixels",
     "xyxy": "[x1, y1, x2, y2] in pixels",
     "cxcywh": "[centre x, centre y, width, height] in pixels",
+    "yxyx": "[y1, x1, y2, x2] in pixels",
     "xywh-fractions": "[x, y, width, height] as fractions of the picture's size",
     "xyxy-fractions": "[x1, y1, x2, y2] as fractions of the picture's size",
     "cxcywh-fractions": "[centre x, centre y, width, height] as fractions of the picture's size",
+    "yxyx-fractions": "[y1, x1, y2, x2] as fractions of the picture's size",
     "xywh-percent": "[x, y, width, height] in percent of the picture's size",
     "xyxy-percent": "[x1, y1, x2, y2] in percent of the picture's size",
     "cxcywh-percent": "[centre x, centre y, width, height] in percent of the picture's size",
@@ -63,12 +65,14 @@ def to_xywh(boxes: Floats, form: str, sizes: Floats) -> Floats:
     Fractions (or percent) in pictures of unknown size (0) are a `UserError`.
     """
     boxes = np.asarray(boxes, np.float64).reshape(-1, 4)
-    if unit := check_form(form).partition("-")[2]:
+    kind, _, unit = check_form(form).partition("-")
+    if kind == "yxyx":
+        boxes, kind = boxes[:, [1, 0, 3, 2]], "xyxy"
+    if unit:
         if (sizes <= 0).any():
             raise UserError("boxes that are fractions need the width and height of every picture")
         boxes = boxes * np.tile(sizes, 2) * SCALES[unit]
     first, second = boxes[:, :2], boxes[:, 2:]
-    kind = form.partition("-")[0]
     if kind == "xyxy":
         second = second - first
     elif kind == "cxcywh":
@@ -111,16 +115,17 @@ def guess(boxes: Floats, sizes: Floats) -> Guess | None:
         return None
     reason = f"{count:,} of {len(boxes):,} boxes pass the border of their picture"
     share = count / len(boxes)
-    corners = (boxes[:, 2:] > boxes[:, :2]).all(1) & _inside(boxes, sizes)
-    if corners.all() and share >= OVER_CORNERS:
-        far = float(np.median((passes / sizes.max(1))[over])) >= FAR
-        return Guess("xyxy", f"{reason}, and read as [x1, y1, x2, y2] all lie inside", far and count >= 3)
+    far = float(np.median((passes / sizes.max(1))[over])) >= FAR
+    for form, read in (("xyxy", boxes), ("yxyx", boxes[:, [1, 0, 3, 2]])):  # told apart by pictures that are no squares
+        if share >= OVER_CORNERS and ((read[:, 2:] > read[:, :2]).all(1) & _inside(read, sizes)).all():
+            name = FORMS[form].partition(" in ")[0]
+            return Guess(form, f"{reason}, and read as {name} all lie inside", far and count >= 3)
     half = boxes[:, 2:] / 2
     centres = _inside(np.concatenate([boxes[:, :2] - half, boxes[:, :2] + half], 1), sizes)
     if centres.all() and share >= OVER_CENTRES:
         text = f"{reason}, and read as [centre x, centre y, width, height] all lie inside"
         return Guess("cxcywh", text, len(boxes) >= FEW and count >= 3)
-    if share >= OVER_CORNERS and count >= 3 and float(np.median((passes / sizes.max(1))[over])) >= FAR:
+    if share >= OVER_CORNERS and count >= 3 and far:
         return Guess("", reason, False, "of pictures of another size, or of another form")
     return None
 

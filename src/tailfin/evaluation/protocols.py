@@ -32,6 +32,7 @@ from tailfin.evaluation.groups import (
     instance_counts,
     instance_groups,
 )
+from tailfin.evaluation.odd_results import doubts
 from tailfin.evaluation.truth import GroundTruth, load_truth
 from tailfin.stats import GROUPS
 
@@ -75,12 +76,12 @@ def evaluate(
         classes are joined by name.
     names: names by category id, or in the order of ascending id, instead of the file's.
     box_form: form of the results' boxes, a key of `tailfin.data.box_forms.FORMS` ("xywh", "xyxy", "cxcywh",
-        "xywh-fractions", ...). None reads xywh and refuses boxes that are surely of another form.
+        "yxyx", "xywh-fractions", ...). None reads xywh and refuses boxes that are surely of another form.
 
     Returns `{"protocol", "bbox": {"AP", ...}, "segm": {...}, "per_category": [...]}`: fractions in 0..1, -1 where the
     protocol defines none. Raises `UserError` for anything wrong with the input; warns where lvis-fixed gets results
-    that look cut per image, where an LVIS file names no negative class, and where names and ids of the results
-    contradict each other.
+    that look cut per image, where an LVIS file names no negative class, where names and ids of the results contradict
+    each other, and of what right results never are (`odd_results`).
     """
     iou_types = _checked_iou_types(iou_type)
     limits = None if max_dets is None else np.atleast_1d(np.asarray(max_dets)).tolist()
@@ -115,6 +116,9 @@ def evaluate(
         curves, shown = _curves(truth, detections, protocol, kind, limits, per_class, use_cats)
         metrics[kind] = _summary(curves, shown, groups if use_cats else dict.fromkeys(groups, []), protocol)
         tables[kind] = _per_category(curves)
+        if kind == iou_types[0]:
+            for doubt in doubts(truth, detections, metrics[kind]["AP50"], box_form):
+                warnings.warn(doubt, UserWarning, stacklevel=2)
     metrics["per_category"] = _rows(truth, frequency, counts, names, tables) if use_cats else []
     return metrics
 
