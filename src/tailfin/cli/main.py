@@ -30,14 +30,14 @@ VERBS = {
     "report": "Write one HTML file about runs, side by side, or serve it with --live.",
     "cost": "Count multiply-adds and parameters, and measure pictures per second part by part.",
     "calibrate": "Calibrate the scores of a trained model, or those in any results file.",
-    "convert": "Convert a detector of detectron2, mmdetection or torchvision to a model file, used like any model.",
+    "convert": "Convert a detector of detectron2, mmdetection, torchvision or transformers to a model file.",
     "merge": "Merge the classes of two models with the same features into one detector.",
     "export": "Write a trained model for other programs: ONNX, torch.export or OpenVINO.",
     "push": "Put a model with its recipe, numbers and a card to a model hub or a folder.",
     "pull": "Get a model from a model hub or a folder; it is opened and checked before it is there.",
     "data": "Look at, check, make and convert annotation files.",
     "recipes": "List, show and copy recipes and published rows.",
-    "doctor": "Check versions, devices, threads, memory and optional parts; exit code 2 where training cannot work.",
+    "doctor": "Check versions, devices, threads, disk and optional parts; exit code 2 where training cannot work.",
 }
 
 

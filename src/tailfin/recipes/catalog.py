@@ -28,7 +28,7 @@ START = {
     "demo/bacl": "the same with BACL, two stages",
     "fod/faster_rcnn_r18_softmax": "your own set of small pictures: the plain baseline",
     "fod/faster_rcnn_r18_rfs": "the same with repeat factor sampling, the first thing to try",
-    "fod/losses:seesaw": "the same with a long-tailed loss, one of fifteen",
+    "fod/losses:seesaw": "the same with a long-tailed loss, one of its variants",
     "fod/bacl_r18": "the same with BACL, two stages",
     "fod/drcl_r18": "the same with 2DRCL pre-training",
     "fod/stepwise_tiny": "step-wise learning on a small Deformable DETR",
