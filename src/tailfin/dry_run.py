@@ -70,8 +70,9 @@ def show_plan(recipe: Recipe, out: Path | None, *, overwrite: bool = False) -> N
     milestones = [plan.iteration_at(epoch) for epoch in schedule.milestones]
     lengths = np.diff(plan.boundaries)
     row("training images", f"{len(dataset.rows())} of {len(train.index)} in {train.index.path}")
-    if note := dataset.missing_masks():
-        row("masks", note.removeprefix("masks: "))
+    for note in (dataset.missing_masks(), dataset.misplaced_masks()):
+        if note:
+            row("masks", note.removeprefix("masks: "))
     if note := unchecked_note(train, recipe.data):
         row("unchecked classes", note)
     row("classes", f"{stats.num_classes} (rare {groups['r']}, common {groups['c']}, frequent {groups['f']})")

@@ -126,7 +126,7 @@ class Run:
         check_kinds(detector, self.recipe.evaluation.iou, "evaluation.iou")
         if "segm" in detector.kinds:
             dataset = dataset.with_masks()
-        about_masks = dataset.missing_masks()
+        about_masks = [dataset.missing_masks(), dataset.misplaced_masks()]
         plan = plan or batch_plan(recipe, dataset, self.stats)
         check_shares(recipe.schedule, self.accelerator.num_processes)
         self.begin()  # not earlier: a mistake in data, weights or model leaves no half-begun run behind
@@ -145,7 +145,7 @@ class Run:
             )
             odd = plan_notes(replace(planned, recipe=recipe), plan, self.accelerator.num_processes)
             rate = recipe.schedule.rate_told()
-            for note in (rate, about_masks, unchecked_note(self.train, recipe.data), *odd):
+            for note in (rate, *about_masks, unchecked_note(self.train, recipe.data), *odd):
                 if note:
                     self.say(note)
             seeing: list[Any] = [module for module in model.modules() if hasattr(module, "see_annotations")]

@@ -295,12 +295,41 @@ USABLE: dict[str, tuple[Callable[[dict[str, Any]], str], str]] = {
     "other frequency": (put("categories", 0, "frequency", "often"), 'frequency "often"'),
     "broken polygon": (put("annotations", 0, "segmentation", [[1]]), "masks cannot be used, boxes can: "),
     "one polygon": (put("annotations", 0, "segmentation", [[1, 1, 9, 1, 9, 9]]), "1 annotation without segmentation"),
+    "ignored": (put("annotations", 0, "ignore", 1), "1 annotation with ignore set"),
     "alike names": (put("categories", 0, "name", " Dog"), "names differ in case or spaces alone: "),
     "repeated": (
         put("annotations", 1, {"id": 12, "image_id": 1, "category_id": 3, "bbox": [1, 2, 10, 10]}),
         "1 annotation with the image, class and box of an earlier one",
     ),
 }
+
+
+AROUND = [[1, 2, 11, 2, 11, 12, 1, 12]]  # the box of both annotations as a polygon
+
+
+def odd(**fields: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:
+    """The good document with fields of its annotations, each made of the annotation."""
+    document = copy.deepcopy(GOOD)
+    for entry in document["annotations"]:
+        entry.update({"segmentation": AROUND, **{key: make(entry) for key, make in fields.items()}})
+    return document
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("segmentation", lambda _: [[value / 40 for value in AROUND[0]]], "2 of 2 masks lie elsewhere"),
+        ("segmentation", lambda _: [[30, 1, 39, 1, 39, 9]], "2 of 2 masks lie elsewhere"),
+        ("segmentation", lambda _: {"size": [30, 40], "counts": [1000, 200]}, "2 of 2 masks lie elsewhere"),
+        ("area", lambda _: 0, "area is 0 times width x height"),
+        ("area", lambda _: 100 / 1200, "area is 0.00083 times width x height"),
+        ("area", lambda _: 1200, "area is 12 times width x height"),
+    ],
+)
+def test_fields_that_contradict_the_boxes_are_told_of(tmp_path: Path, field: str, value: Any, said: str) -> None:
+    notes = check_file(make(tmp_path, odd(**{field: value}))).notes
+    assert [note for note in notes if said in note], notes
+    assert not [note for note in check_file(make(tmp_path, odd())).notes if "masks" in note or "area" in note]
 
 
 @pytest.mark.parametrize("case", USABLE)

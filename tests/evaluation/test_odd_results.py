@@ -128,3 +128,11 @@ def test_scores_that_are_all_one_number() -> None:
     wrong = moved(results, bbox=lambda entry: [0, 0, 10, 10])
     same = moved(results + wrong, score=lambda _: 1.0)
     assert "all 96 scores are 1" in told(truth, same)[1][-1]
+
+
+def test_areas_that_are_not_the_objects_are_told() -> None:
+    """By them `lvis` drops objects, and all protocols tell small from large."""
+    truth, results = scene()
+    for entry in truth["annotations"]:
+        entry["area"] = 0
+    assert "area is 0 times width x height" in told(truth, results)[1][0]

@@ -21,6 +21,7 @@ from tailfin.data.columns import RawColumns, parse
 from tailfin.data.images import MAX_PIXELS, Header, depth, read_header, read_image, size_problem, value_range
 from tailfin.data.index import AnnotationIndex, from_columns, image_folder, image_path
 from tailfin.data.masks import BOX_AS_POLYGON
+from tailfin.data.odd_annotations import area_note, mask_note
 from tailfin.data.problems import unsafe_path
 from tailfin.errors import UserError
 from tailfin.files import existing_file
@@ -172,6 +173,10 @@ def _notes(
         yield f"{_many(empty, 'image')} without annotations"
     if missing := int(np.count_nonzero(~raw.crowd_given)):
         yield f"{_many(missing, 'annotation')} without iscrowd: taken as 0"
+    if raw.ignored:
+        yield f"{_many(raw.ignored, 'annotation')} with ignore set: left out of lvis measures, trained like any other"
+    if areas := area_note(raw.areas, raw.boxes):
+        yield areas
     if repeated := _repeated_boxes(index):
         yield f"{_many(repeated, 'annotation')} with the image, class and box of an earlier one"
     names = Counter(raw.file_names)
@@ -201,6 +206,8 @@ def _notes(
         kinds = index.segmentations().kinds
         if 0 < (without := int(np.count_nonzero(kinds == 0))) < len(kinds):
             yield f"{_many(without, 'annotation')} without segmentation, though others have one: the mask is empty"
+        if apart := mask_note(index.segmentations()):
+            yield apart
 
 
 def crowd_note(index: AnnotationIndex) -> str | None:

@@ -57,6 +57,7 @@ class RawColumns:
     areas: np.ndarray  # float64 [A], NaN where the file has none
     crowd: np.ndarray  # bool [A]
     crowd_given: np.ndarray  # bool [A], the annotation has iscrowd
+    ignored: int  # annotations whose field `ignore` is set
     doubles: dict[int, int]  # categories left out, to the one of the same name that stays
     form_stated: bool  # the file says that its boxes are [x, y, width, height]
     unnamed: bool = False  # some file names are made up
@@ -103,6 +104,7 @@ class _Annotation(msgspec.Struct, gc=False):
     bbox: tuple[float, float, float, float]
     area: float | None = None
     iscrowd: bool | int | float | None = None
+    ignore: Any = None
 
 
 class _File(msgspec.Struct, gc=False):
@@ -149,6 +151,7 @@ def _raw(file: _File, needs_names: bool) -> RawColumns:
         areas=np.array(list(map(attrgetter("area"), annotations)), np.float64),  # None becomes NaN
         crowd=np.fromiter(map(bool, crowd), bool, len(crowd)),
         crowd_given=np.fromiter((value is not None for value in crowd), bool, len(crowd)),
+        ignored=sum(map(bool, map(attrgetter("ignore"), annotations))),
         doubles=doubles,
         form_stated=file.box_form == "xywh",
         unnamed=bool(unnamed),

@@ -33,6 +33,7 @@ from tailfin.data.images import read_image
 from tailfin.data.index import AnnotationIndex, image_folder, image_path, open_index
 from tailfin.data.masks import BROKEN
 from tailfin.data.mixing import mixup, mosaic
+from tailfin.data.odd_annotations import mask_note
 from tailfin.data.pasting import Pasting
 from tailfin.data.transforms import augment, resize, shortest_edge_size
 from tailfin.errors import UserError, printable
@@ -145,6 +146,10 @@ class TrainingDataset(Dataset):
             f"masks: {len(without)} of {len(own)} objects have none, first annotation "
             f"{index.annotation_ids[without].min()}, and count for their box alone{unread}"
         )
+
+    def misplaced_masks(self) -> str:
+        """How many masks lie elsewhere than their boxes; empty where none does or none is asked for."""
+        return mask_note(self.source.index.readable_segmentations, self.clean.rows) if self.masks else ""
 
     def rows(self) -> np.ndarray:
         """Image rows that train: those with a usable annotation, and with `keep_empty` those that have none.

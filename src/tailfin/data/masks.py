@@ -68,6 +68,20 @@ class Segmentations:
         """bool [A]: an RLE, or a polygon of three points or more."""
         return (self.kinds == RLE) | (np.diff(self.polygons_of) > 0)
 
+    def bounds(self) -> np.ndarray:
+        """float64 [A, 4]: x1, y1, x2, y2 around the mask of every row, NaN where there is none."""
+        found = np.full((len(self.kinds), 4), np.nan)
+        if rles := np.flatnonzero(self.kinds == RLE).tolist():
+            boxes = coco_mask.toBbox([self.rle(row) for row in rles]).reshape(-1, 4)
+            found[rles] = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
+        drawn = np.flatnonzero(np.diff(self.polygons_of))
+        if len(drawn):
+            starts = self.polygon_offsets[self.polygons_of[drawn]] // 2  # polygons of a row stand together
+            points = self.coordinates.reshape(-1, 2)
+            found[drawn, :2] = np.minimum.reduceat(points, starts, axis=0)
+            found[drawn, 2:] = np.maximum.reduceat(points, starts, axis=0)
+        return found
+
     def __reduce__(self) -> tuple[Any, ...]:
         return _restore, (self.index, self._bundle if self._bundle.file is None else self._bundle.file)
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from tailfin.data.odd_annotations import area_note
 from tailfin.errors import UserError, nearest
 from tailfin.evaluation.curves import AREAS, Curves, coco_curves, lvis_curves
 from tailfin.evaluation.detections import (
@@ -94,6 +95,8 @@ def evaluate(
             truth.label,
             "`tailfin data merge FILE --box-form {form} --out NEW` rewrites them",
         )
+    if note := area_note(truth.area, truth.boxes):
+        warnings.warn(f"{truth.label}: {note}", UserWarning, stacklevel=2)
     if protocol.startswith("lvis") and not truth.exhaustive.all() and not truth.negative_pairs.size:
         warnings.warn(
             f"{truth.label}: every neg_category_ids is empty: no image lists a negative class, so false positives in "
