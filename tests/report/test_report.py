@@ -185,6 +185,16 @@ def test_groups_protocol(make_data: Callable, make_run: Callable, parse_page: Ca
     assert [tick.split("<br>")[0] for tick in bars["x"]] == ["<b>all</b>", "<b>group 1</b>", "<b>group 2</b>"]
 
 
+@pytest.mark.parametrize("category", [None, "../../x", [3], 1.5, True], ids=str)
+def test_an_id_that_is_no_number_is_one_message(make_data: Callable, make_run: Callable, category: object) -> None:
+    run = make_run("a", make_data())
+    metrics = json.loads((run / "metrics.json").read_text())
+    metrics["per_category"][0]["id"] = category
+    (run / "metrics.json").write_text(json.dumps(metrics))
+    with pytest.raises(UserError, match=r"metrics file .*metrics\.json is damaged"):
+        build_report([run])
+
+
 def test_stages_lie_behind_each_other(make_data: Callable, make_run: Callable) -> None:
     run = make_run("a", make_data())
     shutil.copytree(run / "stages" / "1-baseline", run / "stages" / "2-tuning")

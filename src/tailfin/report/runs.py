@@ -176,14 +176,15 @@ def _optional(file: Path, what: str) -> dict[str, Any] | None:
 
 
 def _metrics(file: Path) -> dict[str, Any] | None:
-    """The metrics of a run, as far as their form goes: objects of numbers by IoU type, for each class too."""
+    """The metrics of a run, as far as their form goes: numbers by IoU type, for each class and its id too."""
     metrics = _optional(file, "metrics file")
     if metrics is None:
         return None
     classes = metrics.get("per_category") or []
     rows = classes if isinstance(classes, list) else [None]
     kinds = [entry.get(kind) for entry in (metrics, *rows) if isinstance(entry, dict) for kind in ("bbox", "segm")]
-    if any(not isinstance(row, dict) for row in rows) or any(not isinstance(kind, dict | None) for kind in kinds):
+    named = all(isinstance(row, dict) and type(row.get("id")) is int for row in rows)
+    if not named or any(not isinstance(kind, dict | None) for kind in kinds):
         raise UserError(f"metrics file {file} is damaged: it does not hold numbers by IoU type and class")
     return metrics
 
