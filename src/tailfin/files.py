@@ -207,8 +207,13 @@ def json_bytes(data: bytes, label: str) -> bytes:
         return data
 
 
+PACKED = {b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip", b"\x28\xb5\x2f\xfd": "zstd"}  # by the first bytes
+
+
 def not_utf8(data: bytes, label: str) -> str:
     """The message about bytes that are no UTF-8: where they stop being it, and in which line."""
+    if packed := next((name for mark, name in PACKED.items() if data.startswith(mark)), None):
+        return f"{label} is packed ({packed}): unpack it first"
     try:
         data.decode()
     except UnicodeDecodeError as error:

@@ -47,10 +47,15 @@ def plan_notes(stage: Stage[Recipe], plan: BatchPlan, processes: int = 1) -> lis
 
 def shared_pictures_note(train: Source, val: Source) -> str:
     """How many pictures are in both sets; empty where none is."""
-    both = len(_picture_files(train) & _picture_files(val))
+    both = shared_pictures(train, val)
     if not both:
         return ""
     return f"{both} of the training pictures are validation pictures, too: they measure nothing learnt"
+
+
+def shared_pictures(one: Source, other: Source) -> int:
+    """How many picture files two sets have in common."""
+    return len(_picture_files(one) & _picture_files(other))
 
 
 def _picture_files(source: Source) -> set[str]:

@@ -127,6 +127,11 @@ def test_command(softmax_run, tmp_path, tiny_set):
     for text in ("cross-validated", "on the test pictures", "temperature value 0.5", "norcal gamma 0.1"):
         assert text in shown.output
     assert tailfin.load(out).points is not None
+    assert "the choice was made on" not in shown.output
+    same = ["--holdout", str(tiny_set[1]), "--test", str(tiny_set[1]), "--method", "norcal", "--overwrite"]
+    assert (
+        "test pictures are among those that the choice was made on" in CliRunner().invoke(app, [*words, *same]).output
+    )
     again = CliRunner().invoke(app, [*words, "--gamma", "0.3", "--overwrite"])
     assert again.exit_code == 0 and tailfin.load(out).recipe.calibration == NorCal(gamma=0.3)
     undone = CliRunner().invoke(app, [*words[:1], str(out), *words[2:], "--undo", "--overwrite"])

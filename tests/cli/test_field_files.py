@@ -3,6 +3,7 @@ numbers."""
 
 from __future__ import annotations
 
+import gzip
 import json
 import zipfile
 from pathlib import Path
@@ -38,6 +39,13 @@ def notes(outcome: Any) -> list[str]:
 
 
 # ---- encodings -------------------------------------------------------------------------------------------------------
+
+
+def test_packed_json_is_told_apart_from_an_encoding(tailfin, tmp_path):
+    file = tmp_path / "train.json.gz"
+    file.write_bytes(gzip.compress(b"{}"))
+    assert "is packed (gzip): unpack it first" in tailfin("data", "check", file).err
+    assert "is packed (gzip)" in tailfin("evaluate", "--results", file, "--annotations", file).error
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"])
@@ -420,6 +428,14 @@ def test_pictures_on_both_sides_of_a_split_are_told_of(tailfin, tmp_path):
     assert "1 picture is in train and in val" in converted(tailfin, folder)[1]
 
 
+def test_splits_that_are_one_folder_are_told_of(tailfin, tmp_path):
+    folder = yolo(tmp_path / "set", {"train": {"0.jpg": ROW, "1.jpg": ROW}})
+    assert "no measure" not in tailfin("data", "check", folder).out
+    text = (folder / "data.yaml").read_text()
+    (folder / "data.yaml").write_text(f"{text}\nval: images/train\n")
+    assert "note: 2 pictures are in train and in val: they are no measure" in tailfin("data", "check", folder).out
+
+
 def test_files_of_macos_are_passed_over(tailfin, tmp_path):
     source = yolo(tmp_path / "set", {"train": {"0.jpg": ROW, "1.jpg": ROW}})
     for name in ("images/train/._0.jpg", "labels/train/._0.txt", "._data.yaml", "images/__MACOSX/._x.jpg"):
@@ -573,6 +589,22 @@ def test_voc_pictures_without_xml_are_kept(tailfin, tmp_path):
     document, said = converted(tailfin, voc(tmp_path / "set", {"a": CAR}, ["a.jpg", "b.jpg", "c.jpg"]))
     assert len(document["images"]) == 3 and owners(document) == ["a.jpg"]
     assert "2 pictures without an XML file kept as pictures without objects" in said
+
+
+def test_voc_objects_marked_difficult_are_told_of(tailfin, tmp_path):
+    folder = voc(tmp_path / "set", {"a": CAR, "b": CAR}, ["a.jpg", "b.jpg"])
+    xml = folder / "Annotations/a.xml"
+    xml.write_text(xml.read_text().replace("<bndbox>", "<difficult>1</difficult><bndbox>"))
+    document, said = converted(tailfin, folder)
+    assert len(document["annotations"]) == 2 and "1 object is marked difficult" in said
+
+
+def test_voc_sizes_that_are_not_the_picture_s_are_refused(tailfin, tmp_path):
+    folder = voc(tmp_path / "set", {"a": CAR, "b": CAR}, ["a.jpg", "b.jpg"])
+    Image.new("RGB", (48, 64)).save(folder / "JPEGImages/b.jpg")
+    said = tailfin("data", "convert", folder, tmp_path / "out").error
+    assert "b.xml" in said and "its size is 48 x 64" in said and "width and height are swapped" in said
+    assert tailfin("data", "check", folder).error == said
 
 
 def test_voc_lists_with_spaces_absent_splits_and_pictures_without_xml(tailfin, tmp_path):

@@ -272,6 +272,18 @@ def test_damaged_pictures(tmp_path: Path) -> None:
     assert run_check(path, "--decode").exit_code == 2
 
 
+def test_pictures_of_several_frames_are_told_of(tmp_path: Path) -> None:
+    path = make(tmp_path)
+    first, second = Image.new("RGB", (40, 30)), Image.new("RGB", (40, 30), "red")
+    for kind in ("GIF", "TIFF", "PNG", "WEBP"):
+        first.save(tmp_path / "train" / "two.png", kind, save_all=True, append_images=[second])
+        assert [note for note in check_file(path).notes if "1 file of several frames or pages" in note], kind
+    for kind in ("MPO", "GIF"):  # views of a camera; one frame
+        more = [second] if kind == "MPO" else []
+        first.save(tmp_path / "train" / "two.png", kind, save_all=True, append_images=more)
+        assert not [note for note in check_file(path).notes if "frames" in note], kind
+
+
 def test_picture_over_the_bound(tmp_path: Path) -> None:
     path = make(tmp_path)
     assert check_file(path, max_pixels=1200).usable

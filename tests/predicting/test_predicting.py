@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -154,6 +155,10 @@ def test_formats_say_the_same(model, many, tmp_path):
         for path in few
         for line in (tmp_path / "labels" / f"{path.stem}.txt").read_text().splitlines()
     ]
+    two = [shutil.copy(few[0], (tmp_path / name).mkdir() or tmp_path / name / "same.png") for name in ("a", "b")]
+    with pytest.warns(UserWarning, match=r"1 label file has another name.*same_2\.txt of .*b.same\.png"):
+        predict(model, two, tmp_path / "named", format_name="yolo", device="cpu")
+    assert (tmp_path / "named/same.txt").read_text() == (tmp_path / "named/same_2.txt").read_text()
     sizes = {image["id"]: (image["width"], image["height"]) for image in images["images"]}
     for line, entry in zip(lines, entries, strict=True):
         width, height = sizes[entry["image_id"]]
@@ -295,6 +300,9 @@ def test_refusals_leave_nothing(model, many, tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             predict(model, [many / "0001.png"], out, device="cpu", **options)
+    for odd in ("found", "found.xml"):
+        with pytest.raises(UserError, match=f"{odd}: its ending is none of .json, .csv, .parquet"):
+            predict(model, [many / "0001.png"], tmp_path / odd, device="cpu")
     broken = tmp_path / "broken.png"
     broken.write_bytes((many / "0001.png").read_bytes()[:60])
     with pytest.raises(UserError, match="broken"):

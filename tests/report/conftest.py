@@ -114,7 +114,7 @@ def make_run(tmp_path: Path) -> Callable[..., Path]:
         every: bool = True,
     ) -> Path:
         run = tmp_path / "runs" / name
-        stage = run / "stages" / "1-baseline"
+        stage = run / "stages" / "1-train"
         stage.mkdir(parents=True)
         values = {
             "name": f"set/{name}",

@@ -50,7 +50,7 @@ def test_the_page_follows_the_run(make_data: Callable, make_run: Callable, parse
         assert "iteration 550" in page.text and page.count("script", src="/plotly.js") == 1 and len(body) < 1e6
         before = get(port, "/version")[2]
         assert get(port, "/version")[2] == before and get(port, "/")[2] == body  # nothing is built again
-        with (run / "stages" / "1-baseline" / "metrics.jsonl").open("a") as file:
+        with (run / "stages" / "1-train" / "metrics.jsonl").open("a") as file:
             file.write('ch": 1}\n' + json.dumps({"iteration": 570, "epoch": 2.28, "loss": 0.5}) + "\n")
         assert get(port, "/version")[2] != before
         assert "iteration 570" in parse_page(get(port, "/")[2]).text

@@ -104,7 +104,7 @@ def test_hostile_names_are_only_text(make_data: Callable, make_run: Callable, pa
     environment = json.loads((run / "environment.json").read_text())
     environment["command"] = "</pre></script><script>alert(4)</script>"
     (run / "environment.json").write_text(json.dumps(environment))
-    stage = run / "stages" / "1-baseline"
+    stage = run / "stages" / "1-train"
     stage.rename(stage.with_name("1-<img src=x>"))
     with (run / "stages" / "1-<img src=x>" / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"iteration": 2000, "loss": 1.0, "<script>part": 1.0}) + "\n")
@@ -123,6 +123,15 @@ def test_hostile_names_are_only_text(make_data: Callable, make_run: Callable, pa
     assert "script>" not in shown  # in charts names carry Plotly's own escapes
     assert "a&amp;amp;b &lt;/script&gt;" in shown and "&lt;script&gt;part" in shown
     assert "1<script>'\".png" in page.text
+
+
+def test_the_card_of_a_run_has_every_stage(make_data: Callable, make_run: Callable, parse_page: Callable) -> None:
+    second = {"loss": "fcbl", "schedule": {"epochs": 2, "batch": 8}}
+    run = make_run("two", make_data(), finished=False, recipe={"method": "bacl", "second": second})
+    (run / "stages" / "1-train").rename(run / "stages" / "2-classifier")
+    text = parse_page(write_report([run]).read_text()).text
+    assert "loss softmax → fcbl · sampler plain" in text and "4 → 2 epochs · batch 16 → 8 · sgd · lr 0.02" in text
+    assert "(classifier), iteration 550, epoch 2.20 of 2" in text
 
 
 def test_unfinished_run(make_data: Callable, make_run: Callable, parse_page: Callable) -> None:
@@ -197,7 +206,7 @@ def test_an_id_that_is_no_number_is_one_message(make_data: Callable, make_run: C
 
 def test_stages_lie_behind_each_other(make_data: Callable, make_run: Callable) -> None:
     run = make_run("a", make_data())
-    shutil.copytree(run / "stages" / "1-baseline", run / "stages" / "2-tuning")
+    shutil.copytree(run / "stages" / "1-train", run / "stages" / "2-tuning")
     loss = figures(build_report([run]))
     figure = next(f for f in loss if f["layout"].get("yaxis", {}).get("title", {}).get("text") == "loss")
     assert figure["layout"]["annotations"][0]["text"] == "tuning"

@@ -18,7 +18,7 @@ def test_finished_run(make_data: Callable, make_run: Callable) -> None:
     run = read_run(make_run("a", make_data()))
     assert run.status == "finished" and run.missing == []
     stage = run.stages[0]
-    assert stage.name == "baseline" and len(stage.evaluations) == 4 and stage.broken_lines == 0
+    assert stage.name == "train" and len(stage.evaluations) == 4 and stage.broken_lines == 0
     assert stage.parts == ["classification", "box", "rpn_objectness", "rpn_box"]
     assert stage.training["iteration"].tolist() == list(range(10, 1001, 10))
     assert training_seconds(run) == 300
@@ -91,7 +91,7 @@ def test_signature_follows_the_files(make_data: Callable, make_run: Callable) ->
     path = make_run("a", make_data(), finished=False)
     before = signature([path])
     assert signature([path]) == before
-    with (path / "stages" / "1-baseline" / "metrics.jsonl").open("a") as file:
+    with (path / "stages" / "1-train" / "metrics.jsonl").open("a") as file:
         file.write("\n")
     changed = signature([path])
     (path / "metrics.json").write_text("{}")

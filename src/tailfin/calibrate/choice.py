@@ -43,6 +43,7 @@ class Choice:
     tried: dict[str, Numbers] = field(default_factory=dict)  # mean over the folds
     crossed: tuple[Numbers, Numbers] | None = None  # plain, and chosen on the other folds, both on folds kept out
     tested: dict[str, Numbers] = field(default_factory=dict)  # on pictures that nothing was chosen on
+    seen: str = ""  # how many of these are pictures of the choice after all
     dropped: str = ""  # what the new file no longer has
 
 

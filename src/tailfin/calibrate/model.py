@@ -32,6 +32,7 @@ from tailfin.evaluation.results import ResultWriter
 from tailfin.files import existing_file, writing
 from tailfin.inference import category_ids_for, counts_by_id, picture_scale
 from tailfin.models.rescoring import rescorer, score_kind
+from tailfin.plan_notes import shared_pictures
 from tailfin.progress import Progress
 from tailfin.schema.calibration import Calibration
 from tailfin.schema.recipe import Recipe
@@ -118,11 +119,12 @@ def calibrate(
         own_config = file.recipe.calibration if method == KEPT else None
         choice = Choice(label(own_config), own_config)
     points: OperatingPoints | None = None
+    searched_on: Source | None = None
     with tempfile.TemporaryDirectory(prefix="tailfin-calibrate-") as temporary:
         folder = Path(temporary)
         if tuning is not None and (searched or aim is not None):
             own = make_folds(tuning, folder / "tuning", folds=folds, most=max_images, seed=detector.recipe.seed)
-            source = Source(open_index(own.whole), image_folder(tuning, tuning_images))
+            source = searched_on = Source(open_index(own.whole), image_folder(tuning, tuning_images))
             wanted = {PLAIN: None, **candidates} if searched else {choice.label: choice.config}
             _detect(detector, source, wanted, folder / "tuning", own)
             if searched:
@@ -137,6 +139,9 @@ def calibrate(
             wanted = {name: candidates.get(name) for name in picked} | {choice.label: choice.config}
             own = make_folds(test, folder / "test", folds=1)
             source = Source(open_index(own.whole), image_folder(test, test_images))
+            if searched_on is not None and (both := shared_pictures(searched_on, source)):
+                seen = f"{both} of the {len(source.index)} test pictures are among those that the choice was made on"
+                choice = replace(choice, seen=f"{seen}: their numbers say nothing of other pictures")
             _detect(detector, source, wanted, folder / "test", own)
             tested = {name: _measure(detector, own, folder / "test" / _place(name))[0] for name in wanted}
             choice = replace(choice, tested=tested)

@@ -107,8 +107,9 @@ def calibrate(
             device=device,
             **common,
         )
-        if choice.dropped:
-            typer.echo(f"{choice.dropped}", err=True)
+        for note in (choice.seen, choice.dropped):
+            if note:
+                typer.echo(note, err=True)
     show_choice(choice, by)
     typer.echo(f"{choice.label}: {out}")
 

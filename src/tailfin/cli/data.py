@@ -20,7 +20,7 @@ from tailfin.cli.output import echo, table_console
 from tailfin.data.check import CheckReport, check_file
 from tailfin.data.images import MAX_PIXELS
 from tailfin.data.index import AnnotationIndex, image_folder, open_index
-from tailfin.data.layouts import as_coco, splits_of
+from tailfin.data.layouts import as_coco, notes_on_splits, splits_of
 from tailfin.errors import UserError
 from tailfin.files import write_json
 from tailfin.progress import Progress
@@ -93,6 +93,8 @@ def check(
             usable &= _told(report, f"{file}, {split}" if split else str(report.path), given.notes)
     if not usable:
         raise typer.Exit(2)
+    for note in notes_on_splits(file):
+        echo(f"note: {note}")
 
 
 for verb in (data_make.synth, data_make.split, data_make.convert, data_make.merge, proposals):

@@ -279,6 +279,8 @@ def _picture_notes(index: AnnotationIndex, headers: list[Header]) -> Iterator[st
         yield f"{_many(turned - stored, 'picture')} with an EXIF rotation: turned when read"
     if stored:
         yield f"{_many(stored, 'picture')} whose size fits only without the EXIF rotation: read without it"
+    if several := sum(header.frames for header in headers):
+        yield f"{_many(several, 'file')} of several frames or pages: the first one is read"
     modes = Counter(header.mode for header in headers if header.mode not in PLAIN_MODES)
     if modes:
         listed = ", ".join(f"{mode} {count}" for mode, count in modes.most_common())

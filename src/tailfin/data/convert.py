@@ -19,7 +19,7 @@ from tailfin.data.document import Document, file_name, load_document, with_train
 from tailfin.data.folders import Placing, place_image, staged_folder
 from tailfin.data.images import is_hidden
 from tailfin.data.index import image_folder, image_path
-from tailfin.data.parts import SPLITS, Layout, Part, Report, common_folder
+from tailfin.data.parts import SPLITS, Layout, Part, Report, common_folder, on_both_sides
 from tailfin.data.voc import read_voc, write_voc
 from tailfin.data.yolo import read_yolo, write_yolo
 from tailfin.data.yolo_yaml import CLASS_LISTS
@@ -74,7 +74,7 @@ def convert(
     if split is not None and origin != "coco":
         parts = [_named(parts, split, source)]
     report = Report(target, out, classes=len(parts[0].document["categories"]))
-    report.notes = [note for part in parts for note in part.notes] + _on_both_sides(parts)
+    report.notes = [note for part in parts for note in part.notes] + on_both_sides(parts)
     if out.suffix == ".json" and target == "coco":
         _write_single(parts, out, report, overwrite)
         return report
@@ -86,20 +86,6 @@ def convert(
         else:
             write_voc(parts, folder, placing, report)
     return report
-
-
-def _on_both_sides(parts: Sequence[Part]) -> list[str]:
-    """Notes on splits that have pictures in common: what is measured on them was trained on."""
-    files = [{os.path.realpath(file) for file in part.files} for part in parts]
-    notes = []
-    for number, part in enumerate(parts):
-        for other in range(number):
-            if both := len(files[number] & files[other]):
-                pictures = "1 picture is" if both == 1 else f"{both} pictures are"
-                notes.append(
-                    f"{pictures} in {parts[other].name} and in {part.name}: they are no measure of what is learnt"
-                )
-    return notes
 
 
 def detect_layout(path: Path) -> Layout:

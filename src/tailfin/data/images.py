@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,7 @@ class Header:
     height: int
     orientation: int  # EXIF, 1..8
     mode: str  # Pillow's
+    frames: bool = False  # several, of which the first is read
 
     @property
     def shown_size(self) -> tuple[int, int]:
@@ -150,7 +151,7 @@ def read_image(
 def read_header(path: str | Path, max_pixels: int = MAX_PIXELS) -> Header:
     """Size, rotation and mode of a picture from its header; errors as `read_image` has them."""
     with _open(path, max_pixels) as image:
-        return _header(image, loaded=False)
+        return replace(_header(image, loaded=False), frames=_has_frames(image))
 
 
 def size_problem(header: Header, width: int, height: int) -> str | None:
@@ -223,6 +224,14 @@ def _header(image: Image.Image, *, loaded: bool) -> Header:
     if not isinstance(orientation, int) or not 1 <= orientation <= 8:
         orientation = 1
     return Header(image.width, image.height, orientation, mode)
+
+
+def _has_frames(image: Image.Image) -> bool:
+    """Whether a file holds several pictures of equal standing; those of a camera's MPO are views of one."""
+    try:
+        return image.format != "MPO" and bool(getattr(image, "is_animated", False))
+    except Exception:  # a damaged second frame, which nobody reads
+        return True
 
 
 def _deep(image: Image.Image) -> bool:

@@ -16,7 +16,7 @@ from pathlib import Path
 from tailfin.data.convert import detect_layout, read_coco
 from tailfin.data.document import with_train_counts
 from tailfin.data.hub_sets import MARK, coco_of, open_hub_set
-from tailfin.data.parts import SPLITS, Part, common_folder
+from tailfin.data.parts import SPLITS, Part, common_folder, on_both_sides
 from tailfin.data.voc import read_voc
 from tailfin.data.yolo import read_yolo
 from tailfin.errors import UserError
@@ -53,6 +53,11 @@ def splits_of(source: str | Path) -> list[str]:
     if is_annotation_file(source):
         return []
     return list(open_hub_set(str(source))) if str(source).startswith(MARK) else [p.name for p in _parts(Path(source))]
+
+
+def notes_on_splits(source: str | Path) -> list[str]:
+    """What there is to say of the splits of a folder together: pictures that two of them have."""
+    return [] if is_annotation_file(source) or str(source).startswith(MARK) else on_both_sides(_parts(Path(source)))
 
 
 def as_coco(source: str | Path, split: str, folder: Path, images: str | Path | None = None) -> Given:

@@ -41,6 +41,20 @@ class Report:
     notes: list[str] = field(default_factory=list)  # of the parts
 
 
+def on_both_sides(parts: Sequence[Part]) -> list[str]:
+    """Notes on splits that have pictures in common: what is measured on them was trained on."""
+    files = [{os.path.realpath(file) for file in part.files} for part in parts]
+    notes = []
+    for number, part in enumerate(parts):
+        for other in range(number):
+            if both := len(files[number] & files[other]):
+                pictures = "1 picture is" if both == 1 else f"{both} pictures are"
+                notes.append(
+                    f"{pictures} in {parts[other].name} and in {part.name}: they are no measure of what is learnt"
+                )
+    return notes
+
+
 def common_folder(files: Sequence[Path]) -> Path:
     """The deepest folder that holds all files."""
     return Path(os.path.commonpath([file.parent for file in files])) if files else Path()

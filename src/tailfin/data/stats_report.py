@@ -132,10 +132,19 @@ def sparkline(counts: Sequence[float], width: int = 48) -> str:
 def figure(summary: dict[str, Any], areas: NDArray[np.float64]) -> go.Figure:
     """Images and instances per class (log scale, coloured by group) above the distribution of box sizes."""
     classes = summary["per_class"]
-    picture = make_subplots(
-        rows=2, cols=1, row_heights=[0.68, 0.32], vertical_spacing=0.14, subplot_titles=("Classes", "Box sizes")
-    )
     names = [_label(entry["name"]) for entry in classes]
+    few = len(classes) <= 60  # more names do not fit below the axis
+    slanted = len(classes) <= 25  # else upright
+    longest = max(map(len, names), default=0) if few else 0
+    below = min(longest, 40) * (3.5 if slanted else 6.5)  # pixels that the names take
+    height = 600 + below
+    picture = make_subplots(
+        rows=2,
+        cols=1,
+        row_heights=[0.68, 0.32],
+        vertical_spacing=(50 + below) / height,
+        subplot_titles=("Classes", "Box sizes"),
+    )
     for group, name in GROUP_NAMES.items():
         rows = [i for i, entry in enumerate(classes) if entry["frequency"] == group]
         if rows:
@@ -171,13 +180,17 @@ def figure(summary: dict[str, Any], areas: NDArray[np.float64]) -> go.Figure:
     )
     for bound in SIZE_BOUNDS:
         picture.add_vline(x=bound**0.5, line_dash="dot", line_color="#5b7083", row=2, col=1)
-    few = len(classes) <= 60  # more names do not fit below the axis
     picture.update_xaxes(
-        tickmode="array", tickvals=list(range(len(classes))) if few else [], ticktext=names if few else [], row=1, col=1
+        tickmode="array",
+        tickvals=list(range(len(classes))) if few else [],
+        ticktext=names if few else [],
+        tickangle=30 if slanted else 90,
+        row=1,
+        col=1,
     )
     picture.update_yaxes(title="images", type="log", dtick=1, row=1, col=1)
     picture.update_xaxes(title="square root of the area, pixels", row=2, col=1)
-    picture.update_layout(template="plotly_white", bargap=0.1, height=640)
+    picture.update_layout(template="plotly_white", bargap=0.1, height=height)
     return picture
 
 

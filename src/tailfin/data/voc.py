@@ -57,6 +57,11 @@ def read_voc(source: Path) -> list[Part]:
                     {"id": annotation_number, "image_id": image_number, "category_id": number_of[label], **fields}
                 )
         notes = []
+        if difficult := sum(bool(entry.get("difficult")) for entry in document["annotations"]):
+            which = "object is" if difficult == 1 else "objects are"
+            notes.append(
+                f"{split}: {difficult} {which} marked difficult, which COCO has no word for: kept as any other"
+            )
         if bare := sum(xml is None for xml, _ in splits[split][1]):
             notes.append(f"{split}: {bare} pictures without an XML file kept as pictures without objects")
         if odd := others[split]:
@@ -309,10 +314,12 @@ def _read_xml(path: Path, stem: str, pictures: _Pictures, others: list[str]) -> 
         size = (int(root.findtext("size/width") or 0), int(root.findtext("size/height") or 0))
     except ValueError:
         raise UserError(f"{path}: size: width and height must be whole numbers") from None
+    header = read_header(picture)
     if min(size) < 1:
-        size = read_header(picture).shown_size
-    elif not same and (problem := size_problem(read_header(picture), *size)):
-        raise UserError(f"{path}: no picture has its name, and {picture} is not it: {problem}")
+        size = header.shown_size
+    elif problem := size_problem(header, *size):
+        which = f"{picture}" if same else f"no picture has its name, and {picture} is not it"
+        raise UserError(f"{path}: {which}: {problem}")
     objects = []
     for number, (entry, line) in enumerate(zip(root.findall("object"), lines, strict=False), 1):
         label = (entry.findtext("name") or "").strip()

@@ -14,6 +14,7 @@ from __future__ import annotations
 import csv
 import os
 import shutil
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -26,6 +27,7 @@ from tailfin.evaluation.results import JsonList
 from tailfin.files import write_json, writing
 
 FORMATS = ("json", "csv", "parquet", "yolo")
+ENDINGS = {".json": "json", ".csv": "csv", ".parquet": "parquet"}
 COLUMNS = ("image_id", "file_name", "width", "height", "category_id", "category_name", "score", "x", "y", "w", "h")
 ROWS = 100_000  # of a group in a Parquet file
 
@@ -65,8 +67,13 @@ class Writer(Protocol):
 
 
 def format_of(out: Path, chosen: str | None) -> str:
-    """The format that is asked for, else that of the ending, else json; checked, with the packages it needs."""
-    name = chosen or {".csv": "csv", ".parquet": "parquet"}.get(out.suffix.lower(), "json")
+    """The format that is asked for, else that of the ending; checked, with the packages it needs."""
+    name = chosen or ENDINGS.get(out.suffix.lower())
+    if name is None:
+        raise UserError(
+            f"--out {out}: its ending is none of {', '.join(ENDINGS)} (--format writes one of {', '.join(FORMATS)} "
+            "under any name, yolo into a folder)"
+        )
     if name not in FORMATS:
         raise UserError(f'--format: there is no "{name}"{nearest(name, FORMATS)}')
     if name == "parquet":
@@ -205,6 +212,7 @@ class Yolo:
         self.out, self.names = out, names
         self.part = out.with_name(f".{out.name}.{os.getpid()}.part")
         self.taken: set[str] = set()
+        self.renamed: list[str] = []
 
     def __enter__(self) -> Yolo:
         with writing(self.out):
@@ -224,14 +232,25 @@ class Yolo:
                 found.labels.tolist(), centres.tolist(), sides.tolist(), found.scores.tolist(), strict=True
             )
         ]
+        stem = free_stem(found.name, self.taken)
+        if stem != own_stem(found.name):
+            self.renamed.append(f"{stem}.txt of {found.name}")
         with writing(self.out):
-            (self.part / f"{free_stem(found.name, self.taken)}.txt").write_text("".join(lines), encoding="utf-8")
+            (self.part / f"{stem}.txt").write_text("".join(lines), encoding="utf-8")
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         if kind is None:
             if self.out.is_dir():
                 shutil.rmtree(self.out)
             self.part.replace(self.out)
+            if self.renamed:
+                files = "1 label file has" if len(self.renamed) == 1 else f"{len(self.renamed)} label files have"
+                warnings.warn(
+                    f"{files} another name than the picture, since an earlier picture has the same (first: "
+                    f"{self.renamed[0]})",
+                    UserWarning,
+                    stacklevel=2,
+                )
         else:
             shutil.rmtree(self.part, ignore_errors=True)
 
@@ -248,11 +267,16 @@ def rows_of(found: Found, names: Sequence[str], ids: Sequence[int]) -> list[tupl
     ]
 
 
-def free_stem(name: str, taken: set[str]) -> str:
-    """A file name without ending for a picture (`clip.mp4#12` is `clip_12`) that no other has; it is taken then."""
+def own_stem(name: str) -> str:
+    """A file name without ending for a picture; that of `clip.mp4#12` is `clip_12`."""
     file, _, frame = name.rpartition("#") if name.rpartition("#")[2].isdigit() else (name, "", "")
-    stem = Path(file).stem + (f"_{frame}" if frame else "")
-    candidate, number = stem, 1
+    return Path(file).stem + (f"_{frame}" if frame else "")
+
+
+def free_stem(name: str, taken: set[str]) -> str:
+    """`own_stem`, with a number behind it where an earlier picture has that; it is taken then."""
+    stem = candidate = own_stem(name)
+    number = 1
     while candidate in taken:
         number += 1
         candidate = f"{stem}_{number}"

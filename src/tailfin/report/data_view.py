@@ -136,7 +136,7 @@ def _page(title: str, sections: Sequence[Section]) -> str:
 def _overview(summary: dict[str, Any], areas: NDArray[np.float64]) -> Section:
     picture = stats_report.figure(summary, areas)
     picture.update_layout(title=None, showlegend=True)
-    html = render("data_overview.html", chart=chart(picture, height=640), **_facts(summary))
+    html = render("data_overview.html", chart=chart(picture, height=int(picture.layout.height)), **_facts(summary))
     return Section("Tail", html)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import numpy as np
 
 from tailfin.report.page import Section, color, count, defined, render
 from tailfin.report.runs import Run
+from tailfin.schema.recipe import Recipe
 from tailfin.schema.stages import stages
 
 _HEADLINE = ("AP", "APr", "APc", "APf", "AP1", "AP2", "AP3", "AP4")
@@ -57,10 +58,10 @@ def _facts(run: Run) -> list[tuple[str, str]]:
     if recipe is not None:
         rows += [
             ("Recipe", recipe.name),
-            ("Method", f"{recipe.method} · loss {recipe.loss.name} · sampler {recipe.sampler.name}"),
+            ("Method", _method(recipe)),
             ("Stages", _stages(run)),
             ("Detector", f"{recipe.detector.name} · {recipe.backbone} · weights {Path(recipe.weights).name}"),
-            ("Schedule", _schedule(run)),
+            ("Schedule", _schedule(recipe)),
             (
                 "Data",
                 " → ".join(
@@ -78,10 +79,23 @@ def _facts(run: Run) -> list[tuple[str, str]]:
     return rows
 
 
-def _schedule(run: Run) -> str:
-    assert run.recipe is not None
-    schedule = run.recipe.schedule
-    return f"{schedule.epochs:g} epochs · batch {schedule.batch} · {schedule.optimizer} · lr {schedule.rate:.4g}"
+def _method(recipe: Recipe) -> str:
+    own = [stage.recipe for stage in stages(recipe)]
+    losses, samplers = _over_stages(o.loss.name for o in own), _over_stages(o.sampler.name for o in own)
+    return f"{recipe.method} · loss {losses} · sampler {samplers}"
+
+
+def _schedule(recipe: Recipe) -> str:
+    own = [stage.recipe.schedule for stage in stages(recipe)]
+    epochs, batch = " → ".join(f"{o.epochs:g}" for o in own), _over_stages(str(o.batch) for o in own)
+    optimizer, rate = _over_stages(o.optimizer for o in own), _over_stages(f"{o.rate:.4g}" for o in own)
+    return f"{epochs} epochs · batch {batch} · {optimizer} · lr {rate}"
+
+
+def _over_stages(values: Iterable[str]) -> str:
+    """The value of every stage, or the one that all share."""
+    own = list(values)
+    return own[0] if len(set(own)) == 1 else " → ".join(own)
 
 
 def _stages(run: Run) -> str:
@@ -133,7 +147,8 @@ def _progress(run: Run) -> dict[str, Any] | None:
         return None
     number, stage = trained[-1]
     iteration, epoch = (stage.training.get(key, np.array([np.nan]))[-1] for key in ("iteration", "epoch"))
-    epochs = float(run.recipe.schedule.epochs) if run.recipe is not None else float("nan")
+    own = {planned.name: planned.recipe for planned in stages(run.recipe)} if run.recipe is not None else {}
+    epochs = float(own[stage.name].schedule.epochs) if stage.name in own else float("nan")
     share = min(1.0, float(epoch) / epochs) if np.isfinite(epoch) and np.isfinite(epochs) else 0.0
     text = f"stage {number} ({stage.name}), iteration {count(float(iteration))}"
     if np.isfinite(epoch):

@@ -28,6 +28,8 @@ def scatter(runs: Sequence[Run]) -> Section | None:
             _dots(figure, run, found, color(index))
             _trend(figure, run, found, color(index))
     ticks = [step * 10**power for power in range(7) for step in (1, 3)]
+    best = max((point["y"] for found in points for point in found.values()), default=0.0)
+    top = max(10.0, 10 * np.ceil(best / 10))
     unseen = any(point["x"] == _UNSEEN for found in points for point in found.values())
     figure.update_layout(
         xaxis={
@@ -36,7 +38,7 @@ def scatter(runs: Sequence[Run]) -> Section | None:
             "tickvals": [_UNSEEN] * unseen + ticks,
             "ticktext": ["none"] * unseen + [count(tick) for tick in ticks],
         },
-        yaxis={"title": "AP (%)", "range": [-3, 103]},
+        yaxis={"title": "AP (%)", "range": [-0.03 * top, 1.03 * top]},
         hovermode="closest",
         showlegend=True,
     )
