@@ -262,6 +262,8 @@ class TestCommand:
         for text, message in (
             ('{"12345": 0.5}', "there is no annotation 12345"),
             ('[{"annotation_id": 1, "score": 0.5}, {"annotation_id": 1, "score": 0.6}]', "annotation 1 has two scores"),
+            ('{"9223372036854775808": 0.5}', "is needed"),
+            ('[{"annotation_id": 18446744073709551615, "score": 0.5}]', "is needed"),
             ('{"a": 1}', "is needed"),
         ):
             path.write_text(text)

@@ -189,11 +189,12 @@ def _given_scores(source: Path, value: Any, index: Any) -> tuple[NDArray[np.int6
             if isinstance(value, dict)
             else [(int(entry["annotation_id"]), float(entry["score"])) for entry in value]
         )
-    except (KeyError, TypeError, ValueError):
+        numbers = np.array([number for number, _ in pairs], dtype=np.int64)
+    except (KeyError, TypeError, ValueError, OverflowError):
         raise UserError(
             f'scores {source}: {{"annotation id": score}} or a list of {{"annotation_id", "score"}} is needed'
         ) from None
-    rows = rows_of(np.array([number for number, _ in pairs], dtype=np.int64), index, f"scores {source}")
+    rows = rows_of(numbers, index, f"scores {source}")
     scores = np.array([score for _, score in pairs], dtype=np.float32)
     values, times = np.unique(rows, return_counts=True)
     if (times > 1).any():
