@@ -20,9 +20,20 @@ from tailfin.data.synth import (
     make_synthetic,
     vocabulary,
 )
+from tailfin.data.synth_shapes import OUTLINES, rasterise
 from tailfin.errors import UserError
 
 SMALL = {"images_train": 30, "images_val": 12, "classes": 9, "imbalance": 10.0, "size": 64}
+
+
+@pytest.mark.parametrize("centre", [(-30.0, 20.0), (20.0, -30.0), (90.0, 20.0), (20.0, 90.0)])
+def test_what_lies_beyond_the_border_has_an_empty_window(centre):
+    """A stick whose centre is near the border may lie outside with all of its patch."""
+    body = rasterise(OUTLINES["disc"], np.eye(2) * 5, np.array(centre), 5.0, None, 64)
+    assert np.zeros((64, 64))[body.window].size == body.alpha[body.inside].size == 0
+    inner = rasterise(OUTLINES["disc"], np.eye(2) * 5, np.array([1.0, 62.0]), 5.0, None, 64)
+    assert np.zeros((64, 64))[inner.window].shape == inner.alpha[inner.inside].shape
+    assert 0 < inner.alpha[inner.inside].size < inner.alpha.size
 
 
 @pytest.fixture(scope="module")

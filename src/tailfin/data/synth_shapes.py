@@ -72,7 +72,10 @@ class Body:
     def window(self) -> tuple[slice, slice]:
         """Where the patch lies on the canvas."""
         (x, y), (h, w) = self.corner, self.alpha.shape
-        return slice(max(y, 0), min(y + h, self.size)), slice(max(x, 0), min(x + w, self.size))
+        starts = max(y, 0), max(x, 0)  # a patch beyond the canvas has an empty window
+        return slice(starts[0], max(starts[0], min(y + h, self.size))), slice(
+            starts[1], max(starts[1], min(x + w, self.size))
+        )
 
     @property
     def inside(self) -> tuple[slice, slice]:
