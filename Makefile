@@ -1,10 +1,11 @@
 # make demo   install into .venv and run the demo          make test   install and run the tests
 # make lint   style and types                              make clean  remove .venv and what the demo made
+# make bench  run the benchmarks' short forms and write docs/performance.md
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint bench clean
 .DELETE_ON_ERROR:
 
 $(VENV)/installed: pyproject.toml
@@ -28,6 +29,9 @@ lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+bench: $(VENV)/installed-dev
+	$(BIN)/python benchmarks/performance.py
 
 clean:
 	rm -rf $(VENV) demo runs

@@ -3,6 +3,7 @@
     python benchmarks/bacl_cost.py                       # all parts, about four minutes on one core
     python benchmarks/bacl_cost.py --parts inference --rounds 9
     python benchmarks/bacl_cost.py --parts training memory
+    python benchmarks/bacl_cost.py --short
 
 Inference: one detector (R18-FPN of the small recipes, 300 proposals a picture) with two heads that differ in the
 classifier alone: plain softmax with logits spread like a trained one's, and BACL's sigmoid head with logits so level
@@ -36,6 +37,7 @@ from typing import Any, cast
 import torch
 from rich.console import Console
 from rich.table import Table
+from short_form import short, table_lines
 from torch import Tensor, nn
 from torchvision.ops import batched_nms
 from training_speed import Targets, detector, peak_memory_of, settle, tailfin_step, workload
@@ -74,6 +76,8 @@ def main() -> None:
     if "memory" in options.parts:
         memory_rows(table, options)
     Console(width=130).print(table)
+    if options.short:
+        table_lines(table, "BACL: ", spread=4, who="plain, or stage 1")
 
 
 def parse() -> argparse.Namespace:
@@ -88,6 +92,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--child", choices=STAGES, help=argparse.SUPPRESS)
+    short(parser, rounds=3, pictures=2)
     options = parser.parse_args()
     options.parts = options.parts or ["inference", "training", "memory"]
     # what the functions of training_speed.py ask for
@@ -251,7 +256,8 @@ def memory_rows(table: Table, options: argparse.Namespace) -> None:
     peaks = {}
     for name in STAGES:
         command = [sys.executable, str(Path(__file__).resolve()), *sys.argv[1:], "--child", name]
-        runs = [subprocess.run(command, check=True, capture_output=True, env=environment) for _ in range(3)]
+        times = range(1 if options.short else 3)
+        runs = [subprocess.run(command, check=True, capture_output=True, env=environment) for _ in times]
         peaks[name] = statistics.median(json.loads(run.stdout) for run in runs)
     models, pictures, targets = stages(options)
     kept = {name: saved_bytes(model, pictures, targets, options) for name, model in zip(STAGES, models, strict=True)}

@@ -1,12 +1,12 @@
 """How much memory, and how long, does one encoder layer of Deformable DETR take in training at 800 x 1333?
 
     python benchmarks/deformable_memory.py                   # 22,223 cells on four levels, 256 channels, one picture
-    python benchmarks/deformable_memory.py --height 400 --width 672
+    python benchmarks/deformable_memory.py --short           # 400 x 672
 
 Three layers with the same weights: `transformers`, its own; `autograd`, tailfin's layer whose sampling keeps what
 autograd keeps; `tailfin`, whose sampling keeps its inputs alone. Each runs in a process of its own; memory is the
-growth of the process's peak over forward and backward, time the median of the rounds. `held` is what is kept for
-backward, each storage counted once.
+growth of the process's peak over forward and backward, time the median of the rounds, CPU seconds. `held` is what is
+kept for backward, each storage counted once.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import time
 import torch
 from rich.console import Console
 from rich.table import Table
+from short_form import line, short
 from transformers import DeformableDetrConfig
 from transformers.models.deformable_detr.modeling_deformable_detr import DeformableDetrEncoderLayer
 
@@ -37,6 +38,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=1333)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--one", choices=KINDS, help=argparse.SUPPRESS)
+    short(parser, height=400, width=672, rounds=2)
     options = parser.parse_args()
     if options.one:
         print(json.dumps(measure(options)))
@@ -61,6 +63,17 @@ def main() -> None:
         table.add_row(kind, f"{row['peak']:.0f}", f"{row['held']:.0f}", f"{row['seconds']:.2f}")
     Console().print(table)
     worst = max(abs(row["sum"] - first["sum"]) / abs(first["sum"]) for row in rows.values())
+    if options.short:
+        what = f"one encoder layer of Deformable DETR, {first['cells']:,} cells: "
+        own, theirs = rows["tailfin"], rows["transformers"]
+        for name, key, unit in (
+            ("peak memory", "peak", "MiB"),
+            ("kept for backward", "held", "MiB"),
+            ("time", "seconds", "s"),
+        ):
+            figures = (f"{row[key]:.0f} {unit}" if unit == "MiB" else f"{row[key]:.2f} {unit}" for row in (own, theirs))
+            ours, peer = figures
+            line(what + name, ours, f"transformers {peer}", f"{own[key] / theirs[key]:.2f}")
     print(f"squares of outputs and gradients agree to {worst:.1e}")
 
 
@@ -95,7 +108,7 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
     before, times = peak(), []
     for _ in range(options.rounds):
         tokens.grad = None
-        start = time.perf_counter()
+        start = time.process_time()
         kept: dict[int, int] = {}
         with torch.autograd.graph.saved_tensors_hooks(
             lambda tensor, kept=kept: noted(tensor, kept), lambda tensor: tensor
@@ -103,7 +116,7 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
             found = layer(tokens, mask, **given)
         found = found if isinstance(found, torch.Tensor) else found[0]
         (found * upstream).sum().backward()
-        times.append(time.perf_counter() - start)
+        times.append(time.process_time() - start)
     total = float(found.detach().double().square().sum() + tokens.grad.double().square().sum())
     return {
         "peak": peak() - before,

@@ -3,6 +3,7 @@
     python benchmarks/detector_speed.py                          # R50-FPN, 2 pictures of 320 px, 1,203 classes, CPU
     python benchmarks/detector_speed.py --detectors retinanet --size 480 --rounds 9
     python benchmarks/detector_speed.py --skip-training --skip-memory
+    python benchmarks/detector_speed.py --short                  # 1 picture of 160 px
 
 The peers are `maskrcnn_resnet50_fpn` and `retinanet_resnet50_fpn` of the installed torchvision, built by torchvision's
 own functions, with their settings (anchors, samplers, losses, weights) carried over to tailfin's recipe; pictures keep
@@ -24,6 +25,7 @@ import torch
 import training_speed
 from rich.console import Console
 from rich.table import Table
+from short_form import short, table_lines
 from torch import Tensor, nn
 from torchvision.models.detection import maskrcnn_resnet50_fpn, retinanet_resnet50_fpn
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
@@ -80,6 +82,9 @@ def main() -> None:
             training_speed.memory_row(table, options, __file__, ["--detectors", name], f"{name}, ", "at most 1.0")
             done.print(list(column._cells[-1] for column in table.columns))
     Console(width=130).print(table)
+    if options.short:
+        what = f"R50, {options.batch} x {options.size} px, {options.classes:,} classes, float32: "
+        table_lines(table, what, spread=4, who="torchvision")
 
 
 def parse() -> argparse.Namespace:
@@ -94,6 +99,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--skip-inference", action="store_true")
     parser.add_argument("--skip-memory", action="store_true")
     parser.add_argument("--memory", choices=NAMES, help=argparse.SUPPRESS)
+    short(parser, size=160, batch=1, rounds=2)
     options = parser.parse_args()
     # what the functions of training_speed.py ask for
     options.device, options.precision, options.channels_last, options.steps, options.cpu_time = (

@@ -1,7 +1,7 @@
 """Is tailfin's Deformable DETR as fast in training as transformers' own model with its own loss?
 
     python benchmarks/detr_speed.py                         # 128 px, 16 pictures, 1 + 2 layers, 96 channels, 31 classes
-    python benchmarks/detr_speed.py --precision bf16
+    python benchmarks/detr_speed.py --short [--precision bf16]
     python benchmarks/detr_speed.py --r50                   # R50, 6 + 6 layers, 300 queries, 1,203 classes, 512 px
     python benchmarks/detr_speed.py --r50 --device cuda --size 800 --precision bf16
     python benchmarks/detr_speed.py --overfit               # sixteen pictures by heart: AP50 after the given steps
@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from short_form import short, table_lines
 from torch import Tensor, nn
 from torchvision.ops import box_convert
 from transformers import DeformableDetrForObjectDetection, ResNetConfig
@@ -78,6 +79,12 @@ def main() -> None:
         f"{'CPU' if options.cpu_time else 'wall-clock'} seconds"
     )
     Console(width=120).print(table)
+    if options.short:
+        precision = "float32" if options.precision == "no" else options.precision
+        what = (
+            f"Deformable DETR, {'R50' if options.r50 else 'tiny'}, {options.batch} x {options.size} px, {precision}: "
+        )
+        table_lines(table, what, spread=4, who="transformers")
 
 
 def parse() -> argparse.Namespace:
@@ -93,6 +100,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, help="steps of one detector per round")
     parser.add_argument("--cpu-time", action="store_true", help="CPU seconds: for a machine with other work")
+    short(parser, threads=1, rounds=3, steps=1, cpu_time=True)
     options = parser.parse_args()
     for name, small, large in (("size", 128, 512), ("batch", 16, 2), ("classes", 31, 1203), ("steps", 3, 1)):
         if getattr(options, name) is None:

@@ -2,6 +2,7 @@
 
     python benchmarks/evaluation_speed.py                 # 2,000 images x 300 detections x 1,203 classes
     python benchmarks/evaluation_speed.py --images 500
+    python benchmarks/evaluation_speed.py --short         # 200 images beside pycocotools, then LVIS val from shards
     python benchmarks/evaluation_speed.py --images 2000 5000 19809 --shards   # from what `train` writes, LVIS val
 
 Makes synthetic annotations and results (seeded), then evaluates them in fresh processes: tailfin with the LVIS and the
@@ -27,6 +28,7 @@ import msgspec
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+from short_form import line, short
 
 from tailfin.evaluation.results import ResultWriter
 
@@ -42,10 +44,18 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=3, help="runs of tailfin, of which the fastest counts")
     parser.add_argument("--skip-pycocotools", action="store_true")
     parser.add_argument("--one", nargs=4, metavar=("TOOL", "PROTOCOL", "GT", "RESULTS"), help=argparse.SUPPRESS)
+    short(parser, images=[200], repeat=1)
     options = parser.parse_args()
     if options.one:
         print(json.dumps(measure(*options.one)))
         return
+    compare(options)
+    if options.short:
+        options.images, options.shards = [19_809], True
+        compare(options)
+
+
+def compare(options: argparse.Namespace) -> None:
     for images in options.images:
         with tempfile.TemporaryDirectory() as folder:
             annotations, results = synthesize(Path(folder), images, shards=options.shards)
@@ -62,6 +72,18 @@ def main() -> None:
                 found = [in_new_process(tool, protocol, annotations, results) for _ in range(repeat)]
                 rows.append((tool, protocol, min(found, key=lambda row: row["seconds"])))
         report(rows, images)
+        if options.short:
+            peer = next((row for tool, _, row in rows if tool == "pycocotools"), None)
+            for protocol, row in ((protocol, row) for tool, protocol, row in rows if tool == "tailfin"):
+                where = "shards" if options.shards else "a results file"
+                what = f"evaluation, {images:,} images x {DETECTIONS} of {CLASSES:,} classes, from {where}, {protocol}"
+                ours, theirs = (
+                    f"{own['processor']:.2f} CPU s, {own['gib']:.2f} GiB" if own else "" for own in (row, peer)
+                )
+                if peer is None or protocol != "coco":
+                    line(what, ours)
+                else:
+                    line(what, ours, f"pycocotools {theirs}", f"{row['processor'] / peer['processor']:.3f}")
 
 
 def synthesize(folder: Path, images: int, seed: int = 0, *, shards: bool = False) -> tuple[Path, Path]:

@@ -1,11 +1,13 @@
 """How long opening an annotation file takes: `json.load` against the first open and the reopen of tailfin's index.
 
     python benchmarks/index_speed.py            # a quarter of LVIS train: 318,000 annotations
+    python benchmarks/index_speed.py --short    # a tenth
     python benchmarks/index_speed.py --full     # LVIS train: 100,170 images, 1,270,141 annotations, about 360 MB
 
-Every figure is taken in a fresh process: wall time of the one call, and growth of the resident memory (the highest
-value during the call for `json.load` and the first open, the value after the call for the reopen). The file is made
-from a seed, with polygons, and its folder is removed at the end unless `--keep FOLDER` names one.
+Every figure is taken in a fresh process: time of the one call (by the wall; CPU seconds with `--short`), and growth of
+the resident memory (the highest value during the call for `json.load` and the first open, the value after the call
+for the reopen). The file is made from a seed, with polygons, and its folder is removed at the end unless `--keep
+FOLDER` names one.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+from short_form import line, short
 
 FULL = (100_170, 1_270_141, 1203)  # images, annotations and categories of LVIS v1 train
 
@@ -44,14 +47,14 @@ else:
     from tailfin.data.index import open_index
     call = lambda: open_index(path)
 before = now_mb()
-start = time.perf_counter()
+start, own = time.perf_counter(), time.process_time()
 kept = call()
-seconds = time.perf_counter() - start
+seconds, processor = time.perf_counter() - start, time.process_time() - own
 if what == "segmentations":
-    start = time.perf_counter()
+    start, own = time.perf_counter(), time.process_time()
     parts = kept.segmentations()
-    seconds = time.perf_counter() - start
-print(json.dumps({"seconds": seconds, "peak": peak_mb() - before, "after": now_mb() - before}))
+    seconds, processor = time.perf_counter() - start, time.process_time() - own
+print(json.dumps({"seconds": seconds, "processor": processor, "peak": peak_mb() - before, "after": now_mb() - before}))
 """
 
 
@@ -61,6 +64,7 @@ def main() -> None:
     parser.add_argument("--scale", type=float, default=0.25, help="share of that size (default: 0.25)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--keep", type=Path, help="folder for the file, kept and reused")
+    short(parser, scale=0.1)
     options = parser.parse_args()
     scale = 1.0 if options.full else options.scale
     with tempfile.TemporaryDirectory() as scratch:
@@ -86,6 +90,13 @@ def main() -> None:
         print(f"{'':22}{'seconds':>10}{'of json.load':>14}{'memory MB':>11}")
         for name, row, memory in rows:
             print(f"{name:22}{row['seconds']:10.4f}{row['seconds'] / base:14.4f}{row[memory]:11.0f}")
+        if options.short:
+            (_, peer, _), *rest = rows
+            theirs = f"json.load {peer['processor']:.2f} CPU s, {peer['peak']:.0f} MB"
+            for name, row, memory in rest:
+                ours = f"{row['processor']:.4f} CPU s, {row[memory]:.0f} MB"
+                ratio = f"{row['processor'] / peer['processor']:.4f}"
+                line(f"annotation file, {round(FULL[1] * scale):,} annotations: {name}", ours, theirs, ratio)
 
 
 def measure(what: str, path: Path, environment: dict[str, str]) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
     python benchmarks/input_speed.py --data FOLDER                 # with train.json and pictures, for example road12
     python benchmarks/input_speed.py --data FOLDER --size 640 --kinds flip masks jitter
+    python benchmarks/input_speed.py --short                       # road12 of TAILFIN_DATA, else the demo set
 
 The peer is `torchvision.datasets.CocoDetection` behind `wrap_dataset_for_transforms_v2` and the transforms of
 torchvision's detection reference (presets "hflip" with `RandomShortestSize` of the model's transform in its place, and
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,10 +28,12 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from short_form import data, short, table_lines
 from torchvision import datasets, tv_tensors
 from torchvision.transforms import v2
 
 from tailfin.data.dataset import Source, TrainingDataset, open_source
+from tailfin.data.synth import demo_set
 from tailfin.schema.data import Data, DataFiles
 
 KINDS = ("flip", "masks", "jitter", "paste")
@@ -37,14 +41,21 @@ KINDS = ("flip", "masks", "jitter", "paste")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--data", type=Path)
     parser.add_argument("--annotations", default="train.json")
     parser.add_argument("--size", type=int, default=640)
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
     parser.add_argument("--block", type=int, default=8, help="pictures of a turn")
     parser.add_argument("--blocks", type=int, default=12)
+    short(parser, blocks=5)
     options = parser.parse_args()
     torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        options.data = options.data or data("road12-masks-lt") or demo_set(Path(folder) / "demo")[0].parent
+        compare(options)
+
+
+def compare(options: argparse.Namespace) -> None:
     source = open_source(DataFiles(annotations=options.annotations), str(options.data), "train")
     table = Table(title=f"{options.data.name}, {options.size} px, pictures per second and core")
     for column in ("kind", "tailfin", "torchvision", "ratio", "over the blocks"):
@@ -52,6 +63,9 @@ def main() -> None:
     for kind in options.kinds:
         table.add_row(kind, *row(ours(kind, source, options), theirs(kind, source, options), options))
     Console().print(table)
+    if options.short:
+        what = f"pictures of {options.data.name} read and augmented at {options.size} px, one core: "
+        table_lines(table, what, unit=" pictures/s", spread=4, who="torchvision")
 
 
 def row(first: Callable[[int], object], second: Callable[[int], object], options: argparse.Namespace) -> list[str]:

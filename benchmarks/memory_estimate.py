@@ -1,6 +1,7 @@
 """Is the dry run's estimate of a training step's memory true? It is compared with fresh processes that train.
 
     python benchmarks/memory_estimate.py                                      # all detectors, R18, 1,203 classes, CPU
+    python benchmarks/memory_estimate.py --short                              # three detectors, 128 px
     python benchmarks/memory_estimate.py --backbone resnet50 --sizes 256 --detectors mask_rcnn atss
     python benchmarks/memory_estimate.py --estimate-only --backbone resnet50 --height 800 --width 1333 --batch 2
 
@@ -20,6 +21,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
+from short_form import line, short
 from torch import Tensor, nn
 from training_speed import Targets, tailfin_step
 
@@ -59,6 +61,9 @@ def main() -> None:
                 name, shape, f"estimate {total:.0f} MiB, {held:.0f} held; measured {found}", file=sys.stderr, flush=True
             )
             table.add_row(name, f"{shape[0]} x {shape[1]}", f"{total:.0f}", f"{held:.0f}", *cells)
+            if options.short:
+                what = f"dry run's estimate of a step's memory: {name}, {options.backbone}, {options.batch} x {size} px"
+                line(what, f"{total:.0f} MiB", f"measured {cells[0]} MiB", cells[1])
     Console(width=110).print(table)
 
 
@@ -75,6 +80,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--runs", type=int, default=1, help="processes per line, of which the median counts")
     parser.add_argument("--estimate-only", action="store_true")
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
+    short(parser, sizes=[128], detectors=["faster_rcnn", "mask_rcnn", "retinanet"])
     options = parser.parse_args()
     # what the functions of training_speed.py ask for
     options.device, options.precision, options.channels_last = "cpu", "no", False

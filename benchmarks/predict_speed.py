@@ -2,6 +2,7 @@
 
     python benchmarks/predict_speed.py --photos DATA/coco-sample/val                 # R18-FPN, 160 px, 31 classes
     python benchmarks/predict_speed.py --photos DATA/coco-sample/val --size 320 --rounds 3
+    python benchmarks/predict_speed.py --short                 # coco-sample of TAILFIN_DATA, else the demo set
 
 The peer is what torchvision's reference code does: open a picture with Pillow, make a float tensor, call the detector
 on it, append what it finds to a list, and write JSON at the end. Both have the same weights, settings, size and
@@ -23,11 +24,13 @@ from pathlib import Path
 import torch
 import training_speed as twins
 from PIL import Image
+from short_form import data, line, short
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.transforms.functional import to_tensor
 
 from tailfin.checkpoint import save_model
 from tailfin.config import load_recipe
+from tailfin.data.synth import demo_set
 from tailfin.models import build_detector
 from tailfin.predicting.run import predict
 from tailfin.stats import ClassStats
@@ -37,7 +40,7 @@ SCORE = 0.05
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--photos", type=Path, required=True, help="folder of pictures")
+    parser.add_argument("--photos", type=Path, help="folder of pictures")
     parser.add_argument("--most", type=int, default=200, help="pictures of it")
     parser.add_argument("--size", type=int, default=160)
     parser.add_argument("--classes", type=int, default=31)
@@ -45,14 +48,24 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="of torch")
     parser.add_argument("--decoders", type=int, default=2, help="threads of `predict` that decode")
     parser.add_argument("--rounds", type=int, default=5)
+    short(parser, rounds=3, most=40)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    with tempfile.TemporaryDirectory() as folder:
+        options.photos = (
+            options.photos or data("coco-sample", "val") or demo_set(Path(folder) / "demo")[0].with_suffix("")
+        )
+        compare(options)
+
+
+def compare(options: argparse.Namespace) -> None:
     files = sorted(path for path in options.photos.iterdir() if path.suffix.lower() in (".jpg", ".jpeg", ".png"))
     files = files[: options.most]
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         model, twin = pair(folder, files, options)
         ratios, work, speeds = [], [], {"tailfin": [], "torchvision": []}
+        processor: dict[str, list[float]] = {"tailfin": [], "torchvision": []}
         for number in range(options.rounds + 1):  # the first one warms up
             took, cpu = {}, {}
             for name in ("tailfin", "torchvision") if number % 2 else ("torchvision", "tailfin"):
@@ -68,11 +81,17 @@ def main() -> None:
                 work.append(cpu["torchvision"] / cpu["tailfin"])
                 for name, seconds in took.items():
                     speeds[name].append(len(files) / seconds)
+                    processor[name].append(len(files) / cpu[name])
             print(f"round {number}: {took}, detections {found} and {plain}", flush=True)
     middle = {name: f"{statistics.median(values):.1f}" for name, values in speeds.items()}
     print(f"{len(files)} pictures at {options.size} px, {options.threads} thread(s), batch {options.batch}: {middle}")
     for what, values in (("pictures per second", ratios), ("CPU seconds of all threads", work)):
         print(f"ratio of {what}: {statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})")
+    if options.short:
+        ours, theirs = (f"{statistics.median(values):.1f} pictures per CPU s" for values in processor.values())
+        what = f"`predict`, {len(files)} photos to JSON, R18, {options.size} px"
+        ratio = f"{statistics.median(work):.2f} ({min(work):.2f} to {max(work):.2f})"
+        line(what, ours, f"torchvision, plain loop {theirs}", ratio)
 
 
 def pair(folder: Path, files: list[Path], options: argparse.Namespace) -> tuple[Path, torch.nn.Module]:

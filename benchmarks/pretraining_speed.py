@@ -2,6 +2,7 @@
 
     python benchmarks/pretraining_speed.py                                  # R18-FPN, 128 px, 16 pictures, CPU
     python benchmarks/pretraining_speed.py --cpu-time                       # on a machine with other work
+    python benchmarks/pretraining_speed.py --short                          # without memory, 3 rounds
     python benchmarks/pretraining_speed.py --r50                            # R50-FPN, 800 px, 2 pictures
     python benchmarks/pretraining_speed.py --r50 --device cuda --batch 16 --precision bf16 --channels-last
 
@@ -31,6 +32,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
+from short_form import line, short
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
@@ -82,6 +84,15 @@ def main() -> None:
             cells += [f"{memory[name] / 2**20:.0f}", f"{memory[name] / memory['supervised']:.2f}"]
             cells.append(f"{memory_there:.2f}" if memory_there else "")
         table.add_row(name, *cells)
+        if options.short and number:
+            size = f"{options.batch} x {options.size} px"
+            own, base = (f"{statistics.median(seconds[row]) * 1e3:.0f} ms" for row in (number, 0))
+            line(
+                f"a pre-training iteration, R18, {size}, detection on view 1: {name}",
+                own,
+                f"supervised {base}",
+                cells[1],
+            )
     Console(width=110).print(table)
 
 
@@ -98,6 +109,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--cpu-time", action="store_true", help="CPU seconds instead of the wall clock")
     parser.add_argument("--skip-memory", action="store_true")
     parser.add_argument("--memory", choices=tuple(ROWS), help=argparse.SUPPRESS)
+    short(parser, threads=1, rounds=3, cpu_time=True, skip_memory=True)
     options = parser.parse_args()
     options.size = options.size or (800 if options.r50 else 128)
     options.batch = options.batch or (2 if options.r50 else 16)

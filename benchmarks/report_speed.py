@@ -1,6 +1,7 @@
 """How long the report of a large run takes to build and to open, and how large it is: made-up detections.
 
     python benchmarks/report_speed.py       # 1,203 classes, 20,000 pictures, 300 detections each
+    python benchmarks/report_speed.py --short       # 1,000 pictures
     python benchmarks/report_speed.py --data DATA/fod31-lt/val.json --per-image 20 --runs 2 --out page.html
 
 Without --data the pictures have no files, so that no example is drawn. Objects are found with a chance that falls along
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from short_form import line, short
 
 from tailfin.config import check_recipe, dump_recipe
 from tailfin.evaluation import evaluate
@@ -195,6 +197,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=1, help="two of each recipe are seeds")
     parser.add_argument("--data", type=Path, help="an annotation file with pictures instead of made-up ones")
     parser.add_argument("--out", type=Path, help="keep the page here")
+    short(parser, pictures=1000)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="tailfin-report-") as scratch:
         root, rng = Path(scratch), np.random.default_rng(0)
@@ -209,15 +212,19 @@ def main() -> None:
             name = f"{('plain', 'better', 'best')[min(number // 2, 2)]}-{number % 2}"
             runs.append(write_run(root / "runs" / name, annotations, document, found, number % 2))
         del found
-        start = time.perf_counter()
+        start, own = time.perf_counter(), time.process_time()
         page = write_report(runs)
-        took = time.perf_counter() - start
+        took, own = time.perf_counter() - start, time.process_time() - own
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         print(
             f"{len(document['categories']):,} classes, {len(document['images']):,} pictures, {given.runs} runs of "
             f"{given.per_image} detections a picture: {took:.1f} s, peak memory {peak:.2f} GiB, "
             f"{page.stat().st_size / 1e6:.2f} MB; opens in {opened(page)}"
         )
+        if given.short:
+            size = f"{given.pictures:,} pictures x {given.per_image} detections"
+            what = f"report, {len(document['categories']):,} classes, {size}"
+            line(what, f"{own:.1f} CPU s, {peak:.2f} GiB, a page of {page.stat().st_size / 1e6:.1f} MB")
         if given.out:
             shutil.copy(page, given.out)
 

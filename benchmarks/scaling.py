@@ -3,11 +3,13 @@
 python benchmarks/scaling.py                              # 1,203, 5,000 and 20,000 classes; 1 and 2 processes
 python benchmarks/scaling.py --classes 1203 5000 --processes 1 2 4
 python benchmarks/scaling.py --parts losses
+python benchmarks/scaling.py --short                      # processes alone: 1, 2 and 4
 
 classifier  the linear classifier of 1,024 features on 1,024 rows (two pictures): its weights with gradient and
             momentum, its rows' logits with gradient, and what a resume point grows by
 losses      statistics of each loss that keeps some: bytes in the model, bytes that a process sends in a step
-processes   pictures per second of a small training (demo set, 96 px, 16 pictures a process, gloo), per process
+processes   a small training (demo set, 96 px, 16 pictures a process, gloo): pictures per second by the wall, and CPU
+            seconds of all processes per picture, from a long and a short run, so that the start does not count
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -26,6 +29,7 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
+from short_form import line, short
 from torch import Tensor
 
 from tailfin.losses import LOSSES, build
@@ -40,6 +44,7 @@ def main() -> None:
     parser.add_argument("--classes", type=int, nargs="+", default=[1203, 5000, 20_000])
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    short(parser, processes=[1, 2, 4], parts=["processes"])
     options = parser.parse_args()
     torch.set_num_threads(1)
     for part in options.parts:
@@ -114,31 +119,55 @@ def statistics(count: int) -> ClassStats:
 
 
 def processes(options: argparse.Namespace) -> Table:
-    table = Table(title=f"weak scaling, 16 pictures of 96 px a process, one thread each, {os.cpu_count()} cores")
-    for name in ("processes", "pictures per second", "per process", "of one alone"):
+    cores = len(os.sched_getaffinity(0))
+    table = Table(title=f"weak scaling, 16 pictures of 96 px a process, one thread each, {cores} cores")
+    for name in ("processes", "pictures per second", "of one alone", "CPU ms a picture", "of one alone"):
         table.add_column(name, justify="right")
-    first = 0.0
+    first: tuple[float, float] | None = None
     for number in options.processes:
-        speed = trained(number)
-        first = first or speed / number
-        table.add_row(str(number), f"{speed:.1f}", f"{speed / number:.1f}", f"{speed / number / first:.2f}")
+        speed, work = trained(number)
+        first = first or (speed / number, work)
+        cells = (f"{speed:.1f}", f"{speed / number / first[0]:.2f}", f"{1000 * work:.1f}", f"{work / first[1]:.2f}")
+        table.add_row(str(number), *cells)
+        if options.short:
+            crowded = f" on {cores} cores" if number > cores else ""
+            what = f"training of {number} process{'es' if number > 1 else ''}{crowded}, 16 x 96 px each"
+            base = "" if number == 1 else f"one process {1000 * first[1]:.1f} CPU ms a picture"
+            line(what, f"{cells[2]} CPU ms a picture, {cells[0]} pictures/s", base, cells[3] if base else "")
     return table
 
 
-def trained(number: int) -> float:
-    """Pictures per second of the middle of a short training."""
+def trained(number: int) -> tuple[float, float]:
+    """(pictures per second by the wall of the middle of a short training, CPU seconds of all processes per picture)."""
     with tempfile.TemporaryDirectory() as folder:
-        data, out = Path(folder) / "data", Path(folder) / "run"
-        sizes = ["--images", str(400 * number), "--val-images", "20"]
-        run([sys.executable, "-m", "tailfin", "data", "synth", str(data), *sizes])
-        launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={number}", "--master_port=29611"]
-        start = [*launcher, "-m", "tailfin"] if number > 1 else [sys.executable, "-m", "tailfin"]
-        changes = [f"schedule.batch={16 * number}", "schedule.epochs=1", "data.sizes=[96]"]
-        changes += [f"data.root={data}", "logging.every=1", "schedule.warmup=5"]
-        run([*start, "train", "demo/faster_rcnn_r18_softmax", *changes, "--out", str(out)])
-        lines = [json.loads(line) for line in next(out.glob("stages/*/metrics.jsonl")).read_text().splitlines()]
-        speeds = [line["images_per_second"] for line in lines if "images_per_second" in line]
-        return float(np.median(speeds[len(speeds) // 4 :]))
+        data, seconds, steps, speeds = Path(folder) / "data", [], [], []
+        run([sys.executable, "-m", "tailfin", "data", "synth", str(data), "--images", "400", "--val-images", "20"])
+        for epochs in (0.6 * number, 0.1 * number):
+            out = Path(folder) / f"run{len(steps)}"
+            port = f"--master_port={29611 + number}"
+            launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={number}", port]
+            start = [*launcher, "-m", "tailfin"] if number > 1 else [sys.executable, "-m", "tailfin"]
+            changes = [
+                f"schedule.batch={16 * number}",
+                f"schedule.epochs={epochs}",
+                "data.sizes=[96]",
+                "data.workers=0",
+            ]
+            changes += [f"data.root={data}", "logging.every=1", "schedule.warmup=5", "evaluation.every=0"]
+            before = children()
+            run([*start, "train", "demo/faster_rcnn_r18_softmax", *changes, "--out", str(out)])
+            seconds.append(children() - before)
+            lines = [json.loads(line) for line in next(out.glob("stages/*/metrics.jsonl")).read_text().splitlines()]
+            steps.append(max(line["iteration"] for line in lines))
+            speeds.append([line["images_per_second"] for line in lines if "images_per_second" in line])
+        work = (seconds[0] - seconds[1]) / (steps[0] - steps[1]) / (16 * number)
+        return float(np.median(speeds[0][len(speeds[0]) // 4 :])), work
+
+
+def children() -> float:
+    """CPU seconds of the processes that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def run(command: list[str]) -> None:

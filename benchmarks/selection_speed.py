@@ -1,6 +1,7 @@
 """What the selection of exemplars costs: pictures/s of scoring every annotation against plain inference.
 
     python benchmarks/selection_speed.py                                        # the embedded synthetic set
+    python benchmarks/selection_speed.py --short                                # the same, 40 pictures, CPU seconds
     python benchmarks/selection_speed.py --train DATA/fod31-lt/train.json
     python benchmarks/selection_speed.py --model RUN --train DATA/train.json --pictures 1000
     python benchmarks/selection_speed.py --recipe fod/faster_rcnn_r18_softmax --train DATA/fod31-lt/train.json
@@ -25,6 +26,7 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
+from short_form import line, short
 from torch import nn
 
 from tailfin.api import load
@@ -74,10 +76,15 @@ def main() -> None:
             order = list(jobs)[:: 1 if number % 2 else -1]
             rounds.append({kind: seconds_of(jobs[kind], folder / f"{kind}-{number}", clock) for kind in order})
     table = Table("", "pictures/s", "of inference", title=f"{train}: {count} pictures, {recipe.name}")
+    rates = {}
     for kind in jobs:
         rate = statistics.median(count / row[kind] for row in rounds)
         ratio = statistics.median(row["inference"] / row[kind] for row in rounds)
         table.add_row(kind, f"{rate:.1f}", f"{ratio:.2f}")
+        rates[kind] = rate
+    if options.short:
+        ours, theirs = (f"{rates[kind]:.1f} pictures per CPU s" for kind in ("selection", "inference"))
+        line(f"scores of all objects for exemplars, {recipe.name}", ours, f"plain inference {theirs}", f"{ratio:.2f}")
     Console(width=120).print(table)
 
 
@@ -96,6 +103,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--cpu-time", action="store_true", help="CPU seconds: for a machine with other work")
+    short(parser, pictures=40, rounds=3, cpu_time=True)
     options = parser.parse_args()
     if options.cpu_time and options.workers:
         parser.error("--cpu-time does not see the loader's workers: --workers 0")

@@ -2,6 +2,7 @@
 
     python benchmarks/step_profile.py fod/bacl_r18 fod/retinanet_r18 --train TRAIN.json
     python benchmarks/step_profile.py road12/mask_rcnn_r18 --train TRAIN.json --set data.sizes=[128] --lines
+    python benchmarks/step_profile.py --short     # some recipes on fod31-lt of TAILFIN_DATA, else on the demo set
 
 Every stage of every recipe is begun as `tailfin train` begins it, on the pretend device of `tests/pretend_device.py`,
 and cut off after some iterations; the last one is reported, from one seeding to the next: the step, backward, clipping,
@@ -13,7 +14,8 @@ optimiser and checks. Without `--train` the recipe's own files are used.
     multiply-adds   of matrix products and convolutions, forward and backward
     bytes           that operations read and write, were nothing fused
 
-`torchvision` as a recipe is torchvision's own Faster R-CNN with the settings of fod/faster_rcnn_r18_softmax.
+`torchvision` as a recipe is torchvision's own Faster R-CNN with the settings of fod/faster_rcnn_r18_softmax. Overrides
+of one recipe stand behind it with commas: `fod/drcl_r18,pretraining.views.detection=first`.
 """
 
 from __future__ import annotations
@@ -37,10 +39,24 @@ from rich.table import Table
 import tailfin
 from tailfin import engine, run
 from tailfin.config import load_recipe
+from tailfin.data.synth import demo_set
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / "tests"), str(Path(__file__).resolve().parent)]
+from short_form import data, line, short  # noqa: E402
+
 from pretend_device import DEVICE, Seen, bring_back, pretend_device  # noqa: E402
 
+SHORT = (
+    "torchvision",
+    "fod/faster_rcnn_r18_softmax",
+    "fod/bacl_r18",
+    "fod/classifiers:forest",
+    "fod/deformable_detr_tiny",
+    "fod/stepwise_tiny,stepwise.exemplars.order=random",  # without scores of all training pictures
+    "fod/drcl_r18",
+    "fod/drcl_r18,pretraining.views.detection=first",
+    "fod/drcl_r18,pretraining.views.detection=first,pretraining.reconstruction.share=0.25",
+)
 PEER, PEER_RECIPE = "torchvision", "fod/faster_rcnn_r18_softmax"
 
 
@@ -163,12 +179,21 @@ def torchvision_step(train: Path | None, overrides: Sequence[str], batch: int) -
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipes", nargs="+", metavar="RECIPE")
+    parser.add_argument("recipes", nargs="*", metavar="RECIPE")
     parser.add_argument("--train", type=Path, help="annotation file in the place of the recipes' own")
     parser.add_argument("--batch", type=int, nargs="+", default=[2, 16], help="pictures per step")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="overrides of the recipes")
     parser.add_argument("--lines", action="store_true", help="where the host reads back")
+    short(parser, recipes=SHORT)
     options = parser.parse_args()
+    options.recipes = SHORT if options.short else options.recipes  # the parser sets what is not given last
+    with tempfile.TemporaryDirectory() as folder:
+        if options.short and options.train is None:
+            options.train = data("fod31-lt", "train.json") or demo_set(Path(folder) / "demo")[0]
+        report(options)
+
+
+def report(options: argparse.Namespace) -> None:
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     table = Table()
@@ -176,22 +201,42 @@ def main() -> None:
     for number, name in enumerate(names):
         table.add_column(name, justify="left" if number < 2 else "right")
     lines = []
-    for recipe in options.recipes:
-        for batch in options.batch:
+    for given in options.recipes:
+        recipe, *own = given.split(",")
+        few = options.short and recipe not in (
+            PEER,
+            PEER_RECIPE,
+        )  # that the counts are those of any batch is seen there
+        for batch in options.batch[-1:] if few else options.batch:
             if recipe == PEER:
                 steps = torchvision_step(options.train, options.set, batch)
             else:
-                steps = steps_of(recipe, options.train, options.set, batch=batch)
+                steps = steps_of(recipe, options.train, [*options.set, *own], batch=batch)
+            name = " ".join([recipe, *own])
+            if options.short:
+                ratio_line(name, batch, steps)
             for step in steps:
                 numbers = (step.operations, step.reads.total(), step.uploads.total())
                 size = (f"{step.multiply_adds / 1e9:,.2f} G", f"{step.bytes / 2**30:,.2f} GiB")
-                table.add_row(recipe, step.stage, str(batch), *(f"{number:,}" for number in numbers), *size)
-                lines += [f"{recipe} {step.stage}, {batch} pictures: {n} x {at}" for at, n in step.reads.most_common()]
+                cells = (name, step.stage, str(batch), *(f"{number:,}" for number in numbers), *size)
+                table.add_row(*cells)
+                if options.short:
+                    print(f"| {' | '.join(cells)} |", flush=True)
+                lines += [f"{name} {step.stage}, {batch} pictures: {n} x {at}" for at, n in step.reads.most_common()]
     console = Console(width=140)
     console.print(table)
     if options.lines:
-        for line in lines:
-            console.print(line, highlight=False)
+        for text in lines:
+            console.print(text, highlight=False)
+
+
+def ratio_line(name: str, batch: int, steps: Sequence[Step]) -> None:
+    """What a step of a pre-training multiplies beside one of the training that follows."""
+    work = {step.stage: step.multiply_adds for step in steps}
+    if "pretrain" in work:
+        ours, theirs = (f"{work[stage] / 1e9:.1f} G" for stage in ("pretrain", "train"))
+        what = f"multiply-adds of a pre-training step, {name}, {batch} pictures"
+        line(what, ours, f"supervised {theirs}", f"{work['pretrain'] / work['train']:.2f}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Is tailfin's Faster R-CNN as fast and as small as torchvision's own, in training and in inference?
 
     python benchmarks/training_speed.py                                   # R18-FPN, 160 px, 16 pictures, 31 classes
-    python benchmarks/training_speed.py --precision bf16 --channels-last
+    python benchmarks/training_speed.py --short [--precision bf16 --channels-last]
     python benchmarks/training_speed.py --r50                             # R50-FPN, 800 px, 2 pictures, 1,203 classes
     python benchmarks/training_speed.py --r50 --device cuda --batch 16 --precision bf16
 
@@ -12,7 +12,7 @@ step is the engine's (Accelerate, finite check, clipping), the peer's the same l
 augmenting pictures is not part of it. Targets: at least 0.95 of torchvision's images per second, at most 1.05 of its
 memory.
 
-Peak memory comes from fresh processes, one per detector: growth of the resident set on the CPU, the allocator's own
+Peak memory comes from fresh processes, three per detector: growth of the resident set on the CPU, the allocator's own
 peak on a GPU. Inference is measured with 31 and with 1,203 classes, with logits spread like those of a trained
 classifier; the number of candidates above the score threshold is printed, since it decides what NMS costs.
 """
@@ -37,6 +37,7 @@ import torchvision
 from accelerate import Accelerator
 from rich.console import Console
 from rich.table import Table
+from short_form import short, table_lines
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN as TorchvisionFasterRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
@@ -88,6 +89,10 @@ def main() -> None:
         title = f"inference, {classes:,} classes, images/s\n({candidates:,.0f} candidates per picture)"
         speed_row(table, title, options, (first, second), "")
     Console(width=130).print(table)
+    if options.short:
+        detector = f"Faster R-CNN R{50 if options.r50 else 18}"
+        what = f"{detector}, {options.batch} x {options.size} px, {options.precision_name}: "
+        table_lines(table, what, spread=4, who="torchvision")
 
 
 def parse() -> argparse.Namespace:
@@ -109,7 +114,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--skip-training", action="store_true")
     parser.add_argument("--skip-memory", action="store_true")
     parser.add_argument("--memory", choices=NAMES, help=argparse.SUPPRESS)
+    short(parser, threads=1, rounds=3, steps=1, cpu_time=True)
     options = parser.parse_args()
+    options.precision_name = "float32" if options.precision == "no" else options.precision
     for name, small, large in (("size", 160, 800), ("batch", 16, 2), ("classes", 31, 1203), ("steps", 3, 1)):
         if getattr(options, name) is None:
             setattr(options, name, large if options.r50 else small)
@@ -385,7 +392,8 @@ def memory_row(
     peaks = []
     for name in NAMES:
         command = [sys.executable, str(Path(script).resolve()), *sys.argv[1:], *more, "--memory", name]
-        runs = [subprocess.run(command, check=True, capture_output=True, env=environment) for _ in range(3)]
+        times = range(1 if options.short else 3)
+        runs = [subprocess.run(command, check=True, capture_output=True, env=environment) for _ in times]
         found = [json.loads(run.stdout) for run in runs]
         peaks.append(statistics.median(found))
     table.add_row(

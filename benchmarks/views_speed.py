@@ -1,6 +1,7 @@
 """How fast pairs of views come from the loader: pictures/s against the plain loader, and where the time goes.
 
     python benchmarks/views_speed.py                                       # the embedded synthetic set
+    python benchmarks/views_speed.py --short                               # the same without workers, CPU seconds
     python benchmarks/views_speed.py --train DATA/coco-sample/train.json --size 640 672 704 736 768 800
     python benchmarks/views_speed.py --train DATA/fod31-lt/train.json --size 128 --need fod/drcl_r18
 
@@ -21,6 +22,7 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
+from short_form import line, short
 
 from tailfin.config import load_recipe
 from tailfin.data.dataset import Source, TrainingDataset, open_source, training_loader
@@ -47,6 +49,7 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=320, help="pictures per measurement")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--need", default="", help="a recipe whose pre-training step is timed")
+    short(parser, workers=0, pictures=96)
     options = parser.parse_args()
     torch.set_num_threads(1)
 
@@ -64,6 +67,10 @@ def main() -> None:
             found = rate(pretraining_set(source, data, preset), options)
             pairs = found if preset == "drcl" else pairs
             table.add_row(f"pairs, {preset}", f"{found:.1f}", f"{found / plain:.2f}")
+            if options.short:
+                ours, theirs = (f"{speed:.1f} pictures per CPU s" for speed in (found, plain))
+                what = f"pairs of views, {preset}, {options.size[0]} px"
+                line(what, ours, f"plain loader {theirs}", f"{found / plain:.2f}")
         console = Console(width=120)
         console.print(table)
         console.print(parts(pretraining_set(source, data, "drcl")))
@@ -94,10 +101,11 @@ def rate(dataset: TrainingDataset, options: argparse.Namespace) -> float:
     with closing(training_loader(dataset, plan, start=0, rank=0, processes=1, accumulation=1)) as batches:
         for _ in range(4 * max(1, options.workers)):  # what was fetched ahead while the workers started
             next(batches)
-        began, done = time.perf_counter(), 0
+        clock = time.perf_counter if options.workers else time.process_time
+        began, done = clock(), 0
         while done < options.pictures:
             done += len(next(batches)[0])
-        return done / (time.perf_counter() - began)
+        return done / (clock() - began)
 
 
 def parts(dataset: PretrainingDataset, number: int = 40) -> Table:
