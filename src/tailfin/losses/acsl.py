@@ -22,11 +22,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tailfin.losses.base import DROP, ClassificationLoss, at_least_float32, mean_over_rows
+from tailfin.losses.base import DROP, PERCENT_BIAS, ClassificationLoss, at_least_float32, mean_over_rows
 from tailfin.losses.fused import one_hot_bce
 from tailfin.stats import ClassStats
 
-PRIOR_BIAS = -math.log(99.0)  # sigmoid(-log(99)) = 0.01
 RARE_SHARE, COMMON_SHARE = 100, 10  # one in so many background rows
 RARE, COMMON = 1, 2  # bits of a background row's pattern: the groups that are active in it
 FOREGROUND = 4  # the pattern of foreground rows
@@ -81,7 +80,7 @@ class ACSL(ClassificationLoss):
         return at_least_float32(logits[:, :-1]).sigmoid()
 
     def prior_bias(self) -> Tensor:
-        return torch.full((self.num_logits,), PRIOR_BIAS)
+        return torch.full((self.num_logits,), PERCENT_BIAS)
 
 
 def _random_patterns(

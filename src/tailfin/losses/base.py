@@ -26,6 +26,7 @@ from tailfin.stats import ClassStats
 PICTURES = 2  # of a process in the published runs (8 x 2), whose draws and means are per process
 DROP = 1e30  # a logit lowered by this has probability, loss and gradient 0; finite, so that 0 * DROP = 0
 PRIOR_BIAS = -math.log(999.0)  # sigmoid(-log(999)) = 0.001, the prior of long-tail sigmoid classifiers (BACL, EQL v2)
+PERCENT_BIAS = -math.log(99.0)  # 0.01, that of the DETRs and of ACSL
 
 
 class ExactBuffers(nn.Module):
@@ -149,6 +150,17 @@ def one_hot(labels: Tensor, width: int, dtype: torch.dtype) -> Tensor:
     inside = (labels < width).to(dtype)
     targets = torch.zeros((labels.shape[0], width), dtype=dtype, device=labels.device)
     return targets.scatter_(1, labels.clamp(max=width - 1)[:, None], inside[:, None])
+
+
+def own_column(labels: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """[N] labels to the column of each row's own class, int64 [N, 1], and whether it has one, bool [N, 1]; background
+    (a label >= width) has none and points to the last."""
+    return labels.clamp(max=width - 1)[:, None], labels[:, None] < width
+
+
+def per_object(total: Tensor, labels: Tensor, width: int, normalizer: float | Tensor | None) -> Tensor:
+    """`total / normalizer`; where none is given by the foreground rows (labels below `width`), at least 1."""
+    return total / ((labels < width).sum().clamp(min=1) if normalizer is None else normalizer)
 
 
 def counts_of(index: Tensor, length: int, dtype: torch.dtype) -> Tensor:

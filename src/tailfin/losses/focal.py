@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tailfin.losses.base import PRIOR_BIAS, ClassificationLoss, at_least_float32
+from tailfin.losses.base import PRIOR_BIAS, ClassificationLoss, at_least_float32, own_column, per_object
 from tailfin.losses.fused import known_gradient, softplus
 from tailfin.stats import ClassStats
 
@@ -32,17 +32,13 @@ class Focal(ClassificationLoss):
         weights = (self.focal_alpha, 1 - self.focal_alpha) if self.focal_alpha >= 0 else (1.0, 1.0)
         with torch.no_grad():
             # every element as if its target were 0, then the one of a row's own label, where z counts as -z
-            column = labels.clamp(max=self.num_classes - 1)[:, None]
-            own = labels[:, None] < self.num_classes
+            column, own = own_column(labels, self.num_classes)
             value, slope = _without_target(logits, self.focal_gamma)
             target, target_slope = _without_target(-logits.gather(1, column), self.focal_gamma)
             value, slope = value.mul_(weights[1]), slope.mul_(weights[1])
             value.scatter_(1, column, torch.where(own, weights[0] * target, value.gather(1, column)))
             slope.scatter_(1, column, torch.where(own, -weights[0] * target_slope, slope.gather(1, column)))
-        total = known_gradient(logits, value.sum(), slope)
-        if normalizer is None:
-            normalizer = (labels < self.num_classes).sum().clamp(min=1)
-        return total / normalizer
+        return per_object(known_gradient(logits, value.sum(), slope), labels, self.num_classes, normalizer)
 
     def scores(self, logits: Tensor) -> Tensor:
         return at_least_float32(logits).sigmoid()

@@ -9,17 +9,15 @@ q is the row's `quality`, the IoU of its box with its object; t is a constant fo
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tailfin.losses.base import ClassificationLoss, at_least_float32
+from tailfin.losses.base import PERCENT_BIAS, ClassificationLoss, at_least_float32
 from tailfin.losses.fused import softplus
+from tailfin.losses.quality import over_objects, own_logits
 from tailfin.stats import ClassStats
 
-PRIOR = 0.01  # first score of every class
 LEAST = 0.01  # of a target
 
 
@@ -50,21 +48,14 @@ class IABCE(ClassificationLoss):
         quality: Tensor | None = None,
     ) -> Tensor:
         """`quality` [N] in 0..1, by default 1; `normalizer`: by default the foreground rows, at least 1."""
-        column = labels.clamp(max=self.num_classes - 1)[:, None]
-        own = labels[:, None] < self.num_classes
-        elements = (self.focal_gamma * F.logsigmoid(logits)).exp() * softplus(logits)
-        z = logits.gather(1, column)
-        q = torch.ones_like(z) if quality is None else quality.detach().to(z.dtype)[:, None]
+        others = (self.focal_gamma * F.logsigmoid(logits)).exp() * softplus(logits)
+        z, q = own_logits(logits, labels, quality)
         t = z.detach().sigmoid().pow(self.quality_alpha) * q.pow(1 - self.quality_alpha)
         t = t.clamp(min=LEAST)
-        target = t * softplus(-z) + (1 - t) * softplus(z)
-        total = elements.sum() + torch.where(own, target - elements.gather(1, column), 0.0).sum()
-        if normalizer is None:
-            normalizer = (labels < self.num_classes).sum().clamp(min=1)
-        return total / normalizer
+        return over_objects(others, t * softplus(-z) + (1 - t) * softplus(z), labels, normalizer)
 
     def scores(self, logits: Tensor) -> Tensor:
         return at_least_float32(logits).sigmoid()
 
     def prior_bias(self) -> Tensor:
-        return torch.full((self.num_logits,), -math.log(1 / PRIOR - 1))
+        return torch.full((self.num_logits,), PERCENT_BIAS)

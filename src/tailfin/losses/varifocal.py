@@ -9,17 +9,14 @@ RT-DETR and D-FINE train with alpha 0.75 and gamma 2, the loss's own detector li
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tailfin.losses.base import ClassificationLoss, at_least_float32
+from tailfin.losses.base import PERCENT_BIAS, ClassificationLoss, at_least_float32
 from tailfin.losses.fused import softplus
+from tailfin.losses.quality import over_objects, own_logits
 from tailfin.stats import ClassStats
-
-PRIOR = 0.01  # first score of every class
 
 
 class Varifocal(ClassificationLoss):
@@ -49,21 +46,14 @@ class Varifocal(ClassificationLoss):
         quality: Tensor | None = None,
     ) -> Tensor:
         """`quality` [N] in 0..1, by default 1; `normalizer`: by default the foreground rows, at least 1."""
-        column = labels.clamp(max=self.num_classes - 1)[:, None]
-        own = labels[:, None] < self.num_classes
         # the logarithm keeps the power finite where a score is 0
         weight = self.varifocal_alpha * (self.focal_gamma * F.logsigmoid(logits.detach())).exp()
-        elements = weight * softplus(logits)
-        z = logits.gather(1, column)
-        q = torch.ones_like(z) if quality is None else quality.detach().to(z.dtype)[:, None]
-        target = q * (q * softplus(-z) + (1 - q) * softplus(z))
-        total = elements.sum() + torch.where(own, target - elements.gather(1, column), 0.0).sum()
-        if normalizer is None:
-            normalizer = (labels < self.num_classes).sum().clamp(min=1)
-        return total / normalizer
+        z, q = own_logits(logits, labels, quality)
+        own = q * (q * softplus(-z) + (1 - q) * softplus(z))
+        return over_objects(weight * softplus(logits), own, labels, normalizer)
 
     def scores(self, logits: Tensor) -> Tensor:
         return at_least_float32(logits).sigmoid()
 
     def prior_bias(self) -> Tensor:
-        return torch.full((self.num_logits,), -math.log(1 / PRIOR - 1))
+        return torch.full((self.num_logits,), PERCENT_BIAS)
