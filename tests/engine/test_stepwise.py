@@ -26,6 +26,7 @@ from tailfin.errors import UserError
 from tailfin.methods import stepwise
 from tailfin.methods.stepwise import freeze_but
 from tailfin.models import build_detector
+from tailfin.models.detr_criterion import pad_objects
 from tailfin.models.transfer import Transfer, class_logits
 from tailfin.schema.stepwise import Distillation
 from tailfin.stats import ClassStats
@@ -398,7 +399,9 @@ def test_scores_by_hand(recipe, tiny_set):
     with torch.inference_mode():
         outputs = model.outputs([image] * 2)
         scores = outputs.logits[-1].sigmoid()
-        (query, found), _ = model.match(outputs, [target, empty])
+        objects = pad_objects([target, empty], outputs.sizes)
+        pairs = model.criterion.match(outputs.logits[-1:], outputs.boxes[-1:], objects)
+        query, found = pairs.query, pairs.object
         largest = exemplar_scores.annotation_scores(model, [image] * 2, [target, empty])
         own = exemplar_scores.annotation_scores(model, [image] * 2, [empty, target], "gt_class")
     query = query[found.argsort()]

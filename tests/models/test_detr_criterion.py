@@ -11,7 +11,16 @@ from hypothesis import strategies as st
 from torchvision.ops import box_convert, generalized_box_iou, sigmoid_focal_loss
 
 from tailfin import losses
-from tailfin.models.detr_criterion import Outputs, SetCriterion, assign, box_losses, giou, pad_objects
+from tailfin.models.detr_criterion import (
+    Outputs,
+    SetCriterion,
+    assign,
+    box_losses,
+    giou,
+    matching_cost,
+    pad_objects,
+    places_of,
+)
 from tailfin.schema.detectors import DeformableDETRConfig
 from tailfin.stats import ClassStats
 
@@ -89,7 +98,7 @@ def test_assignment_is_the_cheapest(seed, queries, objects):
 def test_the_cost_is_that_of_the_formula():
     own, (outputs, targets) = criterion(), batch()
     objects = pad_objects(targets, outputs.sizes)
-    cost = own.matching_cost(own.scores(outputs.logits), outputs.boxes, objects)
+    cost = matching_cost(own.scores(outputs.logits), outputs.boxes, objects, own.costs)
     for layer, picture, query in itertools.product(range(2), range(2), range(6)):
         for number, label in enumerate(targets[picture]["labels"].tolist()):
             p = outputs.logits[layer, picture, query, label].sigmoid()
@@ -112,7 +121,7 @@ def test_losses_are_those_of_the_formula():
         wanted = [{**t, "labels": t["labels"] * 0} if encoder else t for t in targets]
         matcher = criterion()
         objects = pad_objects(wanted, outputs.sizes)
-        cost = matcher.matching_cost(logits[None].sigmoid(), boxes[None], objects)
+        cost = matching_cost(logits[None].sigmoid(), boxes[None], objects, matcher.costs)
         pairs = assign([cost], objects.counts)[0]
         target = torch.zeros_like(logits)
         for picture, query, number in zip(*(part.tolist() for part in pairs[1:]), strict=True):
@@ -157,9 +166,9 @@ def test_no_objects_and_more_objects_than_queries():
 
 def test_match_pairs_every_object():
     own, (outputs, targets) = criterion(), batch((3, 0))
-    matched = own.match(outputs.logits[-1], outputs.boxes[-1], targets, outputs.sizes)
-    assert [len(query) for query, _ in matched] == [3, 0]
-    assert sorted(matched[0][1].tolist()) == [0, 1, 2]
+    objects = pad_objects(targets, outputs.sizes)
+    pairs = own.match(outputs.logits[-1:], outputs.boxes[-1:], objects)
+    assert pairs.picture.tolist() == [0, 0, 0] and sorted(places_of(objects, pairs).tolist()) == [0, 1, 2]
 
 
 @pytest.mark.parametrize("name", [n for n in losses.names() if losses.LOSSES[n].alone])
@@ -220,7 +229,8 @@ def test_encoder_head_with_classes():
     found = own(outputs._replace(encoder_logits=wide), targets)["loss_encoder"]
     objects = pad_objects(targets, outputs.sizes)
     labels = torch.full_like(objects.labels, 3)
-    cost = own.matching_cost(wide[None].sigmoid(), outputs.encoder_boxes[None], objects._replace(labels=labels))
+    one_class = objects._replace(labels=labels)
+    cost = matching_cost(wide[None].sigmoid(), outputs.encoder_boxes[None], one_class, own.costs)
     pairs = assign([cost], objects.counts)[0]
     wanted = torch.zeros(2, 9, 4)
     wanted[pairs.picture, pairs.query, 3] = 1

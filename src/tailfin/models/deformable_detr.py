@@ -34,7 +34,7 @@ from tailfin.models.bodies import build_body
 from tailfin.models.deformable_attention import DeformableAttention, EncoderLayer, Shapes
 from tailfin.models.detections import best_pairs
 from tailfin.models.detector import Compared, Detections, Detector, Limits, Targets, reported
-from tailfin.models.detr_criterion import Outputs, SetCriterion
+from tailfin.models.detr_criterion import Outputs, SetCriterion, pad_objects, places_of
 from tailfin.models.detr_geometry import box_code, grid, inverse_sigmoid, position_code, valid_mask
 from tailfin.models.images import size_limits
 from tailfin.models.precision import in_float32
@@ -104,12 +104,6 @@ class DeformableDETR(Detector):
     def losses(self, outputs: Outputs, targets: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
         """Named losses with their weights: `SetCriterion.forward`."""
         return self.criterion(outputs, targets)
-
-    def match(
-        self, outputs: Outputs, targets: Sequence[dict[str, Tensor]], layer: int = -1
-    ) -> list[tuple[Tensor, Tensor]]:
-        """Per picture the (query, object) indices of a decoder layer's best assignment, int64 [P] each, by query."""
-        return self.criterion.match(outputs.logits[layer], outputs.boxes[layer], targets, outputs.sizes)
 
     def parts(self) -> dict[str, nn.Module]:
         """Parts that a stage may train, by name."""
@@ -264,13 +258,9 @@ class DeformableDETR(Detector):
     def annotation_scores(self, images: Sequence[Tensor], targets: Targets) -> tuple[Tensor, Tensor]:
         """Scores of the query that the Hungarian matching of the last layer gives to each annotation."""
         outputs = self.outputs(images)
-        scores = self.criterion.scores(outputs.logits[-1])
-        chosen, place, start = [], [], 0
-        for own, (query, found), target in zip(scores, self.match(outputs, targets), targets, strict=True):
-            chosen.append(own[query])
-            place.append(found + start)
-            start += len(target["labels"])
-        return torch.cat(chosen), torch.cat(place)
+        logits, objects = outputs.logits[-1:], pad_objects(targets, outputs.sizes)
+        pairs = self.criterion.match(logits, outputs.boxes[-1:], objects)
+        return self.criterion.scores(logits)[0, pairs.picture, pairs.query], places_of(objects, pairs)
 
     def compared(self, teacher: Detector, images: Sequence[Tensor], targets: Targets, *, shared: bool) -> Compared:
         """Eq. 2 on the outputs of `input_proj`, eq. 3 on the teacher's object queries."""
@@ -280,10 +270,7 @@ class DeformableDETR(Detector):
         outputs = self.from_maps(batch, maps)
         losses = self.losses(outputs, targets)
         with torch.no_grad():
-            # a frozen backbone is the same in both: the teacher takes what the student has computed
-            trains = any(parameter.requires_grad for parameter in self.backbone.parameters())
-            theirs = list(taught_by.backbone(batch.tensors).values()) if trains else maps
-            taught = taught_by.from_maps(batch, theirs, outputs.sizes)
+            taught = taught_by.from_maps(batch, self.maps_of(taught_by, batch, maps), outputs.sizes)
         logits = self.classify(taught.hidden) if shared else outputs.logits
         return Compared(losses, outputs.features, taught.features, outputs.masks, outputs.sizes, logits, taught.logits)
 

@@ -207,6 +207,13 @@ class Detector(nn.Module, ABC):
         """
         raise UserError(f"{type(self).__name__} cannot be taught by another detector")
 
+    def maps_of(self, teacher: Detector, batch: ImageList, maps: list[Tensor]) -> list[Tensor]:
+        """The teacher's feature maps of a batch whose maps by this detector are `maps`: the very same where its own
+        backbone is frozen, since that of the teacher is no other then."""
+        if any(parameter.requires_grad for parameter in self.backbone.parameters()):
+            return list(teacher.backbone(batch.tensors).values())
+        return maps
+
     def untaught(self) -> str:
         """Why this detector cannot be a student in knowledge transfer; empty where it can."""
         own = type(self).compared is not Detector.compared

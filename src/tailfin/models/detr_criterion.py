@@ -55,6 +55,14 @@ class Objects(NamedTuple):
     counts: list[int]
 
 
+class Weights(NamedTuple):
+    """Of the three terms: in a loss, or in the cost of a pair."""
+
+    classes: float
+    l1: float
+    giou: float
+
+
 class Pairs(NamedTuple):
     """Matched pairs of all layers, int64 [P] each."""
 
@@ -74,12 +82,8 @@ class SetCriterion(nn.Module):
     def __init__(self, loss: ClassificationLoss, config: DeformableDETRConfig) -> None:
         super().__init__()
         self.loss = loss
-        self.class_weight, self.box_weight, self.giou_weight = (
-            config.class_weight,
-            config.box_weight,
-            config.giou_weight,
-        )
-        self.costs = (config.class_cost, config.box_cost, config.giou_cost)
+        self.weights = Weights(config.class_weight, config.box_weight, config.giou_weight)
+        self.costs = Weights(config.class_cost, config.box_cost, config.giou_cost)
         self.auxiliary = config.auxiliary
         self.one_per_process = config.normalizer == "process"
         logits = 1 + (loss.num_classes if config.encoder_head == "classes" else 0)
@@ -92,28 +96,22 @@ class SetCriterion(nn.Module):
         objects = pad_objects(targets, outputs.sizes)
         first = 0 if self.auxiliary else len(outputs.logits) - 1
         logits, boxes = outputs.logits[first:], outputs.boxes[first:]
-        costs = [self.matching_cost(self.scores(logits), boxes, objects)]
+        costs = [matching_cost(self.scores(logits), boxes, objects, self.costs)]
         proposals = None
         if outputs.encoder_logits is not None and outputs.encoder_boxes is not None:
             proposals = outputs.encoder_logits[None], outputs.encoder_boxes[None]
             one_class = objects._replace(labels=torch.full_like(objects.labels, outputs.encoder_logits.shape[2] - 1))
-            costs.append(self.matching_cost(proposals[0].sigmoid(), proposals[1], one_class))
+            costs.append(matching_cost(proposals[0].sigmoid(), proposals[1], one_class, self.costs))
         matched = assign(costs, objects.counts)
 
-        total, ranks = sum_over_ranks(boxes.new_full((), sum(objects.counts)), boxes.new_ones(()))
-        normalizer = (total / ranks).clamp(min=1) if self.one_per_process else total.clamp(min=1) / ranks
-        classes = self.classification(logits, objects, matched[0], normalizer, targets)
+        normalizer = objects_per_process(boxes, objects, one_each=self.one_per_process)
+        classes = class_losses(self.loss, logits, objects, matched[0], normalizer, targets)
         l1, giou = box_losses(boxes, objects, matched[0])
-        losses = {
-            "loss_classifier": self.class_weight * classes[-1],
-            "loss_box_l1": self.box_weight * l1[-1] / normalizer,
-            "loss_giou": self.giou_weight * giou[-1] / normalizer,
-        }
+        weights = self.weights
+        losses = last_layer(weights, classes[-1], l1[-1], giou[-1], normalizer)
         if len(logits) > 1:
-            box_terms = self.box_weight * l1[:-1] + self.giou_weight * giou[:-1]
-            losses["loss_auxiliary"] = (
-                self.class_weight * torch.stack(classes[:-1]).sum() + box_terms.sum() / normalizer
-            )
+            box_terms = weights.l1 * l1[:-1] + weights.giou * giou[:-1]
+            losses["loss_auxiliary"] = weights.classes * torch.stack(classes[:-1]).sum() + box_terms.sum() / normalizer
         if proposals is not None:
             pairs = matched[1]
             width = proposals[0].shape[3]
@@ -122,38 +120,43 @@ class SetCriterion(nn.Module):
             rows = proposals[0].reshape(-1, width)
             own = self.proposal_loss(rows, labels.flatten(), normalizer=normalizer, every_row=True)
             l1, giou = box_losses(proposals[1], objects, pairs)
-            box_term = (self.box_weight * l1[0] + self.giou_weight * giou[0]) / normalizer
-            losses["loss_encoder"] = self.class_weight * own + box_term
+            box_term = (weights.l1 * l1[0] + weights.giou * giou[0]) / normalizer
+            losses["loss_encoder"] = weights.classes * own + box_term
         return losses
 
     def scores(self, logits: Tensor) -> Tensor:
         """[..., K] logits to [..., C] foreground scores."""
-        return self.loss.scores(logits.flatten(0, -2)).reshape(*logits.shape[:-1], self.loss.num_classes)
+        return foreground_scores(self.loss, logits)
 
-    def classification(
-        self,
-        logits: Tensor,
-        objects: Objects,
-        pairs: Pairs,
-        normalizer: Tensor,
-        targets: Sequence[dict[str, Tensor]],
-    ) -> list[Tensor]:
-        """The classification loss of every layer, without its weight."""
-        return class_losses(self.loss, logits, objects, pairs, normalizer, targets)
+    def match(self, logits: Tensor, boxes: Tensor, objects: Objects) -> Pairs:
+        """The cheapest pairs of every layer [L, B, Q, K], [L, B, Q, 4]."""
+        return assign([matching_cost(self.scores(logits), boxes, objects, self.costs)], objects.counts)[0]
 
-    def matching_cost(self, scores: Tensor, boxes: Tensor, objects: Objects) -> Tensor:
-        """Cost of every pair, [L, B, Q, M]: scores [L, B, Q, C] and boxes [L, B, Q, 4] against the objects."""
-        return matching_cost(scores, boxes, objects, self.costs)
 
-    @torch.no_grad()
-    def match(
-        self, logits: Tensor, boxes: Tensor, targets: Sequence[dict[str, Tensor]], sizes: Tensor
-    ) -> list[tuple[Tensor, Tensor]]:
-        """Per picture the (query, object) indices of the best assignment of a layer [B, Q, K], [B, Q, 4]; by query."""
-        objects = pad_objects(targets, sizes)
-        pairs = assign([self.matching_cost(self.scores(logits[None]), boxes[None], objects)], objects.counts)[0]
-        counts = torch.bincount(pairs.picture, minlength=len(objects.counts)).tolist()
-        return list(zip(pairs.query.split(counts), pairs.object.split(counts), strict=True))
+def foreground_scores(loss: ClassificationLoss, logits: Tensor) -> Tensor:
+    """[..., K] logits to [..., C] foreground scores."""
+    return loss.scores(logits.flatten(0, -2)).reshape(*logits.shape[:-1], loss.num_classes)
+
+
+def objects_per_process(boxes: Tensor, objects: Objects, *, one_each: bool = True) -> Tensor:
+    """Objects of all processes per process, a scalar; at least one for each, or one for all."""
+    total, ranks = sum_over_ranks(boxes.new_full((), sum(objects.counts)), boxes.new_ones(()))
+    return (total / ranks).clamp(min=1) if one_each else total.clamp(min=1) / ranks
+
+
+def last_layer(weights: Weights, classes: Tensor, l1: Tensor, giou: Tensor, normalizer: Tensor) -> dict[str, Tensor]:
+    """The weighted losses of the layer whose detections are reported, each term a scalar."""
+    return {
+        "loss_classifier": weights.classes * classes,
+        "loss_box_l1": weights.l1 * l1 / normalizer,
+        "loss_giou": weights.giou * giou / normalizer,
+    }
+
+
+def places_of(objects: Objects, pairs: Pairs) -> Tensor:
+    """Of every pair the place of its object over the batch, int64 [P]."""
+    first = torch.tensor(np.cumsum([0, *objects.counts[:-1]]), device=pairs.picture.device)
+    return first[pairs.picture] + pairs.object
 
 
 def class_losses(
@@ -184,8 +187,7 @@ def class_losses(
         keywords["pictures"] = pictures
     rows: dict[str, Tensor] = {}  # [L, B, Q]
     if "gt_index" in loss.row_facts:
-        first = torch.tensor(np.cumsum([0, *objects.counts[:-1]]), device=logits.device)  # object of each picture
-        rows["gt_index"] = torch.full_like(labels, -1).index_put(at, first[pairs.picture] + pairs.object)
+        rows["gt_index"] = torch.full_like(labels, -1).index_put(at, places_of(objects, pairs))
     if "quality" in loss.row_facts and quality is not None:
         rows["quality"] = logits.new_zeros(labels.shape).index_put(at, quality.detach().to(logits.dtype))
     losses = []
@@ -199,18 +201,16 @@ def class_losses(
 
 
 @torch.no_grad()
-def matching_cost(scores: Tensor, boxes: Tensor, objects: Objects, weights: tuple[float, float, float]) -> Tensor:
-    """Cost of every pair, [L, B, Q, M]: scores [L, B, Q, C] and boxes [L, B, Q, 4] against the objects; `weights` are
-    those of class, L1 distance and GIoU."""
-    class_cost, box_cost, giou_cost = weights
+def matching_cost(scores: Tensor, boxes: Tensor, objects: Objects, weights: Weights) -> Tensor:
+    """Cost of every pair, [L, B, Q, M]: scores [L, B, Q, C] and boxes [L, B, Q, 4] against the objects."""
     layers, pictures, queries, _ = scores.shape
     own = objects.labels[None, :, None].expand(layers, pictures, queries, -1)
     p = scores.gather(3, own)
     hit = FOCAL_ALPHA * (1 - p) ** FOCAL_GAMMA * -(p + 1e-8).log()
     miss = (1 - FOCAL_ALPHA) * p**FOCAL_GAMMA * -(1 - p + 1e-8).log()
-    cost = class_cost * (hit - miss)
-    cost += box_cost * torch.cdist(boxes, objects.boxes[None], p=1)
-    return cost.sub_(giou(boxes[:, :, :, None], objects.boxes[None, :, None]), alpha=giou_cost)
+    cost = weights.classes * (hit - miss)
+    cost += weights.l1 * torch.cdist(boxes, objects.boxes[None], p=1)
+    return cost.sub_(giou(boxes[:, :, :, None], objects.boxes[None, :, None]), alpha=weights.giou)
 
 
 def pad_objects(targets: Sequence[dict[str, Tensor]], sizes: Tensor) -> Objects:

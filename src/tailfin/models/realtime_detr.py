@@ -28,7 +28,7 @@ from tailfin.models.bodies import build_body
 from tailfin.models.constants import constant
 from tailfin.models.detections import best_pairs
 from tailfin.models.detector import Compared, Detections, Detector, Limits, Targets, reported, valid_cells
-from tailfin.models.detr_criterion import Objects, pad_objects
+from tailfin.models.detr_criterion import Objects, pad_objects, places_of
 from tailfin.models.detr_geometry import valid_mask
 from tailfin.models.images import size_limits
 from tailfin.models.precision import in_float32
@@ -186,8 +186,7 @@ class RealTimeDETR(Detector):
         logits, boxes = outputs.logits[-1:], outputs.boxes[-1:]
         objects = self.objects(outputs, targets)
         pairs = self.criterion.match(logits, boxes, objects)
-        first = torch.tensor([0, *objects.counts[:-1]]).cumsum(0).to(logits.device)
-        return self.criterion.scores(logits)[0, pairs.picture, pairs.query], first[pairs.picture] + pairs.object
+        return self.criterion.scores(logits)[0, pairs.picture, pairs.query], places_of(objects, pairs)
 
     def compared(self, teacher: Detector, images: Sequence[Tensor], targets: Targets, *, shared: bool) -> Compared:
         """Eq. 2 on the projected maps, eq. 3 on the teacher's object queries."""
@@ -197,10 +196,7 @@ class RealTimeDETR(Detector):
         outputs = self.from_maps(batch, maps, targets)
         losses = self.losses(outputs, targets)
         with torch.no_grad():
-            # a frozen backbone is the same in both: the teacher takes what the student has computed
-            trains = any(parameter.requires_grad for parameter in self.backbone.parameters())
-            theirs = list(taught_by.backbone(batch.tensors).values()) if trains else maps
-            taught = taught_by.from_maps(batch, theirs)
+            taught = taught_by.from_maps(batch, self.maps_of(taught_by, batch, maps))
             wanted = taught_by.classify(taught.found.hidden)
         logits = self.classify(taught.found.hidden if shared else outputs.found.hidden)
         levels = outputs.found.features

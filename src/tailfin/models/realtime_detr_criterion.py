@@ -24,15 +24,18 @@ from torch.nn import functional as F
 from torchvision.ops import box_convert
 from transformers.models.d_fine.modeling_d_fine import weighting_function
 
-from tailfin.collectives import sum_over_ranks
 from tailfin.losses.base import ClassificationLoss
 from tailfin.models.detr_criterion import (
     Objects,
     Pairs,
+    Weights,
     assign,
     box_losses,
     class_losses,
+    foreground_scores,
+    last_layer,
     matching_cost,
+    objects_per_process,
 )
 from tailfin.models.realtime_detr_networks import Found, Rows
 from tailfin.schema.realtime_detr import DFineConfig, RealTimeDETRConfig
@@ -55,19 +58,15 @@ class RealTimeCriterion(nn.Module):
     def __init__(self, loss: ClassificationLoss, config: RealTimeDETRConfig) -> None:
         super().__init__()
         self.loss = loss
-        self.class_weight, self.box_weight, self.giou_weight = (
-            config.class_weight,
-            config.box_weight,
-            config.giou_weight,
-        )
-        self.costs = (config.class_cost, config.box_cost, config.giou_cost)
+        self.weights = Weights(config.class_weight, config.box_weight, config.giou_weight)
+        self.costs = Weights(config.class_cost, config.box_cost, config.giou_cost)
         self.bounded = config.name != "rf_detr"  # boxes are cut at the border before they are compared
         self.groups = getattr(config, "groups", 1)
         self.local_weights = (config.fgl_weight, config.ddf_weight) if isinstance(config, DFineConfig) else None
 
     def scores(self, logits: Tensor) -> Tensor:
         """[..., K] logits to [..., C] foreground scores."""
-        return self.loss.scores(logits.flatten(0, -2)).reshape(*logits.shape[:-1], self.loss.num_classes)
+        return foreground_scores(self.loss, logits)
 
     def forward(
         self, found: Found, objects: Objects, targets: Sequence[dict[str, Tensor]], bins: Bins | None = None
@@ -83,15 +82,12 @@ class RealTimeCriterion(nn.Module):
         boxes = torch.cat([rows.boxes[:-1], proposals.boxes, rows.boxes[-1:]])
         groups = self.groups if self.training else 1
         pairs = self.match(logits, boxes, objects, groups)
-        normalizer = self.normalizer(boxes, objects) * groups
+        normalizer = objects_per_process(boxes, objects) * groups
         classes, l1, giou = self._terms(logits, boxes, objects, pairs, normalizer, targets)
-        every = self.class_weight * classes + (self.box_weight * l1 + self.giou_weight * giou) / normalizer
-        losses = {
-            "loss_classifier": self.class_weight * classes[-1],
-            "loss_box_l1": self.box_weight * l1[-1] / normalizer,
-            "loss_giou": self.giou_weight * giou[-1] / normalizer,
-            "loss_encoder": every[others],
-        }
+        weights = self.weights
+        every = weights.classes * classes + (weights.l1 * l1 + weights.giou * giou) / normalizer
+        losses = last_layer(weights, classes[-1], l1[-1], giou[-1], normalizer)
+        losses["loss_encoder"] = every[others]
         if others:
             losses["loss_auxiliary"] = every[:others].sum()
         local = []
@@ -103,18 +99,13 @@ class RealTimeCriterion(nn.Module):
             noisy, known = self._cut(found.noisy), known_pairs(found.matched, len(found.noisy.logits), objects)
             scale = normalizer * found.groups
             classes, l1, giou = self._terms(noisy.logits, noisy.boxes, objects, known, scale, targets, moves=False)
-            box_terms = (self.box_weight * l1 + self.giou_weight * giou) / scale
-            losses["loss_denoising"] = (self.class_weight * classes + box_terms).sum()
+            box_terms = (weights.l1 * l1 + weights.giou * giou) / scale
+            losses["loss_denoising"] = (weights.classes * classes + box_terms).sum()
             if bins is not None and noisy.corners is not None:
                 local.append(self._local(noisy, objects, known, len(noisy.logits), scale, bins))
         if local:
             losses["loss_local"] = torch.stack(local).sum()
         return losses
-
-    def normalizer(self, boxes: Tensor, objects: Objects) -> Tensor:
-        """Objects of all processes per process, at least one."""
-        total, ranks = sum_over_ranks(boxes.new_full((), sum(objects.counts)), boxes.new_ones(()))
-        return (total / ranks).clamp(min=1)
 
     def match(self, logits: Tensor, boxes: Tensor, objects: Objects, groups: int = 1) -> Pairs:
         """The cheapest pairs of every layer [L, B, Q, K], of each of its groups of queries on its own."""
