@@ -28,13 +28,12 @@ def feature_stage(run: Run, name: str, model: Detector, recipe: Recipe | None = 
             plan=lambda dataset: batch_plan(recipe, dataset, run.stats),
             seed=partial(seed_iteration, recipe.seed, rank=rank),
             say=run.say,
-            later=bool(run.stages_done) and not _begun(run.out, run.stages_done + 1, name),
+            later=bool(run.stages_done) and not _begun(run.out / "stages" / run.planned(name).folder),
         )
         options = {**options, **model.features.around(model, facts)}
     return run.stage(name, model, recipe=recipe, **options)
 
 
-def _begun(out: Path, number: int, name: str) -> bool:
+def _begun(folder: Path) -> bool:
     """Whether the stage has a resume point or is finished: it brings its own memory."""
-    folder = out / "stages" / f"{number}-{name}"
     return resume_point(folder) is not None or (folder / "model.safetensors").exists()
