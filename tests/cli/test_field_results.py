@@ -357,8 +357,9 @@ def test_one_bad_picture_does_not_lose_the_others(tailfin, trained, tiny_set, tm
     before = out.read_bytes()
     strict = tailfin("predict", trained, folder, "--out", out, "--overwrite", "--no-skip-bad")
     assert "broken.jpg" in strict.error and out.read_bytes() == before
-    assert "none of the 1 files" in tailfin("predict", trained, folder / "broken.jpg", "--out", tmp_path / "q.json").error
-    assert not (tmp_path / "q").exists() and not list(tmp_path.glob("*.part"))
+    other = tmp_path / "q"
+    assert "none of the 1 files" in tailfin("predict", trained, folder / "broken.jpg", "--out", other).error
+    assert not other.exists() and not list(tmp_path.glob("*.part"))
 
 
 def test_a_named_file_of_any_ending_is_read(tailfin, trained, tiny_set, tmp_path):

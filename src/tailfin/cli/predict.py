@@ -19,7 +19,8 @@ def predict(
         Path, typer.Option(help="File to write: COCO results (.json), .csv, .parquet; or a folder of YOLO labels.")
     ] = Path("predictions.json"),
     format_name: Annotated[
-        str | None, typer.Option("--format", help="json, csv, parquet or yolo; else the ending of --out says.")
+        str | None,
+        typer.Option("--format", help="json, csv, parquet or yolo; else what --out ends in (nothing: json)."),
     ] = None,
     lists: Annotated[list[Path] | None, typer.Option("--list", help="Text file of paths, one a line.")] = None,
     draw: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder for pictures with drawn detections.")] = None,

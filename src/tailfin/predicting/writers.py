@@ -67,8 +67,9 @@ class Writer(Protocol):
 
 
 def format_of(out: Path, chosen: str | None) -> str:
-    """The format that is asked for, else that of the ending; checked, with the packages it needs."""
-    name = chosen or ENDINGS.get(out.suffix.lower())
+    """The format that is asked for, else that of the ending, json where there is none; checked, with the packages it
+    needs."""
+    name = chosen or ENDINGS.get(out.suffix.lower() or ".json")
     if name is None:
         raise UserError(
             f"--out {out}: its ending is none of {', '.join(ENDINGS)} (--format writes one of {', '.join(FORMATS)} "
