@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import errno
 import os
 import socket
@@ -126,14 +127,14 @@ def main() -> None:
     warnings.showwarning = _show_warning
     try:
         code = app(imports_first(sys.argv[1:]), prog_name="tailfin", standalone_mode=False)
-        _leave_group()
+        _leave_group(code if isinstance(code, int) else 0)
     except UserError as error:
         _tell(f"error: {printable(str(error))}")
         code = 2
     except Interrupted as stop:
         if int(os.environ.get("RANK", "0")) == 0:
             print(f"{stop}; go on with: tailfin train --resume {stop.run}", file=sys.stderr)
-        _leave_group()
+        _leave_group(stop.exit_code)
         code = stop.exit_code
     except (typer.Abort, KeyboardInterrupt):
         print("stopped", file=sys.stderr)
@@ -209,12 +210,24 @@ def _store() -> Any:
     return distributed.distributed_c10d._get_default_store() if distributed.get_world_size() > 1 else None
 
 
-def _leave_group() -> None:
-    """End the process group, whose threads can otherwise abort a process that has done its work. Not after a mistake:
-    the others may still wait, and leaving could then wait for them."""
+def _leave_group(code: int) -> None:
+    """End the process group; one process of several ends here, with that code. Not after a mistake: the others may
+    still wait, and leaving could then wait for them.
+
+    What is left of torch's communication can abort a process that has done its work while the interpreter ends
+    ("terminate called without an active exception", one time in ten on a busy machine), and the launcher then reports
+    a failure. So of the interpreter's end such a process has the exit functions and the flushing alone.
+    """
     distributed = getattr(sys.modules.get("torch"), "distributed", None)
-    if distributed is not None and distributed.is_available() and distributed.is_initialized():
-        distributed.destroy_process_group()
+    if distributed is None or not distributed.is_available() or not distributed.is_initialized():
+        return
+    several = distributed.get_world_size() > 1
+    distributed.destroy_process_group()
+    if several:
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def _show_warning(
