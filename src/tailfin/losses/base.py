@@ -163,6 +163,13 @@ def per_object(total: Tensor, labels: Tensor, width: int, normalizer: float | Te
     return total / ((labels < width).sum().clamp(min=1) if normalizer is None else normalizer)
 
 
+def places_in(seen: Tensor, length: int) -> Tensor:
+    """[length] where each of 0..length-1 stands in `seen` int64 [S], 0 for those that do not."""
+    place = torch.zeros(length, dtype=torch.int64, device=seen.device)
+    place[seen] = torch.arange(len(seen), device=seen.device)
+    return place
+
+
 def counts_of(index: Tensor, length: int, dtype: torch.dtype) -> Tensor:
     """[length] how often each of 0..length-1 is in `index` int64 [N]: `bincount` without a read back to the host."""
     return torch.zeros(length, dtype=dtype, device=index.device).index_add_(

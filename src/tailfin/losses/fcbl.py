@@ -37,7 +37,7 @@ from torch import Tensor
 
 from tailfin.collectives import sum_over_ranks
 from tailfin.errors import nearest
-from tailfin.losses.base import DROP, PRIOR_BIAS, ClassificationLoss, counts_of, mean_over_rows
+from tailfin.losses.base import DROP, PRIOR_BIAS, ClassificationLoss, counts_of, mean_over_rows, places_in
 from tailfin.losses.fused import one_hot_bce
 from tailfin.losses.objectness import objectness_scores
 from tailfin.stats import ClassStats
@@ -223,8 +223,7 @@ class FCBL(ClassificationLoss):
             (count,) = sum_over_ranks(count)
             self.num_gt += count
             seen = count.nonzero()[:, 0]  # the same on every rank: the rows of M that change
-            place = torch.zeros_like(count, dtype=torch.int64)
-            place[seen] = torch.arange(len(seen), device=seen.device)
+            place = places_in(seen, self.num_classes)
             added = self.cm_numerator.new_zeros((len(seen), self.num_classes))
             foreground = logits[:, :-1].index_select(0, rows)
             if self.matrix == "soft":

@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from tailfin.collectives import several_ranks, sum_over_ranks
 from tailfin.errors import nearest
-from tailfin.losses.base import ClassificationLoss, counts_of, mean_over_rows, one_hot
+from tailfin.losses.base import ClassificationLoss, counts_of, mean_over_rows, one_hot, places_in
 from tailfin.losses.eqlv2 import EQLv2
 from tailfin.losses.seesaw import Seesaw
 from tailfin.losses.softmax import Softmax
@@ -161,8 +161,7 @@ class PCB(ClassificationLoss):
         (counts,) = sum_over_ranks(counts_of(labels, self.num_classes, matrix.dtype))
         # the rows of M that change, the same on every rank; one process has them without asking its device, repeated
         seen = counts.nonzero()[:, 0] if several_ranks() else labels
-        place = torch.zeros_like(counts, dtype=torch.int64)
-        place[seen] = torch.arange(len(seen), device=seen.device)
+        place = places_in(seen, self.num_classes)
         predicted = class_logits.sigmoid() if self.base_name == "eqlv2" else class_logits.softmax(dim=1)
         sums = matrix.new_zeros((len(seen), self.num_classes))
         (sums,) = sum_over_ranks(sums.index_add_(0, place[labels], predicted.to(matrix.dtype)))
