@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,15 +26,16 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "studies" / "results"
 CLAIMS = ROOT / "benchmarks" / "studies" / "claims.yaml"
 Line = dict[str, str]
+TRAIN = "tailfin train"
 NOT_RUN, NOT_TESTABLE = "not run yet", "not testable here"
 
 BOARD = """# Leaderboard
 
 Made by `python benchmarks/leaderboard.py` from `benchmarks/studies/results`; nothing is written by hand. Fractions of
 1, LVIS protocol, boxes of the validation pictures, means over the seeds that are named, sorted by AP. Minutes are those
-of training on one thread of a shared processor; stages that arms have in common are counted for each. DATA is the
-folder of the set. [study.md](study.md) says how a study is run, [claims.md](claims.md) what follows for the papers'
-claims.
+of training on one thread of a shared processor; stages that arms have in common are counted for each. A command is
+that of the first seed, without the words that stand above the table; DATA is the folder of the set.
+[study.md](study.md) says how a study is run, [claims.md](claims.md) what follows for the papers' claims.
 """
 LIST = """# Claims of the three papers on small data
 
@@ -71,17 +73,27 @@ def leaderboard(cells: Sequence[Line]) -> str:
         own = [cell for cell in cells if cell["set"] == name]
         arms = {arm: [cell for cell in own if cell["arm"] == arm] for arm in dict.fromkeys(cell["arm"] for cell in own)}
         order = sorted(arms, key=lambda arm: -mean(arms[arm], "AP"))
-        lines = ["| method | AP | AP_r | AP_c | AP_f | seeds | minutes | steps | commit | command |", f"|{'---|' * 10}"]
+        trained = [shlex.split(rows[0]["command"]) for rows in arms.values() if rows[0]["command"].startswith(TRAIN)]
+        shared = [word for word in trained[0][3:] if all(word in other for other in trained)] if len(trained) > 1 else []
+        lines = [f"Every `{TRAIN}` has `{shlex.join(shared)}` too.", ""] if shared else []
+        lines += ["| method | AP | AP_r | AP_c | AP_f | seeds | minutes | steps | commit | command |", f"|{'---|' * 10}"]
         for arm in order:
             first = arms[arm][0]
             numbers = [f"{mean(arms[arm], key):.3f}" for key in ("AP", "APr", "APc", "APf")]
             seeds = ", ".join(cell["seed"] for cell in arms[arm])
             minutes = f"{mean(arms[arm], 'minutes'):.1f}"
             commits = ", ".join(dict.fromkeys(cell["commit"][:7] for cell in arms[arm]))
-            command = f"`{first['command']}`"
+            command = f"`{without(first['command'], shared)}`"
             lines.append(f"| {' | '.join([arm, *numbers, seeds, minutes, first['steps'], commits, command])} |")
         parts += [f"## {name}", "", *lines, ""]
     return "\n".join(parts)
+
+
+def without(command: str, shared: Sequence[str]) -> str:
+    """A command of training without the words that all of them have."""
+    if not command.startswith(TRAIN):
+        return command
+    return shlex.join(word for word in shlex.split(command) if word not in shared)
 
 
 def mean(cells: Sequence[Line], key: str) -> float:
