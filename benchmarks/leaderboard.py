@@ -74,9 +74,14 @@ def leaderboard(cells: Sequence[Line]) -> str:
         arms = {arm: [cell for cell in own if cell["arm"] == arm] for arm in dict.fromkeys(cell["arm"] for cell in own)}
         order = sorted(arms, key=lambda arm: -mean(arms[arm], "AP"))
         trained = [shlex.split(rows[0]["command"]) for rows in arms.values() if rows[0]["command"].startswith(TRAIN)]
-        shared = [word for word in trained[0][3:] if all(word in other for other in trained)] if len(trained) > 1 else []
+        shared = (
+            [word for word in trained[0][3:] if all(word in other for other in trained)] if len(trained) > 1 else []
+        )
         lines = [f"Every `{TRAIN}` has `{shlex.join(shared)}` too.", ""] if shared else []
-        lines += ["| method | AP | AP_r | AP_c | AP_f | seeds | minutes | steps | commit | command |", f"|{'---|' * 10}"]
+        lines += [
+            "| method | AP | AP_r | AP_c | AP_f | seeds | minutes | steps | commit | command |",
+            f"|{'---|' * 10}",
+        ]
         for arm in order:
             first = arms[arm][0]
             numbers = [f"{mean(arms[arm], key):.3f}" for key in ("AP", "APr", "APc", "APf")]

@@ -5,12 +5,12 @@
     python benchmarks/training_speed.py --r50                             # R50-FPN, 800 px, 2 pictures, 1,203 classes
     python benchmarks/training_speed.py --r50 --device cuda --batch 16 --precision bf16
 
-The peer is `torchvision.models.detection.FasterRCNN` of the installed torchvision with the same backbone, anchors,
-samplers and thresholds, in the same process, on the same pictures, boxes and starting weights. The two take turns
-(A B, B A, ...), so that a machine that slows down slows both; the ratio is the median of the rounds' ratios. tailfin's
-step is the engine's (Accelerate, finite check, clipping), the peer's the same lines in plain torch. Loading and
-augmenting pictures is not part of it. Targets: at least 0.95 of torchvision's images per second, at most 1.05 of its
-memory.
+The peer is `torchvision.models.detection.FasterRCNN` of the installed torchvision on its own backbone, with the same
+anchors, samplers and thresholds, in the same process, on the same pictures, boxes and starting weights. The two take
+turns (A B, B A, ...), so that a machine that slows down slows both; the ratio is the median of the rounds' ratios.
+tailfin's step is the engine's (Accelerate, finite check, clipping), the peer's the same lines in plain torch. Loading
+and augmenting pictures is not part of it. Targets: at least 0.95 of torchvision's images per second, at most 1.05 of
+its memory.
 
 Peak memory comes from fresh processes, three per detector: growth of the resident set on the CPU, the allocator's own
 peak on a GPU. Inference is measured with 31 and with 1,203 classes, with logits spread like those of a trained
@@ -43,13 +43,14 @@ from torchvision.models.detection import FasterRCNN as TorchvisionFasterRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
-from torchvision.ops import MultiScaleRoIAlign
+from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 
 from tailfin.config import load_recipe
 from tailfin.engine import detector_step
 from tailfin.models import build_detector
 from tailfin.models.backbones import pyramid_backbone, resnet_body
 from tailfin.models.faster_rcnn import FasterRCNN
+from tailfin.models.frozen_norms import FrozenNorm, separate
 from tailfin.models.images import batch_images
 from tailfin.schema.recipe import Recipe
 from tailfin.stats import ClassStats
@@ -136,6 +137,11 @@ def torchvision_twin(model: FasterRCNN, recipe: Recipe) -> TorchvisionFasterRCNN
     body = resnet_body(recipe.backbone, norm=config.norm)
     body.freeze(config.frozen_layers)
     backbone = pyramid_backbone(body, layers=config.fpn_layers, channels=config.fpn_channels, pool=config.fpn_pool)
+    for module in body.modules():  # norms as torchvision's own `resnet_fpn_backbone` has them
+        if isinstance(module, nn.Conv2d):
+            separate(module)
+        elif isinstance(module, FrozenNorm):
+            module.__class__ = FrozenBatchNorm2d
     twin = TorchvisionFasterRCNN(
         backbone,
         rpn_anchor_generator=AnchorGenerator(

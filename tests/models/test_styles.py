@@ -15,7 +15,8 @@ from tailfin.config import check_recipe, load_recipe
 from tailfin.data.transforms import augment
 from tailfin.models import build_detector
 from tailfin.models.assigners import max_iou, max_iou_batch
-from tailfin.models.backbones import FixedStatistics, FrozenNorm, resnet_body
+from tailfin.models.backbones import resnet_body
+from tailfin.models.frozen_norms import FixedStatistics, FrozenNorm
 from tailfin.models.roi_align import PyramidRoIAlign
 from tailfin.models.rpn import RPN, Float32Anchors, Float32RPNHead, RPNOutputs
 from tailfin.schema.data import Data

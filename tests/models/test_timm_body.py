@@ -16,7 +16,8 @@ from tailfin.config import check_recipe, load_recipe
 from tailfin.errors import UserError
 from tailfin.models import build_detector
 from tailfin.models import timm_body as module
-from tailfin.models.backbones import FrozenNorm, load_body, pyramid_backbone
+from tailfin.models.backbones import load_body, pyramid_backbone
+from tailfin.models.frozen_norms import FrozenNorm
 from tailfin.models.timm_body import PACKAGE, body_state, in_order, packaged_state, timm_body
 from tailfin.weights import load_whole
 

@@ -23,7 +23,6 @@ import torch
 import torchvision
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
-from torchvision.ops import FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import (
     ExtraFPNBlock,
     FeaturePyramidNetwork,
@@ -32,6 +31,7 @@ from torchvision.ops.feature_pyramid_network import (
 )
 
 from tailfin.errors import UserError
+from tailfin.models.frozen_norms import FixedStatistics, FrozenNorm, join_norms
 from tailfin.models.images import MEAN, STD
 from tailfin.models.precision import depthwise_in_float32
 from tailfin.schema.backbones import CAFFE
@@ -42,26 +42,6 @@ IMAGENET_WEIGHTS = {
     "resnet50": "ResNet50_Weights.IMAGENET1K_V1",
     "resnet101": "ResNet101_Weights.IMAGENET1K_V1",
 }
-
-
-class FrozenNorm(FrozenBatchNorm2d):
-    """torchvision's batch norm with fixed statistics, in the type of its input: under autocast torchvision's gives
-    float32, and every activation behind it would be kept in that."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        scale = self.weight * (self.running_var + self.eps).rsqrt()  # in float32
-        shift = self.bias - self.running_mean * scale
-        return x * scale.to(x.dtype)[:, None, None] + shift.to(x.dtype)[:, None, None]
-
-
-class FixedStatistics(FrozenNorm):
-    """`FrozenNorm` whose scale and shift train, as mmdetection's detectors have it (`norm_eval`)."""
-
-    def __init__(self, num_features: int, eps: float = 1e-5) -> None:
-        super().__init__(num_features, eps)
-        for name in ("weight", "bias"):
-            value = self._buffers.pop(name)
-            self.register_parameter(name, nn.Parameter(value))  # type: ignore[arg-type]
 
 
 NORMS: dict[str, Callable[..., nn.Module]] = {
@@ -145,6 +125,7 @@ class Backbone(nn.Module):
     def __init__(self, body: Body, fpn: FeaturePyramidNetwork | None = None, out_channels: int = 0) -> None:
         super().__init__()
         self.body = body
+        join_norms(body)
         depthwise_in_float32(body)
         if fpn is not None:
             self.fpn = fpn

@@ -14,7 +14,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tailfin.models.backbones import Body, FrozenNorm
+from tailfin.models.backbones import Body
+from tailfin.models.frozen_norms import FrozenNorm
 from tailfin.models.images import MEAN, STD
 from tailfin.schema.backbones import HGNETS, HUB, RESNETS_VD
 

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from tailfin.errors import UserError
-from tailfin.models.backbones import Body, FrozenNorm
+from tailfin.models.backbones import Body
+from tailfin.models.frozen_norms import FrozenNorm
 from tailfin.schema.backbones import PACKAGED, TIMM
 
 STRIDES = (4, 8, 16, 32)
