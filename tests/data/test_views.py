@@ -228,6 +228,19 @@ def test_the_weak_view_is_the_sample_of_fine_tuning(dataset, masks):
         assert len(target["boxes"]) == np.diff(samples.clean.offsets)[row]
 
 
+@pytest.mark.parametrize("weak", [False, True])
+def test_classes_that_nobody_looked_for_are_those_of_fine_tuning(dataset, weak, monkeypatch):
+    """Without them an unlabelled object is background for the pre-training's classifier, whatever `data` says."""
+    samples = dataset(weak=weak, data={"unchecked_classes": "ignore"})
+    index = samples.source.index
+    monkeypatch.setattr(type(index), "known", lambda _, image: np.arange(len(index.categories)) != image % 3)
+    plain = TrainingDataset(samples.source, samples.config, samples.seed)
+    for row in samples.rows()[:4].tolist():
+        known = samples[(0, row, 0)][1]["known"]
+        assert torch.equal(known, plain[(0, row, 0)][1]["known"]) and not known.all()
+    assert "known" not in dataset(weak=weak)[(0, row, 0)][1]
+
+
 def test_every_object_of_the_first_view_is_learnt_or_ignored(dataset):
     samples = dataset(crop_area=(0.2, 0.5), keep_rarest=False)
     cut = 0

@@ -212,8 +212,9 @@ class PretrainingDataset(TrainingDataset):
     `proposal_labels` int64 [P], the class of the object it lies on or -1; `rarest`, the class of the picture that the
     fewest training pictures show, or -1; `image_id`. With `third`: `third` and `third_proposals`, the second view's
     window at half its size with colours of its own. With `overlap`: `overlap` [2, 4], what both views show, in pixels
-    of the first and of the second (without area where that is nothing), and `flipped` bool [2]. All boxes are xyxy,
-    float32, pixels of their view. P may be 0.
+    of the first and of the second (without area where that is nothing), and `flipped` bool [2]. With
+    `unchecked_classes: ignore` in `data`: `known`, as of `TrainingDataset`. All boxes are xyxy, float32, pixels of
+    their view. P may be 0.
 
     Args:
         proposals: what gives a picture's boxes (`tailfin.data.proposals.open_proposals`).
@@ -280,6 +281,8 @@ class PretrainingDataset(TrainingDataset):
             "rarest": torch.tensor(labels[counts.argmin()] if len(labels) else -1),
             "image_id": torch.tensor(row),
         }
+        if self.config.unchecked_classes == "ignore":  # as in fine-tuning
+            target["known"] = torch.from_numpy(self.source.index.known(row))
         if self.overlap:
             shared = common_window(first.geometry, second.geometry)
             both = [view.geometry.to_view(shared)[0] for view in (first, second)]
