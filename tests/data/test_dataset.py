@@ -204,6 +204,9 @@ def test_evaluation_pictures_have_test_size(source):
         (Data(sizes=(640, 672)), (400, 1000), (533, 1333)),
         (Data(resize="square", sizes=(64,)), (60, 80), (48, 64)),  # fits into the square
         (Data(resize="jitter", sizes=(64,)), (60, 80), (48, 64)),
+        (Data(resize="stretch", sizes=(64, 96)), (60, 80), (64, 64)),  # training uses the first size alone
+        (Data(resize="jitter", sizes=(64, 96)), (60, 80), (48, 64)),
+        (Data(resize="detr", sizes=(48, 64), max_size=200), (60, 80), (64, 85)),
         (Data(resize="square", sizes=(64,), test_size=100, test_max_size=200), (60, 80), (100, 133)),
     ],
 )

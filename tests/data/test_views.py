@@ -183,6 +183,12 @@ def dataset(tiny_set):
     return make
 
 
+@pytest.mark.parametrize("resize", ["multiscale", "detr", "square", "stretch", "jitter"])
+def test_views_have_the_sizes_of_the_training_pictures(dataset, resize):
+    own = dataset(data={"resize": resize})
+    assert (own.sizes, own.bound) == (((64, 80), 120) if resize in ("multiscale", "detr") else ((64,), 64))
+
+
 def test_overlap_is_the_same_window_in_both_views(dataset):
     """The pixels of both windows are the same picture's, mirrored where the views say so."""
     samples = dataset(overlap=True, crop_area=(0.3, 0.6), min_valid=0, **PLAIN)

@@ -244,8 +244,9 @@ class PretrainingDataset(TrainingDataset):
         index = source.index
         shown = np.unique(index.image_of.astype(np.int64) * len(index.categories) + index.labels)
         self.image_count = np.bincount(shown % len(index.categories), minlength=len(index.categories))
-        self.sizes = views.sizes or (config.sizes if config.resize == "multiscale" else config.sizes[:1])
-        self.bound = views.max_size or (config.max_size if config.resize == "multiscale" else max(self.sizes))
+        self.sizes = views.sizes or config.used_sizes
+        short = config.resize in ("multiscale", "detr")  # one of the sizes is the short side
+        self.bound = views.max_size or (config.max_size if short else max(self.sizes))
         if views.sizes and not views.max_size:
             self.bound = max(config.max_size, *self.sizes)
 

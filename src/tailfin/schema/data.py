@@ -56,7 +56,7 @@ class Data(Section):
     mixup: Fraction = 0.0  # share that are added to a second picture
     mixup_alpha: Positive = 8.0  # the weight comes from Beta(alpha, alpha): the larger, the nearer to one half
     mixed_epochs: Annotated[int, Field(ge=0)] = 0  # mosaic and mixup in the first so many epochs of a stage; 0: in all
-    # test pictures: short side and bound of the long side; 0 takes the largest training size
+    # test pictures: short side and bound of the long side; 0 takes the largest size that training uses
     test_size: Annotated[int, Field(ge=0)] = 0
     test_max_size: Annotated[int, Field(ge=0)] = 0
 
@@ -90,8 +90,13 @@ class Data(Section):
         return self
 
     @property
+    def used_sizes(self) -> tuple[int, ...]:
+        """Those of `sizes` that `resize` draws from: all, or the first alone."""
+        return self.sizes if self.resize in ("multiscale", "detr") else self.sizes[:1]
+
+    @property
     def inference_size(self) -> tuple[int, int]:
         """(short side, bound of the long side) at test time."""
-        short = self.test_size or max(self.sizes)
+        short = self.test_size or max(self.used_sizes)
         bound = self.test_max_size or (short if self.resize in ("square", "stretch", "jitter") else self.max_size)
         return short, max(short, bound)
