@@ -171,3 +171,7 @@ def test_a_loss_without_a_logit_per_class_cannot_ignore_classes():
     recipe["data"] = {"unchecked_classes": "ignore"}
     with pytest.raises(UserError, match="unchecked_classes: ignore needs a loss with a logit for each class, bags"):
         build_detector(check_recipe(recipe, "test"), STATS)
+    # nor can a classifier whose own loss has them elsewhere
+    forest = {**DETECTORS["faster_rcnn"], "classifier": "forest"}
+    with pytest.raises(UserError, match="with a logit for each class, that of detector.classifier forest has none"):
+        build_detector(check_recipe({**recipe, "detector": forest, "loss": "softmax"}, "test"), STATS)

@@ -120,8 +120,9 @@ class ClassificationLoss(ExactBuffers):
     def _without_unknown(self, logits: Tensor, labels: Tensor, known: Tensor) -> Tensor:
         if not self.classes_first:
             raise ValueError(f"{type(self).__name__} has no logit per class that could be left out")
-        known = F.pad(known, (0, self.num_logits - self.num_classes), value=True)
-        own = torch.arange(self.num_logits, device=labels.device) == labels[:, None]
+        width = logits.shape[1]
+        known = F.pad(known, (0, width - self.num_classes), value=True)
+        own = torch.arange(width, device=labels.device) == labels[:, None]
         return torch.where(known | own, logits, -DROP)
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:

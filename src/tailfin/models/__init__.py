@@ -69,15 +69,17 @@ def build_detector(recipe: Recipe, stats: ClassStats, *, start: bool = True) -> 
     body, whole = _starting_weights(recipe, source)
     loss = losses.build(recipe.loss.name, stats, **recipe.loss.options)
     loss = replaced_loss(recipe.features, stats, loss)
-    if recipe.data.unchecked_classes == "ignore" and not loss.classes_first:
-        raise UserError(
-            f"data.unchecked_classes: ignore needs a loss with a logit for each class, {recipe.loss.name} has none"
-        )
     released = None if whole is None else Released(whole)
     if body is not None and (convert := RELEASED.get(recipe.detector.name)):
         released = convert(body, stats, loss, source)
         body = None if released is not None else body
     model = BUILDERS[recipe.detector.name](recipe, stats, loss, body, source)
+    own = model.loss  # a classifier may have put one of its own in the place of the recipe's
+    if recipe.data.unchecked_classes == "ignore" and own is not None and not own.classes_first:
+        name = recipe.loss.name
+        if type(own) is not type(loss):
+            name = f"that of detector.classifier {cast(FasterRCNNConfig, recipe.detector).classifier.name}"
+        raise UserError(f"data.unchecked_classes: ignore needs a loss with a logit for each class, {name} has none")
     if recipe.calibration is not None:
         model.rescore = build_rescorer(recipe.calibration, stats, model.loss)
     if released is not None:

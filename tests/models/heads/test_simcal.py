@@ -78,6 +78,19 @@ def test_the_loss_trains_the_calibrated_half():
         SimCal(STATS, instance_threshold=-1)
 
 
+def test_a_class_that_nobody_looked_for_is_left_out_of_the_calibrated_half():
+    loss = SimCal(STATS)
+    logits = torch.randn((4, 8), generator=torch.Generator().manual_seed(0)).requires_grad_()
+    labels, known = torch.tensor([0, 1, 2, 3]), torch.tensor([[True, False, True]]).expand(4, -1)
+    (gradient,) = torch.autograd.grad(loss(logits, labels, known=known), logits)
+    assert not gradient[:, :4].any()  # the original
+    assert not gradient[[0, 2, 3], 5].any() and gradient[1, 5] < 0  # but for the row of the class
+    assert gradient[:, [4, 6, 7]].all()
+    plain = F.cross_entropy(logits[[0, 2, 3]][:, [4, 6, 7]], torch.tensor([0, 1, 2]), reduction="sum")
+    whole = plain + F.cross_entropy(logits[1:2, 4:], labels[1:2])
+    torch.testing.assert_close(loss(logits, labels, known=known), whole / 4)
+
+
 def test_rows_of_an_episode():
     labels = torch.tensor([0, 1, 3, 0, 3, 2, 1, 3, 3, 3, 2, 3])
     image_of = torch.tensor([0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1])
