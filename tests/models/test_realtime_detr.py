@@ -168,7 +168,9 @@ def test_annotations_and_a_teacher():
         seen = model.compared(teacher, images, targets, shared=True)  # in evaluation mode both are the same
         torch.testing.assert_close(seen.logits, seen.taught_logits)
         assert all(torch.equal(a, b) for a, b in zip(seen.maps, seen.taught_maps, strict=True))
-        losses = model.train().compared(teacher, images, targets, shared=True).losses
+        seen = model.train().compared(teacher, images, targets, shared=False)  # its own queries, one group of them
+        assert seen.logits.shape == seen.taught_logits.shape and seen.logits.requires_grad
+        losses = model.compared(teacher, images, targets, shared=True).losses
         assert torch.isfinite(torch.stack(list(losses.values())).sum())
 
 

@@ -198,7 +198,9 @@ class RealTimeDETR(Detector):
         with torch.no_grad():
             taught = taught_by.from_maps(batch, self.maps_of(taught_by, batch, maps))
             wanted = taught_by.classify(taught.found.hidden)
-        logits = self.classify(taught.found.hidden if shared else outputs.found.hidden)
+        # of several groups of queries the first one, which is that of evaluation
+        own = outputs.found.hidden[:, :, : wanted.shape[2]]
+        logits = self.classify(taught.found.hidden if shared else own)
         levels = outputs.found.features
         valid = [valid_cells(level.shape[-2:], outputs.padded, outputs.sizes) for level in levels]
         return Compared(losses, levels, taught.found.features, valid, outputs.sizes, logits, wanted)
