@@ -190,11 +190,14 @@ def test_normalizers(normalizer):
     assert weight == 2
 
 
-@pytest.mark.parametrize("loss", ["focal", "ecm", "objectness", "softmax", "seesaw", "logit_adjusted"])
+SOFTMAX = ["softmax", "seesaw", "logit_adjusted", "bags", "ldam"]
+
+
+@pytest.mark.parametrize("loss", ["focal", "ecm", "objectness", *SOFTMAX])
 def test_classes_start_at_the_prior(loss):
     built = losses.build(loss, STATS)
     scores = built.scores(starting_bias(built, 0.01)[None])[0]
-    if loss in ("focal", "ecm", "objectness"):
+    if loss not in SOFTMAX:
         assert scores.max() <= 0.01 + 1e-6
         assert loss != "focal" or torch.allclose(scores, torch.tensor(0.01))
     else:

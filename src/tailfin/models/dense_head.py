@@ -80,15 +80,23 @@ def starting_bias(loss: ClassificationLoss, prior: float) -> Tensor:
     """[num_logits] first bias of a dense classifier: nearly all anchors are background, a class starts at `prior`.
 
     C sigmoids start at `prior`; with further columns, which stand for background, those start at 1 - `prior`. A softmax
-    (scores that stay when all logits grow alike) has its last column, background, raised until all classes together
-    have `prior`. Without it the first steps are lost to the loss of a hundred thousand easy negatives.
+    (scores that stay when all logits grow alike), or several, has the column of background raised until all classes
+    together have `prior`: that is the last one, or whichever lowers the scores most. Without it the first steps are
+    lost to the loss of a hundred thousand easy negatives.
     """
     odds = math.log((1 - prior) / prior)
     zero = torch.zeros((1, loss.num_logits))
     start = loss.scores(zero)
     if torch.allclose(loss.scores(zero + 1), start, atol=1e-5):
         bias = zero[0]
-        bias[-1] = odds + float(torch.logit(start.double().sum().clamp(max=1 - 1e-9)))
+        column = int(loss.scores(torch.eye(loss.num_logits)).sum(dim=1).argmin())
+        bias[column] = odds + float(torch.logit(start.double().sum().clamp(max=1 - 1e-9)))
+        if not math.isclose(float(loss.scores(bias[None]).sum()), prior, rel_tol=0.01):  # of another scale, or several
+            low, high = 0.0, 100.0
+            for _ in range(60):  # bisection: the scores fall with it
+                bias[column] = (low + high) / 2
+                above = float(loss.scores(bias[None]).sum()) > prior
+                low, high = ((low + high) / 2, high) if above else (low, (low + high) / 2)
         return bias
     bias = torch.full((loss.num_logits,), -odds)
     bias[loss.num_classes :] = odds
