@@ -41,7 +41,6 @@ from tailfin.models.realtime_detr_networks import Found, Rows
 from tailfin.schema.realtime_detr import DFineConfig, RealTimeDETRConfig
 
 TEMPERATURE = 5.0  # at which distributions learn from those of the last layer
-NEARLY = 0.1  # by which a distance stays below the last bin
 
 
 class Bins(NamedTuple):
