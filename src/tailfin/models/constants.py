@@ -14,7 +14,10 @@ KEPT = 256  # constants; sizes of feature maps are among them, of which training
 
 def constant(values: Sequence[Any], device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
     """A tensor of plain numbers, or of rows of them, to be read and never changed."""
-    return _constant(tuple(tuple(row) if isinstance(row, list | tuple) else row for row in values), device, dtype)
+    given = tuple(tuple(row) if isinstance(row, list | tuple) else row for row in values)
+    if torch.compiler.is_exporting():  # a tensor without numbers, of use to that graph alone
+        return torch.tensor(given, device=device, dtype=dtype)
+    return _constant(given, device, dtype)
 
 
 @functools.lru_cache(KEPT)
