@@ -190,6 +190,14 @@ def test_normalizers(normalizer):
     assert weight == 2
 
 
+def test_each_picture_is_a_call_of_its_own():
+    """With a divisor per picture, a loss that takes means over pictures has one picture at a time."""
+    model = build("retinanet", {"name": "bags", "others_sample_ratio": 1e6}, normalizer="picture").eval()
+    pictures, targets = batch((3,))
+    one, five = (model.losses(model.outputs(pictures * n), targets * n)["loss_classifier"] for n in (1, 5))
+    torch.testing.assert_close(five, one)
+
+
 SOFTMAX = ["softmax", "seesaw", "logit_adjusted", "bags", "ldam"]
 
 

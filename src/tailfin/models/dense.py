@@ -168,13 +168,13 @@ class DenseDetector(Detector):
         """The classification loss of all anchors."""
         logits = flat(outputs.logits, self.class_loss.num_logits)
         facts = self.facts(matched, targets)
-        if self.normalizer != "picture":
-            rows: dict[str, Any] = {name: value.flatten(0, 1) for name, value in facts.items()}
-            if "pictures" in self.class_loss.row_facts:
-                rows["pictures"] = len(matched.labels)
+        together = self.normalizer != "picture"  # else each picture is a call, and the first of it
+        pictures = {"pictures": len(logits) if together else 1} if "pictures" in self.class_loss.row_facts else {}
+        if together:
+            rows: dict[str, Any] = {name: value.flatten(0, 1) for name, value in facts.items()} | pictures
             return self._class_term(logits.flatten(0, 1), matched.labels.flatten(), divisor[0], rows)
         terms = [
-            self._class_term(own, labels, by, {name: value[number] for name, value in facts.items()})
+            self._class_term(own, labels, by, {name: value[number] for name, value in facts.items()} | pictures)
             for number, (own, labels, by) in enumerate(zip(logits, matched.labels, divisor, strict=True))
         ]
         return torch.stack(terms).sum()
@@ -197,7 +197,7 @@ class DenseDetector(Detector):
             objects = matched.objects + (counts.cumsum(0) - counts)[matched.picture]
             wanted["gt_index"] = torch.full_like(matched.labels, -1).index_put_(at, objects)
         if "picture" in self.class_loss.row_facts:
-            pictures = torch.arange(len(matched.labels), device=matched.labels.device)
+            pictures = torch.arange(len(matched.labels), device=matched.labels.device) * (self.normalizer != "picture")
             wanted["picture"] = pictures[:, None].expand_as(matched.labels)
         if "memory" in self.class_loss.row_facts:
             wanted["memory"] = torch.zeros_like(matched.labels, dtype=torch.bool)
