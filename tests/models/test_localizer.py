@@ -173,8 +173,8 @@ def test_training_raises_recall(tiny_set):
 
     before = recall()
     model.train()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.005, momentum=0.9)
-    for iteration in range(40):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    for iteration in range(60):
         torch.manual_seed(iteration)
         rows = np.random.default_rng(iteration).choice(samples.rows(), 4)
         batch = [samples[(iteration, int(row), 0)] for row in rows]
@@ -183,7 +183,7 @@ def test_training_raises_recall(tiny_set):
         torch.nn.utils.clip_grad_norm_(model.parameters(), 10.0)
         optimizer.step()
         optimizer.zero_grad()
-    assert recall() >= before + 0.15
+    assert recall() >= before + 0.2  # 0.5 above it and more: another rounding moves it by 0.1
 
 
 def test_mistakes():
