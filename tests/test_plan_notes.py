@@ -124,3 +124,13 @@ def test_pictures_without_a_partner_are_told_to_bags(tiny_recipe, tiny_set):
     assert "loss bags: a process has one picture at a time" in note and "schedule.accumulation" in note
     assert notes(even(tiny_recipe, "sampler=plain", "loss=bags", "schedule.accumulation=2"), tiny_set[0]) == []
     assert notes(even(tiny_recipe, "sampler=plain", "loss={name: bags, per: process}"), tiny_set[0]) == []
+
+
+def test_pictures_that_a_pre_training_does_not_mix(tiny_recipe, tiny_set):
+    """Copy-paste belongs to BACL's first stage, behind 2DRCL's views."""
+    section = "pretraining={proposals: {source: gt_jitter}, schedule: {warmup: 0}}"
+    told = "the pre-training shows single pictures: data.copy_paste, data.mixup begin with the stage behind it"
+    plain = notes(even(tiny_recipe, section), tiny_set[0])
+    mixed = notes(even(tiny_recipe, section, "data.copy_paste=true", "data.mixup=0.5"), tiny_set[0])
+    assert told not in plain
+    assert mixed == [*plain, told]

@@ -4,7 +4,8 @@
     shared_pictures_note(train, val)   "671 of the training pictures are validation pictures, too: ...", or ""
 
 A sampler whose threshold is below every class's share; a warm-up that takes up much of a short run; steps of the rate
-behind its end; a flip of pictures whose classes are named left and right; pictures that are trained on and measured on.
+behind its end; a flip of pictures whose classes are named left and right; pictures that are mixed in one stage and not
+in another; pictures that are trained on and measured on.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ def plan_notes(stage: Stage[Recipe], plan: BatchPlan, processes: int = 1) -> lis
         _milestones_note(recipe, prefix),
         _flip_note(recipe, plan),
         _pairs_note(recipe, prefix, processes),
+        _mixing_note(stage),
     )
     return [note for note in found if note]
 
@@ -104,6 +106,15 @@ def _warmup_note(recipe: Recipe, plan: BatchPlan, prefix: str) -> str | None:
         f"the warm-up of {schedule.warmup} iterations is {part} the run's {total}: "
         f"{reached}{prefix}schedule.warmup={max(1, total // 10)} is a tenth"
     )
+
+
+def _mixing_note(stage: Stage[Recipe]) -> str | None:
+    """Views of a pre-training are of single pictures; its recipe's `data` is that of the stages behind it."""
+    data = stage.recipe.data
+    mixed = [name for name in ("copy_paste", "mosaic", "mixup") if getattr(data, name)]
+    if stage.name != PRETRAIN or not mixed:
+        return None
+    return f"the pre-training shows single pictures: data.{', data.'.join(mixed)} begin with the stage behind it"
 
 
 def _milestones_note(recipe: Recipe, prefix: str) -> str | None:

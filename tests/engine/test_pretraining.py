@@ -78,6 +78,8 @@ def test_the_stage_comes_first_and_its_parts_are_taken_over(straight):
     assert len(parts) == len(lines) >= 9
     for term in ("hcl", "lcl"):
         assert all(0 <= line[f"accuracy_{term}"] <= 1 and 0 < line[f"spread_{term}"] < 1.01 for line in lines)
+    assert all(line["unexplained_pictures"] > 0.5 for line in lines)  # nine iterations reconstruct nothing
+    assert "of the pictures' variance, 1 is a flat colour" in said and "pretraining.weights.sr=0" in said
     assert all(line[f"gradient_{term}"] > 0 for line in lines for term in ("hcl", "lcl", "ar", "sr"))
     section = curves(read_runs([out]))
     assert section is not None and "sr: gradient over detection" in str(section.html)

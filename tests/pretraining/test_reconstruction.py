@@ -15,6 +15,7 @@ from tailfin.pretraining.reconstruction import (
     mask_pictures,
     mask_rectangles,
     semantic_loss,
+    unexplained,
     valid_pixels,
 )
 
@@ -60,6 +61,22 @@ def test_the_appearance_loss_falls_on_a_repeated_batch(bridge):
         optimizer.step()
         values.append(loss.item())
     assert values[-1] < 0.8 * values[0]
+
+
+def test_the_share_of_variance_that_is_left():
+    """A copy leaves none, each channel's mean all of it, whatever stands in the padding."""
+    torch.manual_seed(0)
+    pictures = torch.randn(2, 3, 32, 32) * torch.tensor([0.5, 1.0, 2.0])[:, None, None] + 3
+    valid = valid_pixels([(20, 32), (32, 10)], 32, 32, pictures.device)
+    for inside in (None, valid):
+        shown = pictures if inside is None else pictures * inside
+        cells = torch.ones(2, 1, 32, 32, dtype=torch.bool) if inside is None else inside
+        channels = shown.movedim(1, 0)[:, cells[:, 0]]  # [3, pixels]
+        flat = channels.mean(dim=1)[:, None, None] * cells
+        assert unexplained(shown, shown, inside).item() == 0
+        assert unexplained(shown, flat, inside).item() == pytest.approx(1, rel=1e-4)
+        assert unexplained(shown, (shown + flat) / 2, inside).item() == pytest.approx(0.25, rel=1e-4)
+    assert unexplained(torch.ones(1, 3, 4, 4), torch.zeros(1, 3, 4, 4), None).isfinite()  # pictures of one colour
 
 
 def test_appearance_counts_real_pixels_alone():

@@ -34,7 +34,7 @@ from tailfin.models import build_detector
 from tailfin.models.dense import DenseDetector
 from tailfin.models.detector import Detector
 from tailfin.models.faster_rcnn import FasterRCNN
-from tailfin.pretraining.look import look
+from tailfin.pretraining.look import look, unexplained
 from tailfin.pretraining.shell import PreTrainer
 from tailfin.processes import on_main
 from tailfin.run import Run, batch_plan
@@ -46,6 +46,7 @@ from tailfin.stats import ClassStats
 from tailfin.weights import load_fitting, state_of
 
 ANEW = ("classifier", "box")  # parts of a detector that fine-tuning starts anew
+EMPTY = 0.9  # of the pictures' variance left by the generator: it draws next to nothing
 MASKS, MASK_PREDICTOR = "mask.", "mask.predictor."  # the mask branch, which the detector's own losses alone train
 
 
@@ -63,7 +64,7 @@ def start(run: Run) -> Detector:
         run.say(f"warning: {few}")
     product = run.stage("pretrain", shell, recipe=recipe, dataset=dataset, plan=plan, product="detector")
     parts = transferred(product, config, keeps_predictor(run.recipe))
-    on_main(run.accelerator, lambda: write(run, recipe, shell, dataset, product, parts))
+    on_main(run.accelerator, lambda: write(run, recipe, config, shell, dataset, product, parts))
     return transfer(run, product, parts)
 
 
@@ -113,6 +114,7 @@ def terms(detector: Detector, recipe: Recipe, config: Pretraining, plan: BatchPl
 def write(
     run: Run,
     recipe: Recipe,
+    config: Pretraining,
     shell: PreTrainer,
     dataset: PretrainingDataset,
     product: Detector,
@@ -125,6 +127,12 @@ def write(
         buffer = io.BytesIO()
         np.savez_compressed(buffer, **arrays)
         write_atomic(pictures, buffer.getvalue())
+        if config.weights.sr and (left := unexplained(arrays)) is not None and left > EMPTY:
+            run.say(
+                f"warning: the generator leaves {left:.2f} of the pictures' variance, 1 is a flat colour: SR compared "
+                "features with those of an empty picture; raise pretraining.weights.ar, train longer, or leave SR out "
+                "(pretraining.weights.sr=0)"
+            )
     exported = run.out / "pretrained.safetensors"
     if not exported.exists():
         save_model(exported, product, recipe, run.stats, parents=run.parents, parts=parts)

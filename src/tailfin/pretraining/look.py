@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -54,6 +55,18 @@ def look(shell: PreTrainer, dataset: PretrainingDataset) -> dict[str, Array]:
         found[name] = pixels(ImageList(value, first.batch.image_sizes)) if pictures else value.cpu().numpy()
     shell.train(training)
     return found
+
+
+def unexplained(arrays: Mapping[str, Array]) -> float | None:
+    """Share of `view1`'s variance that `reconstruction` leaves, over the pictures' own pixels; none without one."""
+    if "reconstruction" not in arrays:
+        return None
+    pairs = [
+        [arrays[name][number, :, :height, :width].reshape(3, -1).astype(float) for name in ("view1", "reconstruction")]
+        for number, (height, width) in enumerate(arrays["size1"])
+    ]
+    pictures, made = (np.concatenate(every, axis=1) for every in zip(*pairs, strict=True))
+    return float(((pictures - made) ** 2).mean() / max(pictures.var(axis=1).mean(), 1e-6))
 
 
 def _pixels(detector: Detector, batch: ImageList) -> Array:

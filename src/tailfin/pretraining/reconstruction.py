@@ -53,8 +53,11 @@ class DualReconstruction(Term):
         if self.generator.scale == 1 and valid is not None:
             made = made * valid  # padding is 0 in both
         losses = {}
+        compared = self._compared(pictures, made, valid)
+        if seen.diagnosed is not None:
+            seen.diagnosed["unexplained_pictures"] = unexplained(*compared)
         if self.appearance:
-            losses["loss_ar"] = self.appearance * self._appearance(pictures, made, valid)
+            losses["loss_ar"] = self.appearance * appearance_loss(*compared)
         if self.semantic:
             losses["loss_sr"] = self.semantic * self._semantic(seen, made, valid)
         return losses
@@ -69,14 +72,15 @@ class DualReconstruction(Term):
         rectangles = mask_rectangles(view.boxes, self.config.mask_fraction, generator=generator)
         return {"reconstruction": made, "masks": rectangles[:, 0]}
 
-    def _appearance(self, pictures: Tensor, made: Tensor, valid: Tensor | None) -> Tensor:
+    def _compared(self, pictures: Tensor, made: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Pictures and reconstructions of one size, and the pixels that count."""
         if self.generator.scale == 1:
-            return appearance_loss(pictures, made, valid)
+            return pictures, made, valid
         small = F.interpolate(pictures, size=made.shape[-2:], mode="area")
         if valid is None:
-            return appearance_loss(small, made, None)
+            return small, made, None
         inside = F.interpolate(valid.float(), size=made.shape[-2:], mode="area") == 1
-        return appearance_loss(small * inside, made * inside, inside)
+        return small * inside, made * inside, inside
 
     def _semantic(self, seen: Iteration, made: Tensor, valid: Tensor | None) -> Tensor:
         """SR on a share of the pictures: a batch is in random order, any will do."""
@@ -173,6 +177,18 @@ def appearance_loss(pictures: Tensor, made: Tensor, valid: Tensor | None) -> Ten
     if valid is None:
         return F.mse_loss(made.float(), pictures)
     return F.mse_loss(made.float(), pictures, reduction="sum") / (valid.sum() * pictures.shape[1])
+
+
+@torch.no_grad()
+def unexplained(pictures: Tensor, made: Tensor, valid: Tensor | None) -> Tensor:
+    """Share of the pictures' variance that the reconstructions leave, 0-dim: 0 is a copy, 1 no more than each channel's
+    mean over the batch. At 1 SR compares with the features of an empty picture. Arguments as of `appearance_loss`."""
+    pictures = pictures.float()
+    inside = torch.ones_like(pictures[:, :1]) if valid is None else valid.float()
+    total = inside.sum().clamp(min=1)
+    apart = (pictures - (pictures * inside).sum((0, 2, 3), keepdim=True) / total) * inside
+    variance = apart.square().sum() / (total * pictures.shape[1])
+    return appearance_loss(pictures, made, valid) / variance.clamp(min=LEAST)
 
 
 def semantic_loss(

@@ -26,7 +26,7 @@ from tailfin.schema.recipe import Recipe
 NOT_LOSSES = frozenset(
     {"iteration", "epoch", "lr", "loss", "images_per_second", "seconds", "memory_gib", "grad_norm", "images", "scale"}
 )
-DIAGNOSTICS = ("accuracy_", "spread_", "gradient_")  # of a pre-training's terms, also none
+DIAGNOSTICS = ("accuracy_", "spread_", "unexplained_", "gradient_")  # of a pre-training's terms, also none
 
 
 @dataclass(frozen=True)

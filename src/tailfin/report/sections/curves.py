@@ -197,6 +197,7 @@ def _diagnostics(logs: Sequence[_Log]) -> list[tuple[str, str]]:
     titles = {
         "accuracy_": "own key nearest",
         "spread_": "spread of embeddings",
+        "unexplained_": "variance not reconstructed",
         "gradient_": "gradient over detection's",
     }
     names = dict.fromkeys(name for log in logs for name in log.columns)
