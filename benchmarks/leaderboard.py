@@ -5,6 +5,9 @@
     cp OUT/differences.csv benchmarks/studies/results/road12.differences.csv
     python benchmarks/leaderboard.py            # write both; --check: exit code 1 where they are other than that
 
+Where a processor lacks bfloat16, `precision: auto` is float32, and numbers are others: such cells are a set of their own,
+`sed 's/^road12,/"road12, float32",/'` on both files, as road12-float32.csv.
+
 `benchmarks/studies/results` has per set a line per trained cell and the differences of arms to their controls;
 `benchmarks/studies/claims.yaml` has the papers' claims and the comparisons that test them.
 """
@@ -43,7 +46,8 @@ Made by `python benchmarks/leaderboard.py` from `benchmarks/studies/claims.yaml`
 Differences are to the arm that is named, in points of 100, with two 95 % intervals where there are such: over seeds
 (Student's t, from two seeds on) and over pictures (paired bootstrap, the mean of the seeds). Sets: `road12`, `fod` and
 `synth` are the studies of `benchmarks/studies/methods.yaml`; those in words are tables of `docs/results.md`, whose
-differences `benchmarks/studies/results/earlier.differences.csv` repeats.
+differences `benchmarks/studies/results/earlier.differences.csv` repeats; `road12, float32` is the study on a processor
+without bfloat16.
 
 * **Reproduced**: the sign is the claimed one, and the interval over seeds excludes zero.
 * **Not reproduced**: it excludes zero on the other side.

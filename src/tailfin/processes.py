@@ -83,6 +83,16 @@ def fastest_precision() -> str:
     return "bf16" if torch.cpu._is_avx512_bf16_supported() else "no"
 
 
+def slow_precision(accelerator: Accelerator) -> str:
+    """What to say of half precision on a processor without instructions for it; empty otherwise."""
+    if accelerator.device.type != "cpu" or accelerator.mixed_precision in ("no", fastest_precision()):
+        return ""
+    return (
+        f"this processor has no instructions for {accelerator.mixed_precision}: training takes many times as long as in "
+        "float32, which schedule.precision=auto takes here"
+    )
+
+
 def limit_threads() -> None:
     """Not more threads than this process may use: a container's share is often smaller than the machine."""
     usable = float(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)

@@ -28,7 +28,7 @@ from tailfin.inference import check_kinds, check_validation, counts_by_id, infer
 from tailfin.models import build_detector
 from tailfin.models.detector import Detector
 from tailfin.plan_notes import plan_notes, shared_pictures_note
-from tailfin.processes import make_accelerator, on_main
+from tailfin.processes import make_accelerator, on_main, slow_precision
 from tailfin.progress import Progress
 from tailfin.provenance import environment, now
 from tailfin.reuse import Data, Reused, finished_stages, first_stage
@@ -76,6 +76,8 @@ class Run:
         self.stages_done = 0
         self.begun = False
         self.lock: int | None = None  # of the main process, see `tailfin.run_files`
+        if slow := slow_precision(self.accelerator):
+            self.say(f"warning: {slow}")
 
     def detector(self, recipe: Recipe | None = None) -> Detector:
         """The recipe's detector with its starting weights, the same on every process; says what it starts from.

@@ -202,7 +202,7 @@ def test_stopped_in_pretraining_and_resumed(straight, recipe, tiny_set, tmp_path
 @pytest.mark.parametrize("preset", [name for name in PRESETS if name != "drcl"])
 def test_every_preset_trains(preset, recipe, tiny_set, tmp_path):
     overrides = [f"pretraining.preset={preset}", "pretraining.freeze_backbone=false", "schedule.epochs=0.2"]
-    overrides += ["pretraining.schedule.epochs=0.5", "schedule.precision=bf16", "pretraining.schedule.precision=bf16"]
+    overrides += ["pretraining.schedule.epochs=0.5", "schedule.precision=auto", "pretraining.schedule.precision=auto"]
     out = api.train(recipe, train=tiny_set[0], out=tmp_path / "run", overrides=overrides)
     assert (out / "pretrained.safetensors").exists() and (out / "stages/1-pretrain/pictures.npz").exists()
 

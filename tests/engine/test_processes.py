@@ -21,6 +21,7 @@ from tailfin import api, checkpoint
 from tailfin.config import recipe_from_file
 from tailfin.data.dataset import TrainingDataset, open_source
 from tailfin.errors import UserError
+from tailfin.processes import new_accelerator, slow_precision
 from tailfin.run import batch_plan
 from tailfin.stats import ClassStats
 
@@ -201,3 +202,14 @@ def test_sigterm_and_resume_on_one_process(straight, arguments, tmp_path):
     one, two = ([line["loss"] for line in lines(run) if "loss" in line] for run in (out, straight))
     assert one[:8] == two[:8]
     assert sum(one) == pytest.approx(sum(two), rel=0.1)
+
+
+@pytest.mark.parametrize("instructions", [False, True])
+def test_half_precision_without_instructions_for_it_is_told(instructions, monkeypatch):
+    """Such a processor multiplies matrices of bfloat16 one number at a time."""
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: instructions)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    told = slow_precision(new_accelerator("bf16", cpu=True))
+    assert ("schedule.precision=auto" in told) == (not instructions)
+    for precision in ("no", "auto"):
+        assert slow_precision(new_accelerator(precision, cpu=True)) == ""

@@ -128,10 +128,10 @@ def test_trains_loads_and_resumes_to_the_bit(name, tmp_path, monkeypatch, tiny_s
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_trains_in_bf16(name, tmp_path, tiny_set, tiny_recipe):
-    precision = ["schedule.precision=bf16", "schedule.epochs=0.4"]
+def test_trains_in_this_processors_precision(name, tmp_path, tiny_set, tiny_recipe):
+    precision = ["schedule.precision=auto", "schedule.epochs=0.4"]
     if "method=decoupled" in METHODS[name]:
-        precision += ["second.schedule.precision=bf16", "second.schedule.epochs=0.4"]
+        precision += ["second.schedule.precision=auto", "second.schedule.epochs=0.4"]
     tailfin.train(tiny_recipe, train=tiny_set[0], out=tmp_path / "run", overrides=[*METHODS[name], *precision])
     assert all(torch.isfinite(value).all() for value in weights(tmp_path / "run").values())
 
