@@ -5,8 +5,8 @@
     cp OUT/differences.csv benchmarks/studies/results/road12.differences.csv
     python benchmarks/leaderboard.py            # write both; --check: exit code 1 where they are other than that
 
-Where a processor lacks bfloat16, `precision: auto` is float32, and numbers are others: such cells are a set of their own,
-`sed 's/^road12,/"road12, float32",/'` on both files, as road12-float32.csv.
+Where a processor lacks bfloat16, `precision: auto` is float32, and numbers are others: such cells are a set of their
+own, `sed 's/^road12,/"road12, float32",/'` on both files, as road12-float32.csv.
 
 `benchmarks/studies/results` has per set a line per trained cell and the differences of arms to their controls;
 `benchmarks/studies/claims.yaml` has the papers' claims and the comparisons that test them.

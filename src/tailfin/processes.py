@@ -88,8 +88,8 @@ def slow_precision(accelerator: Accelerator) -> str:
     if accelerator.device.type != "cpu" or accelerator.mixed_precision in ("no", fastest_precision()):
         return ""
     return (
-        f"this processor has no instructions for {accelerator.mixed_precision}: training takes many times as long as in "
-        "float32, which schedule.precision=auto takes here"
+        f"this processor has no instructions for {accelerator.mixed_precision}: training takes many times as long as "
+        "in float32, which schedule.precision=auto takes here"
     )
 
 
