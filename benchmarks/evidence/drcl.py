@@ -9,6 +9,9 @@
     hcl, lcl, ar, sr                            the same with one term beside the detection loss
     drcl            all terms of 2DRCL, SR at the recipe's weight of 0.1
     drcl_published  with SR at 0.9
+    drcl_plain_heads                            all terms, no prediction network behind the projectors, as eq. 1 has it
+    drcl_ar                                     all terms, AR at 10 in the place of 0.1
+    drcl_tuned                                  both, and boxes from the 10 best proposals in the place of 100
     aligndet, moco_v2                           other pre-trainings for as long, then RFS
     detection_curve, drcl_curve                 two of these with one curve of the learning rate over both stages
     none_bacl, detection_bacl, drcl_bacl        the same followed by BACL's two stages of half the remaining epochs each
@@ -63,6 +66,10 @@ def arms(options: argparse.Namespace) -> list[Arm]:
         *(pretrained(term, (term,)) for term in TERMS),
     ]
     found.append(pretrained("drcl_published", **{"pretraining.weights.sr": 0.9}))
+    heads = {"pretraining.image.predictor": False, "pretraining.box.predictor": False}
+    ar = {"pretraining.weights.ar": 10}
+    found += [pretrained("drcl_plain_heads", **heads), pretrained("drcl_ar", **ar)]
+    found.append(pretrained("drcl_tuned", **heads, **ar, **{"pretraining.proposals.top": 10}))
     for preset in ("aligndet", "moco_v2"):
         own = {"pretraining.preset": preset, **shell}
         found.append(Arm(preset, f"{base}:drcl", own, "", files if preset == "aligndet" else {}))
