@@ -36,8 +36,9 @@ BOARD = """# Leaderboard
 
 Made by `python benchmarks/leaderboard.py` from `benchmarks/studies/results`; nothing is written by hand. Fractions of
 1, LVIS protocol, boxes of the validation pictures, means over the seeds that are named, sorted by AP. Minutes are those
-of training on one thread of a shared processor; stages that arms have in common are counted for each. A command is
-that of the first seed, without the words that stand above the table; DATA is the folder of the set.
+of training on one thread of a shared processor (those of the sets in float32 were halted at times and say little);
+stages that arms have in common are counted for each. A command is that of the first seed, without the words that stand
+above the table; DATA is the folder of the set.
 [study.md](study.md) says how a study is run, [claims.md](claims.md) what follows for the papers' claims.
 """
 LIST = """# Claims of the three papers on small data
