@@ -32,6 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tailfin.config import load_recipe
 from tailfin.errors import UserError
 from tailfin.models.detector import Detector, Limits
+from tailfin.models.frozen_norms import norms_apart
 from tailfin.schema.recipe import Recipe
 from tailfin.schema.stages import final_stage
 from tailfin.stats import ClassStats
@@ -315,7 +316,8 @@ def settle(model: nn.Module, picture: Tensor) -> None:
     norms = [module for module in model.modules() if hasattr(module, "running_mean") and hasattr(module, "running_var")]
     handles = [norm.register_forward_pre_hook(follow) for norm in norms]
     try:
-        model([picture])
+        with norms_apart(model):
+            model([picture])
     finally:
         for handle in handles:
             handle.remove()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tailfin.models.backbones import Backbone, Body, resnet_body, small_body
-from tailfin.models.frozen_norms import FixedStatistics, FrozenNorm, join_norms, separate
+from tailfin.models.frozen_norms import FixedStatistics, FrozenNorm, join_norms, norms_apart, separate
 from tailfin.models.timm_body import timm_body
 
 
@@ -145,3 +145,22 @@ def test_in_the_type_of_the_pictures(half: bool) -> None:
         found = body(pictures)["0"]
     assert found.dtype == (torch.bfloat16 if half else torch.float32)
     torch.testing.assert_close(found.float(), before, rtol=0.1 if half else 1e-4, atol=0.03 * float(before.abs().max()))
+
+
+def test_apart_for_a_while() -> None:
+    """A hook on a norm sees the convolution's output then, and the body computes the same."""
+    body = resnet_body("resnet18", norm="frozen_bn").take({"layer1": "0"})
+    unsettled(body)
+    join_norms(body)
+    pictures = torch.rand(2, 3, 64, 64)
+    before = body(pictures)["0"]
+    reached: list[Tensor] = []
+    handle = body["bn1"].register_forward_pre_hook(lambda _, arguments: reached.append(arguments[0]))
+    with norms_apart(body):
+        torch.testing.assert_close(body(pictures)["0"], before, rtol=1e-4, atol=1e-4)
+    handle.remove()
+    conv = copy.deepcopy(body["conv1"])
+    separate(conv)
+    torch.testing.assert_close(reached[0], conv(pictures))
+    assert body["bn1"].joined
+    assert torch.equal(body(pictures)["0"], before)

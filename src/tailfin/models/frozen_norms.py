@@ -17,6 +17,8 @@ from __future__ import annotations
 
 import copy
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
@@ -96,6 +98,19 @@ def join_norms(body: nn.Module) -> int:
     return _join(body) if same_features(plain, trial) else 0
 
 
+@contextmanager
+def norms_apart(module: nn.Module) -> Iterator[None]:
+    """For a while every norm does its own work, so that a hook on it sees what reaches it."""
+    joined = [norm for norm in module.modules() if isinstance(norm, FrozenNorm) and norm.joined]
+    for norm in joined:
+        norm.joined = False
+    try:
+        yield
+    finally:
+        for norm in joined:
+            norm.joined = True
+
+
 def separate(conv: nn.Conv2d) -> None:
     """Undo `join_norms` for one convolution, in place."""
     if isinstance(conv, _Normed):
@@ -121,6 +136,8 @@ class _Normed:
     def forward(self, x: Tensor) -> Tensor:
         conv: Any = self
         (norm,) = self.norm_behind
+        if not norm.joined:
+            return super().forward(x)  # type: ignore[misc]
         if not _pays(conv, x):
             return norm.normed(super().forward(x))  # type: ignore[misc]
         scale, shift = norm.scale_and_shift()
