@@ -444,7 +444,7 @@ def test_diagnostics_come_every_so_often_and_change_nothing():
         assert values[0][1].keys() == values[1][1].keys()
         assert all(torch.equal(values[0][1][name], values[1][1][name]) for name in values[0][1])
         wanted = {f"{kind}_{term}" for kind in ("accuracy", "spread") for term in ("hcl", "lcl")}
-        wanted |= {f"gradient_{term}" for term in ("hcl", "lcl", "ar", "sr")}
+        wanted |= {"unexplained_pictures", *(f"gradient_{term}" for term in ("hcl", "lcl", "ar", "sr"))}
         assert plain.diagnostics == {} and set(looking.diagnostics) == (wanted if call % 2 == 0 else set())
 
 
