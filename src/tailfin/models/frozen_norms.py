@@ -68,10 +68,7 @@ def pairs(module: nn.Module) -> list[tuple[nn.Module, nn.Conv2d, str, Any]]:
     for parent in module.modules():
         children: list[tuple[str, Any]] = list(parent.named_children())
         for (_, conv), (name, norm) in pairwise(children):
-            has = all(
-                getattr(norm, part, None) is not None for part in ("running_mean", "running_var", "weight", "bias")
-            )
-            if isinstance(conv, nn.Conv2d) and has and len(norm.running_mean) == conv.out_channels:
+            if isinstance(conv, nn.Conv2d) and _has_statistics(norm) and len(norm.running_mean) == conv.out_channels:
                 found.append((parent, conv, name, norm))
     return found
 

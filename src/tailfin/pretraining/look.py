@@ -12,6 +12,7 @@ from torchvision.models.detection.image_list import ImageList
 
 from tailfin.data.views import PretrainingDataset
 from tailfin.models.detector import Detector
+from tailfin.pretraining import reconstruction
 from tailfin.pretraining.shell import PreTrainer
 
 PICTURES = 6  # in the file
@@ -61,12 +62,10 @@ def unexplained(arrays: Mapping[str, Array]) -> float | None:
     """Share of `view1`'s variance that `reconstruction` leaves, over the pictures' own pixels; none without one."""
     if "reconstruction" not in arrays:
         return None
-    pairs = [
-        [arrays[name][number, :, :height, :width].reshape(3, -1).astype(float) for name in ("view1", "reconstruction")]
-        for number, (height, width) in enumerate(arrays["size1"])
-    ]
-    pictures, made = (np.concatenate(every, axis=1) for every in zip(*pairs, strict=True))
-    return float(((pictures - made) ** 2).mean() / max(pictures.var(axis=1).mean(), 1e-6))
+    pictures, made = (torch.from_numpy(arrays[name]) for name in ("view1", "reconstruction"))
+    height, width = pictures.shape[-2:]
+    valid = reconstruction.valid_pixels(arrays["size1"].tolist(), height, width, pictures.device)
+    return float(reconstruction.unexplained(pictures, made, valid))
 
 
 def _pixels(detector: Detector, batch: ImageList) -> Array:

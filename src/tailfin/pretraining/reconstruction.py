@@ -53,11 +53,10 @@ class DualReconstruction(Term):
         if self.generator.scale == 1 and valid is not None:
             made = made * valid  # padding is 0 in both
         losses = {}
-        compared = self._compared(pictures, made, valid)
         if seen.diagnosed is not None:
-            seen.diagnosed["unexplained_pictures"] = unexplained(*compared)
+            seen.diagnosed["unexplained_pictures"] = unexplained(*self._compared(pictures, made, valid))
         if self.appearance:
-            losses["loss_ar"] = self.appearance * appearance_loss(*compared)
+            losses["loss_ar"] = self.appearance * appearance_loss(*self._compared(pictures, made, valid))
         if self.semantic:
             losses["loss_sr"] = self.semantic * self._semantic(seen, made, valid)
         return losses
