@@ -25,7 +25,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import optimizer as torch_optimizer
 from torch.overrides import TorchFunctionMode
+from torch.utils import _foreach_utils
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_map
 from torch.utils.flop_counter import flop_registry
@@ -195,8 +197,12 @@ def _line() -> str:
 def pretend_device() -> Iterator[Seen]:
     """Inside, `DEVICE` can be used."""
     kept = torch.autocast, torch.inference_mode, torch.__future__.get_overwrite_module_params_on_conversion()
+    with_lists = _foreach_utils._get_foreach_kernels_supported_devices
     torch.autocast, torch.inference_mode = _Autocast, lambda *_: torch.no_grad()  # type: ignore[misc,assignment]
     torch.__future__.set_overwrite_module_params_on_conversion(True)
+    for module in (_foreach_utils, torch_optimizer):  # lists of tensors in one launch, as on accelerators
+        module._get_foreach_kernels_supported_devices = lambda: [*with_lists(), DEVICE.type]
+    _foreach_utils._foreach_supported_types.append(OnDevice)
     _active.append(Seen())
     try:
         with _active[-1], _Lists():
@@ -204,6 +210,9 @@ def pretend_device() -> Iterator[Seen]:
     finally:
         _active.pop()
         torch.autocast, torch.inference_mode = kept[:2]  # type: ignore[misc]
+        for module in (_foreach_utils, torch_optimizer):
+            module._get_foreach_kernels_supported_devices = with_lists
+        _foreach_utils._foreach_supported_types.remove(OnDevice)
         torch.__future__.set_overwrite_module_params_on_conversion(kept[2])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 
@@ -23,7 +24,7 @@ from tailfin.models.deformable_attention import sample
 from tailfin.models.deformable_detr import FOCAL_BIAS, transformers_config
 from tailfin.models.detector import Limits
 from tailfin.models.detr_criterion import SetCriterion
-from tailfin.models.detr_geometry import position_code, valid_mask
+from tailfin.models.detr_geometry import cells_of, grid, levels_of, position_code, valid_mask
 from tailfin.models.images import batch_images
 from tailfin.models.transfer import Transfer
 from tailfin.schedule import build_optimizer
@@ -155,8 +156,8 @@ def test_both_ways_of_sampling_agree(shapes, monkeypatch):
         monkeypatch.setattr("tailfin.models.deformable_attention.DENSE_TOKENS", limit)
         found = sample(value, shapes, places, weights)
         results.append((found, *torch.autograd.grad((found * upstream).sum(), (value, places, weights))))
-    for dense, grid in zip(*results, strict=True):
-        torch.testing.assert_close(dense, grid, atol=2e-4, rtol=1e-4)
+    for dense, read in zip(*results, strict=True):
+        torch.testing.assert_close(dense, read, atol=2e-4, rtol=1e-4)
 
 
 def test_sampling_keeps_its_inputs_alone(monkeypatch):
@@ -350,13 +351,28 @@ def test_bf16_keeps_boxes_logits_and_losses_in_float32(kind):
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())
 
 
-def test_masks_and_position_codes():
-    sizes = torch.tensor([[64.0, 48.0, 64.0, 48.0], [32.0, 64.0, 32.0, 64.0]])
-    mask = valid_mask((8, 8), (64, 64), sizes)
-    assert mask.sum((1, 2)).tolist() == [48, 32]
-    code = position_code(mask, 4)
-    assert code.shape == (2, 8, 8, 8)
-    torch.testing.assert_close(code[0, :6, 0], position_code(torch.ones(1, 6, 8, dtype=torch.bool), 4)[0, :, 0])
+def test_cells_and_their_codes_are_those_of_masks():
+    """Level by level from masks, as the paper's code has it, equals all levels at once from the sizes."""
+    sizes = torch.tensor([[61.0, 47.0, 61.0, 47.0], [32.0, 64.0, 32.0, 64.0], [1.0, 1.0, 1.0, 1.0]])
+    full, shapes = (64, 64), [(9, 8), (5, 4), (1, 1)]
+    levels = levels_of(shapes, full, sizes.device)
+    cells = cells_of(levels, sizes)
+    masks = [valid_mask(shape, full, sizes) for shape in shapes]
+    assert torch.equal(cells.valid.all(2), torch.cat([mask.flatten(1) for mask in masks], dim=1))
+    ratios = [torch.stack([mask[:, 0].float().mean(1), mask[:, :, 0].float().mean(1)], dim=1) for mask in masks]
+    assert torch.equal(cells.ratios, torch.stack(ratios, dim=1))
+    centres = [grid(shape, ratio) for shape, ratio in zip(shapes, ratios, strict=True)]
+    assert torch.equal(cells.centres, torch.cat(centres, dim=1))
+    wanted = []
+    for mask in masks:
+        halves = []
+        for axis in (1, 2):
+            place = mask.cumsum(axis, dtype=torch.float32)
+            place = (place - 0.5) / (place.narrow(axis, place.shape[axis] - 1, 1) + 1e-6) * (2 * math.pi)
+            angle = place[..., None] / 10000 ** (torch.arange(0, 6, 2) / 6)
+            halves.append(torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(-2))
+        wanted.append(torch.cat(halves, dim=-1).flatten(1, 2))
+    assert torch.equal(position_code(levels, cells, 6), torch.cat(wanted, dim=1))
 
 
 # ---- detections ------------------------------------------------------------------------------------------------------

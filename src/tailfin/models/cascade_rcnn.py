@@ -28,9 +28,8 @@ from tailfin.models.faster_rcnn import FasterRCNN, Outputs, build_box_head, buil
 from tailfin.models.features.base import FeatureModule, Rows
 from tailfin.models.heads.mask import MaskBranch
 from tailfin.models.heads.roi_heads import RoIHeads
-from tailfin.models.images import size_limits
+from tailfin.models.images import pictures_of, size_limits
 from tailfin.models.mask_rcnn import build_mask_branch, with_masks
-from tailfin.models.roi_align import pictures_of
 from tailfin.models.row_sampling import Proposals, padded
 from tailfin.models.rpn import RPN
 from tailfin.schema.detectors import CascadeRCNNConfig

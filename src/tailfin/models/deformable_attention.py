@@ -18,10 +18,9 @@ from transformers.models.deformable_detr.modeling_deformable_detr import (
     DeformableDetrMultiscaleDeformableAttention,
 )
 
-from tailfin.models.constants import constant
+from tailfin.models.detr_geometry import Shapes, exporting, sides_of
 from tailfin.models.fused_attention import FusedSampling, kernel
 
-Shapes = list[tuple[int, int]]  # (height, width) of every level
 DENSE_TOKENS = 512  # up to so many cells over all levels a CPU samples by a matrix product; where both take as long
 
 
@@ -57,7 +56,7 @@ class DeformableAttention(DeformableDetrMultiscaleDeformableAttention):
         weights = weights.unflatten(3, (self.n_levels, self.n_points))
         points = reference_points[:, :, None, :, None]
         if points.shape[-1] == 2:
-            places = points + offsets / _sides(spatial_shapes_list, offsets)[:, None]
+            places = points + offsets / sides_of(spatial_shapes_list, offsets.device)[:, None]
         else:
             places = points[..., :2] + offsets * (points[..., 2:] * (0.5 / self.n_points))
         return self.output_proj(sample(value, spatial_shapes_list, places, weights)), None
@@ -92,7 +91,7 @@ def sample(value: Tensor, shapes: Shapes, places: Tensor, weights: Tensor) -> Te
     Returns:
         [B, Q, H * D].
     """
-    if _exporting():
+    if exporting():
         return _sampled(value, places, weights, shapes)
     if (fused := kernel(value.device)) is not None:
         return FusedSampling.apply(value, places, weights, shapes, fused)  # type: ignore[no-any-return]
@@ -114,11 +113,14 @@ def _sampled(value: Tensor, places: Tensor, weights: Tensor, shapes: Shapes) -> 
 
 def _levels(value: Tensor, places: Tensor, weights: Tensor, shapes: Shapes) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Per level its map [B H, D, h, w], where it is read [B H, Q, P, 2] in -1..1, and the weights [B H, Q, P]."""
+    every = value.permute(0, 2, 3, 1).flatten(
+        0, 1
+    )  # of all levels at once: a few launches in the place of as many each
+    grids = (2 * places - 1).permute(3, 0, 2, 1, 4, 5).flatten(1, 2).unbind()
+    shares = weights.permute(3, 0, 2, 1, 4).flatten(1, 2).unbind()
     start = 0
-    for number, (height, width) in enumerate(shapes):
-        maps = value[:, start : start + height * width].permute(0, 2, 3, 1).flatten(0, 1)
-        grid = (2 * places[:, :, :, number] - 1).transpose(1, 2).flatten(0, 1)
-        yield maps.unflatten(2, (height, width)), grid, weights[:, :, :, number].transpose(1, 2).flatten(0, 1)
+    for (height, width), grid, share in zip(shapes, grids, shares, strict=True):
+        yield every[:, :, start : start + height * width].unflatten(2, (height, width)), grid, share
         start = start + height * width
 
 
@@ -139,33 +141,21 @@ class _LeanSampling(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         value, places, weights = ctx.saved_tensors
         heads = value.shape[2]
-        to_value, to_places, to_weights = torch.empty_like(value), torch.empty_like(places), torch.empty_like(weights)
         above = upstream.unflatten(2, (heads, -1)).permute(0, 2, 3, 1).flatten(0, 1)[..., None]  # [B H, D, Q, 1]
-        start = 0
-        for number, (maps, grid, own) in enumerate(_levels(value, places, weights, ctx.shapes)):
+        to_maps, to_grids, to_shares = [], [], []
+        for maps, grid, own in _levels(value, places, weights, ctx.shapes):
             read = F.grid_sample(maps, grid, padding_mode="zeros", align_corners=False)
-            to_weights[:, :, :, number] = (read * above).sum(1).unflatten(0, (-1, heads)).transpose(1, 2)
+            to_shares.append((read * above).sum(1))
             del read
-            to_maps, to_grid = torch.ops.aten.grid_sampler_2d_backward(
+            to_map, to_grid = torch.ops.aten.grid_sampler_2d_backward(
                 above * own[:, None], maps, grid, 0, 0, False, [True, True]
             )  # bilinear, zeros outside
-            to_places[:, :, :, number] = 2 * to_grid.unflatten(0, (-1, heads)).transpose(1, 2)
-            cells = maps.shape[2] * maps.shape[3]
-            to_value[:, start : start + cells] = to_maps.flatten(2).unflatten(0, (-1, heads)).permute(0, 3, 1, 2)
-            start += cells
+            to_maps.append(to_map.flatten(2))
+            to_grids.append(to_grid)
+        to_value = torch.cat(to_maps, dim=2).unflatten(0, (-1, heads)).permute(0, 3, 1, 2)
+        to_places = 2 * torch.stack(to_grids).unflatten(1, (-1, heads)).permute(1, 3, 2, 0, 4, 5)
+        to_weights = torch.stack(to_shares).unflatten(1, (-1, heads)).permute(1, 3, 2, 0, 4)
         return to_value, to_places, to_weights, None
-
-
-def _sides(shapes: Shapes, like: Tensor) -> Tensor:
-    """[L, 2] width and height of the levels; in an exported graph they are computed, whatever the picture's size."""
-    if not _exporting():
-        return constant([shape[::-1] for shape in shapes], like.device, like.dtype)
-    last = [torch.arange(side, device=like.device)[-1:] for shape in shapes for side in shape[::-1]]
-    return (torch.cat(last) + 1).to(like).view(-1, 2)
-
-
-def _exporting() -> bool:
-    return torch.jit.is_tracing() or torch.compiler.is_exporting()
 
 
 class _DenseSampling(torch.autograd.Function):

@@ -31,11 +31,11 @@ from tailfin.losses.base import ClassificationLoss
 from tailfin.losses.focal import Focal
 from tailfin.models.backbones import Backbone
 from tailfin.models.bodies import build_body
-from tailfin.models.deformable_attention import DeformableAttention, EncoderLayer, Shapes
+from tailfin.models.deformable_attention import DeformableAttention, EncoderLayer
 from tailfin.models.detections import best_pairs
 from tailfin.models.detector import Compared, Detections, Detector, Limits, Targets, reported
 from tailfin.models.detr_criterion import Outputs, SetCriterion, pad_objects, places_of
-from tailfin.models.detr_geometry import box_code, grid, inverse_sigmoid, position_code, valid_mask
+from tailfin.models.detr_geometry import Shapes, box_code, cells_of, inverse_sigmoid, levels_of, position_code
 from tailfin.models.images import size_limits
 from tailfin.models.precision import in_float32
 from tailfin.schema.detectors import DeformableDETRConfig
@@ -144,26 +144,24 @@ class DeformableDETR(Detector):
         maps = maps + [maps[-1]] * (len(self.input_proj) - len(maps))
         features = [project(level) for project, level in zip(self.input_proj, maps, strict=True)]
         shapes: Shapes = [(level.shape[-2], level.shape[-1]) for level in features]
-        masks = [valid_mask(shape, full, sizes) for shape in shapes]
-        mask = torch.cat([level.flatten(1) for level in masks], dim=1) if padded else None
-        ratios = torch.stack([torch.stack([m[:, 0].float().mean(1), m[:, :, 0].float().mean(1)], 1) for m in masks], 1)
+        levels, counts = levels_of(shapes, full, sizes.device), [height * width for height, width in shapes]
+        cells = cells_of(levels, sizes)
+        valid, ratios, centres = cells.valid.all(2), cells.ratios, cells.centres
+        masks = [own.unflatten(1, shape) for own, shape in zip(valid.split(counts, dim=1), shapes, strict=True)]
+        mask = valid if padded else None
 
         memory = torch.cat([level.flatten(2).transpose(1, 2) for level in features], dim=1).float()
-        places = torch.cat(
-            [
-                position_code(level, self.level_embed.shape[1] // 2).flatten(1, 2) + own
-                for level, own in zip(masks if padded else [m[:1] for m in masks], self.level_embed, strict=True)
-            ],
-            dim=1,
-        )
-        centres = torch.cat([grid(shape, ratio) for shape, ratio in zip(shapes, ratios.unbind(1), strict=True)], dim=1)
+        like = cells if padded else cells_of(levels, sizes[:1])
+        code = position_code(levels, like, self.level_embed.shape[1] // 2).split(counts, dim=1)
+        places = torch.cat([level + own for level, own in zip(code, self.level_embed, strict=True)], dim=1)
+        reference = centres[:, :, None] * ratios[:, None]
         again = self.checkpointing and self.training and torch.is_grad_enabled()
         for layer in self.encoder:
             memory = (functools.partial(checkpoint, layer, use_reentrant=False) if again else layer)(
                 memory,
                 mask,
                 spatial_position_embeddings=places,
-                reference_points=centres[:, :, None] * ratios[:, None],
+                reference_points=reference,
                 spatial_shapes_list=shapes,
             )
 

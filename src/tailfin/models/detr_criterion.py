@@ -27,6 +27,7 @@ from tailfin.collectives import sum_over_ranks
 from tailfin.losses.base import ClassificationLoss
 from tailfin.losses.focal import Focal
 from tailfin.models.detector import known_classes
+from tailfin.models.images import pictures_of
 from tailfin.schema.detectors import DeformableDETRConfig
 from tailfin.stats import ClassStats
 
@@ -219,10 +220,14 @@ def pad_objects(targets: Sequence[dict[str, Tensor]], sizes: Tensor) -> Objects:
     boxes = sizes.new_full((len(counts), max(counts), 4), 0.5)
     boxes[..., 2:] = 1.0
     labels = torch.zeros(boxes.shape[:2], dtype=torch.int64, device=sizes.device)
-    for row, target in enumerate(targets):
-        if counts[row]:
-            boxes[row, : counts[row]] = box_convert(target["boxes"].float(), "xyxy", "cxcywh") / sizes[row]
-            labels[row, : counts[row]] = target["labels"]
+    if total := sum(counts):
+        # counts are known to the host, so are the places of all objects: two uploads, whatever the batch
+        picture = pictures_of(counts, sizes.device)
+        free = np.cumsum([0, *(max(counts) - count for count in counts[:-1])])  # padding before each picture's rows
+        place = torch.from_numpy(np.arange(total) + np.repeat(free, counts)).to(sizes.device, non_blocking=True)
+        own = box_convert(torch.cat([target["boxes"] for target in targets]).float(), "xyxy", "cxcywh")
+        boxes.view(-1, 4)[place] = own / sizes[picture]
+        labels.view(-1)[place] = torch.cat([target["labels"] for target in targets])
     return Objects(boxes, labels, counts)
 
 
@@ -262,13 +267,20 @@ def box_losses(boxes: Tensor, objects: Objects, pairs: Pairs) -> tuple[Tensor, T
 
 def giou(boxes: Tensor, others: Tensor) -> Tensor:
     """Generalised IoU (Rezatofighi et al., CVPR'19) of boxes (centre, size) that broadcast: [..., 4] to [...]."""
-    half, other_half = boxes[..., 2:] / 2, others[..., 2:] / 2
-    low, high = boxes[..., :2] - half, boxes[..., :2] + half
-    other_low, other_high = others[..., :2] - other_half, others[..., :2] + other_half
-    inner = (torch.minimum(high, other_high) - torch.maximum(low, other_low)).clamp(min=0).prod(-1)
-    outer = (torch.maximum(high, other_high) - torch.minimum(low, other_low)).prod(-1)
-    union = boxes[..., 2:].prod(-1) + others[..., 2:].prod(-1) - inner
+    (centre, side), (other_centre, other_side) = boxes.split(2, dim=-1), others.split(2, dim=-1)
+    half, other_half = side / 2, other_side / 2
+    low, high = centre - half, centre + half
+    other_low, other_high = other_centre - other_half, other_centre + other_half
+    inner = _area((torch.minimum(high, other_high) - torch.maximum(low, other_low)).clamp(min=0))
+    outer = _area(torch.maximum(high, other_high) - torch.minimum(low, other_low))
+    union = _area(side) + _area(other_side) - inner
     return inner / union.clamp(min=1e-12) - (outer - union) / outer.clamp(min=1e-12)
+
+
+def _area(sides: Tensor) -> Tensor:
+    """[..., 2] to [...]; the gradient of `prod` is a dozen operations, as it minds zeros."""
+    width, height = sides.unbind(-1)
+    return width * height
 
 
 def _blank(classes: int) -> ClassStats:

@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 
 from tailfin.losses.base import at_least_float32
+from tailfin.models.constants import constant
+from tailfin.models.images import pictures_of
 
 TINY = 1e-12  # below a root, whose slope at 0 has no bound
 
@@ -44,27 +46,23 @@ def box_masks(
     """
     height, width = int(size[0]), int(size[1])
     device = boxes[0].device
-    image = torch.cat([own.new_full((len(own),), row, dtype=torch.int64) for row, own in enumerate(boxes)])
+    image = pictures_of([len(own) for own in boxes], device)
     scale = torch.full((len(boxes), 4), width, device=device)
     scale[:, 1::2] = height
     if valid is not None and rounding != "released":
         across, down = valid.any(1).sum(1), valid.any(2).sum(1)
         scale = torch.stack([across, down, across, down], dim=1)
     edges = torch.cat(list(boxes)) * scale[image].to(boxes[0].dtype)
-    lower, upper = edges.floor(), edges.ceil()
-    left, top, right, bottom = (
-        (lower[:, 0], upper[:, 1], lower[:, 2], upper[:, 3])
-        if rounding == "released"
-        else (lower[:, 0], lower[:, 1], upper[:, 2], upper[:, 3])
-    )
-    left, right = left.clamp(0, width).long(), right.clamp(0, width).long()
-    top, bottom = top.clamp(0, height).long(), bottom.clamp(0, height).long()
-    solid = (right > left) & (bottom > top)
+    up = constant([False, True] * 2 if rounding == "released" else [False, False, True, True], device, torch.bool)
+    edges = torch.where(up, edges.ceil(), edges.floor())
+    sides = torch.minimum(edges.clamp(min=0), constant([width, height] * 2, device, edges.dtype)).long()
+    solid = (sides[:, 2:] > sides[:, :2]).all(1)
     solid = (solid if wanted is None else solid & wanted).int()
     # each box adds one inside itself: +1 and -1 at its corners, summed along both axes
+    left, top, right, bottom = sides.unbind(1)
+    at = (image.repeat(4), torch.cat([top, top, bottom, bottom]), torch.cat([left, right, left, right]))
     corners = torch.zeros((len(boxes), height + 1, width + 1), dtype=torch.int32, device=device)
-    for rows, columns, sign in ((top, left, 1), (top, right, -1), (bottom, left, -1), (bottom, right, 1)):
-        corners.index_put_((image, rows, columns), sign * solid, accumulate=True)
+    corners.index_put_(at, torch.cat([solid, -solid, -solid, solid]), accumulate=True)
     return corners.cumsum(1).cumsum(2)[:, :height, :width] > 0
 
 

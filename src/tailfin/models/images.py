@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torchvision.models.detection.image_list import ImageList
@@ -46,6 +47,11 @@ def batch_images(
 def size_limits(image_sizes: Sequence[tuple[int, int]], device: torch.device) -> Tensor:
     """float32 [B, 4]: the largest x, y, x, y of boxes in pictures of (height, width)."""
     return on_device([[width, height, width, height] for height, width in image_sizes], device)
+
+
+def pictures_of(counts: Sequence[int], device: torch.device) -> Tensor:
+    """int64 [sum of counts]: 0 as often as the first count says, then 1, ..."""
+    return torch.from_numpy(np.repeat(np.arange(len(counts)), counts)).to(device, non_blocking=True)
 
 
 def on_device(values: Any, device: torch.device) -> Tensor:

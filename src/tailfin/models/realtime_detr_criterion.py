@@ -37,6 +37,7 @@ from tailfin.models.detr_criterion import (
     matching_cost,
     objects_per_process,
 )
+from tailfin.models.images import pictures_of
 from tailfin.models.realtime_detr_networks import Found, Rows
 from tailfin.schema.realtime_detr import DFineConfig, RealTimeDETRConfig
 
@@ -159,13 +160,11 @@ def known_pairs(matched: Sequence[Tensor], layers: int, objects: Objects) -> Pai
     """Pairs of queries with noise: the same in every layer, `matched` per picture for its objects in turn."""
     device = objects.boxes.device
     counts = [len(own) for own in matched]
-    picture = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    picture = pictures_of(counts, device)
     own = torch.cat([torch.arange(size) % max(number, 1) for size, number in zip(counts, objects.counts, strict=True)])
     query = torch.cat(list(matched))
     layer = torch.arange(layers).repeat_interleave(len(query))
-    return Pairs(
-        layer.to(device), picture.repeat(layers).to(device), query.repeat(layers), own.repeat(layers).to(device)
-    )
+    return Pairs(layer.to(device), picture.repeat(layers), query.repeat(layers), own.repeat(layers).to(device))
 
 
 def paired_iou(boxes: Tensor, objects: Objects, pairs: Pairs) -> Tensor:

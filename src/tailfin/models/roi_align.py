@@ -16,6 +16,8 @@ from torch.nn import functional as F
 from torchvision.ops import MultiScaleRoIAlign, roi_align
 from torchvision.ops.poolers import LevelMapper
 
+from tailfin.models.images import pictures_of
+
 
 class Places(NamedTuple):
     """What the host knows of N boxes, so that pooling need not ask the device; see `row_sampling.chosen_rows`."""
@@ -114,12 +116,6 @@ class PyramidRoIAlign(MultiScaleRoIAlign):
         """Boxes [K, 4] in cells of one level [B, C, H, W] and their images [K] to [K, C, bins, bins]."""
         rois = torch.cat([images.to(boxes.dtype)[:, None], boxes], dim=1)
         return roi_align(feature, rois.to(feature.dtype), self.output_size[0], 1.0, self.sampling_ratio, self.aligned)
-
-
-def pictures_of(counts: Sequence[int], device: torch.device) -> Tensor:
-    """int64 [sum of counts]: 0 as often as the first count says, then 1, ..."""
-    picture = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts, dtype=torch.int64))
-    return picture.to(device, non_blocking=True)
 
 
 def _per_level(levels: Tensor, count: int) -> list[int]:

@@ -56,7 +56,8 @@ class Transfer(nn.Module):
     def forward(self, images: Sequence[Tensor], targets: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
         student, config, loss = self.student, self.config, self.student.loss
         assert loss is not None  # a detector without classes has no steps
-        self.teacher.to(images[0].device)
+        if next(self.teacher.parameters()).device != images[0].device:
+            self.teacher.to(images[0].device)
         seen = student.compared(self.teacher, images, targets, shared=config.shared_queries)
         losses = dict(seen.losses)
         if config.feature and seen.maps:

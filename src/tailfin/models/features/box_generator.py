@@ -17,8 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tailfin.models.images import size_limits
-from tailfin.models.roi_align import pictures_of
+from tailfin.models.images import pictures_of, size_limits
 
 COPIES = 16
 
