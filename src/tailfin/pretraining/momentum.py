@@ -26,9 +26,14 @@ def follow(average: nn.Module, module: nn.Module, momentum: float) -> None:
     trained: list[tuple[Tensor, Tensor]] = list(zip(average.parameters(), module.parameters(), strict=True))
     trained = [(mine, theirs) for mine, theirs in trained if theirs.requires_grad]  # the others never change
     if trained:
-        torch._foreach_lerp_([mine for mine, _ in trained], [theirs.detach() for _, theirs in trained], 1 - momentum)
+        torch._foreach_lerp_([mine for mine, _ in trained], [theirs for _, theirs in trained], 1 - momentum)
+    buffers: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}  # lists of one type are copied in one launch
     for mine, theirs in zip(average.buffers(), module.buffers(), strict=True):
-        mine.copy_(theirs)
+        own = buffers.setdefault(mine.dtype, ([], []))
+        own[0].append(mine)
+        own[1].append(theirs)
+    for to, source in buffers.values():
+        torch._foreach_copy_(to, source)
 
 
 def cosine_momentum(start: float, progress: float) -> float:

@@ -282,9 +282,10 @@ class _MeanSquare(torch.autograd.Function):
     def forward(ctx: Any, first: Tensor, second: Tensor, valid: Tensor | None) -> Tensor:
         ctx.save_for_backward(first, second, valid)
         exact = torch.promote_types(first.dtype, torch.float32)
-        pairs = zip(first, second, [None] * len(first) if valid is None else valid, strict=True)
-        sums = [_square(one.to(exact) - two.to(exact), cells) for one, two, cells in pairs]
-        return torch.stack(sums).sum() / _number(first, valid)
+        squares = (first.to(exact) - second.to(exact)).square_()
+        if valid is not None:
+            squares = squares.mul_(valid)
+        return squares.sum() / _number(first, valid)
 
     @staticmethod
     @once_differentiable
@@ -295,12 +296,6 @@ class _MeanSquare(torch.autograd.Function):
             slope = slope.mul_(valid)
         wanted = ctx.needs_input_grad
         return slope if wanted[0] else None, -slope if wanted[1] else None, None
-
-
-def _square(difference: Tensor, cells: Tensor | None) -> Tensor:
-    """Sum of squares of one picture's difference [C, h, w], in place."""
-    difference = difference.square_()
-    return (difference if cells is None else difference.mul_(cells)).sum()
 
 
 def _number(feature: Tensor, valid: Tensor | None) -> Tensor | int:
