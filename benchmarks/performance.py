@@ -56,18 +56,18 @@ longer runs and what follows from them; nothing was measured on a GPU.
 |---|---|---|---|---|
 """
 STEPS = """
-What a training step would make an accelerator do, on the pretend device of `step_profile.py`: operations launched,
-reads back to the host, constants uploaded, multiply-adds of matrix products and convolutions, bytes read and written.
+What a training step would make an accelerator do, on the pretend device of `step_profile.py`: operations, and the
+views among them, which launch nothing; reads back to the host, constants uploaded, multiply-adds of matrix products and convolutions, bytes read and written.
 
-| recipe | stage | pictures | operations | reads back | uploads | multiply-adds | bytes | script |
-|---|---|---|---|---|---|---|---|---|
+| recipe | stage | pictures | operations | views | reads back | uploads | multiply-adds | bytes | script |
+|---|---|---|---|---|---|---|---|---|---|
 """
 RUNS = """
 | command (`python benchmarks/...`) | CPU seconds | date | machine |
 |---|---|---|---|
 """
 NOT_RUN = "not run"
-CELLS = (4, 8, 3)  # of the lines of the three tables, without the last cell
+CELLS = (4, 9, 3)  # of the lines of the three tables, without the last cell
 
 Lines = dict[str, tuple[list[list[str]], list[list[str]], list[list[str]]]]  # by command
 

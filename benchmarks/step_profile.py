@@ -8,7 +8,8 @@ Every stage of every recipe is begun as `tailfin train` begins it, on the preten
 and cut off after some iterations; the last one is reported, from one seeding to the next: the step, backward, clipping,
 optimiser and checks. Without `--train` the recipe's own files are used.
 
-    operations      launched on the device; each costs some microseconds of the host
+    operations      on the device; each costs some microseconds of the host
+    views           among them: they launch nothing
     reads back      where the host waits for the device; `--lines` says where. Whatever the batch, at most 8 is the aim
     uploads         constants made on the host
     multiply-adds   of matrix products and convolutions, forward and backward
@@ -65,6 +66,7 @@ class Step(NamedTuple):
 
     stage: str
     operations: int
+    views: int
     reads: Counter[str]  # by "file:line what"
     uploads: Counter[str]
     multiply_adds: int
@@ -106,8 +108,8 @@ def _one_step(seen: Seen, train: Any, name: str, iterations: int) -> Step:
     seed = engine.seed_iteration
 
     def seeding(*arguments: Any) -> None:
-        counters = (seen.operations.total(), Counter(seen.reads), Counter(seen.uploads))
-        marks.append(Step(name, *counters, seen.multiply_adds, seen.bytes))
+        counters = (Counter(seen.reads), Counter(seen.uploads))
+        marks.append(Step(name, seen.operations.total(), seen.views, *counters, seen.multiply_adds, seen.bytes))
         if len(marks) > iterations:
             raise _Enough
         seed(*arguments)
@@ -174,7 +176,7 @@ def torchvision_step(train: Path | None, overrides: Sequence[str], batch: int) -
             torch.nn.utils.clip_grad_norm_(twin.parameters(), 10.0)
             optimizer.step()
             optimizer.zero_grad()
-        return [Step("", seen.operations.total(), seen.reads, seen.uploads, seen.multiply_adds, seen.bytes)]
+        return [Step("", seen.operations.total(), seen.views, seen.reads, seen.uploads, seen.multiply_adds, seen.bytes)]
 
 
 def main() -> None:
@@ -197,7 +199,7 @@ def report(options: argparse.Namespace) -> None:
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     table = Table()
-    names = ("recipe", "stage", "pictures", "operations", "reads back", "uploads", "multiply-adds", "bytes")
+    names = ("recipe", "stage", "pictures", "operations", "views", "reads back", "uploads", "multiply-adds", "bytes")
     for number, name in enumerate(names):
         table.add_column(name, justify="left" if number < 2 else "right")
     lines = []
@@ -216,7 +218,7 @@ def report(options: argparse.Namespace) -> None:
             if options.short:
                 ratio_line(name, batch, steps)
             for step in steps:
-                numbers = (step.operations, step.reads.total(), step.uploads.total())
+                numbers = (step.operations, step.views, step.reads.total(), step.uploads.total())
                 size = (f"{step.multiply_adds / 1e9:,.2f} G", f"{step.bytes / 2**30:,.2f} GiB")
                 cells = (name, step.stage, str(batch), *(f"{number:,}" for number in numbers), *size)
                 table.add_row(*cells)

@@ -70,21 +70,22 @@ class OnDevice(Tensor):
 
 
 class Seen(TorchDispatchMode):
-    """What was launched: `operations` by name; `reads` and `uploads` by "file:line what"; `multiply_adds` of matrix
-    products and convolutions; `bytes` that operations read and write, views left out."""
+    """What was launched: `operations` by name, `views` among them, which launch nothing; `reads` and `uploads` by
+    "file:line what"; `multiply_adds` of matrix products and convolutions; `bytes` that operations other than views read
+    and write."""
 
     def __init__(self) -> None:
         super().__init__()
         self._mode_key = torch._C._TorchDispatchModeKey.FAKE  # or torch looks for the device's driver
         self.operations: Counter[str] = Counter()
-        self.multiply_adds = self.bytes = 0
+        self.views = self.multiply_adds = self.bytes = 0
         self.reads: Counter[str] = Counter()
         self.uploads: Counter[str] = Counter()
 
     def clear(self) -> None:
         for counter in (self.operations, self.reads, self.uploads):
             counter.clear()
-        self.multiply_adds = self.bytes = 0
+        self.views = self.multiply_adds = self.bytes = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return self.run(func, args, kwargs or {})
@@ -103,6 +104,7 @@ class Seen(TorchDispatchMode):
             stays = isinstance(args[0], OnDevice)
         if here:
             self._count(name, args, kwargs, plain, stays, asked)
+            self.views += func.is_view
         if asked == DEVICE.type:
             kwargs = {**kwargs, "device": torch.device("cpu")}
         kwargs = {key: value for key, value in kwargs.items() if key != "pin_memory" or not value}
