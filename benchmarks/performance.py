@@ -57,7 +57,8 @@ longer runs and what follows from them; nothing was measured on a GPU.
 """
 STEPS = """
 What a training step would make an accelerator do, on the pretend device of `step_profile.py`: operations, and the
-views among them, which launch nothing; reads back to the host, constants uploaded, multiply-adds of matrix products and convolutions, bytes read and written.
+views among them, which launch nothing; reads back to the host, constants uploaded, multiply-adds of matrix products and
+convolutions, bytes read and written.
 
 | recipe | stage | pictures | operations | views | reads back | uploads | multiply-adds | bytes | script |
 |---|---|---|---|---|---|---|---|---|---|
