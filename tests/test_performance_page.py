@@ -28,7 +28,7 @@ def test_lines_come_from_what_a_script_prints(performance, monkeypatch, capsys):
     table.add_row("training,\nimages/s", "12.0", "10.0", "1.20", "1.10 .. 1.30")
     table.add_row("alone", "3.0", "", "", "")
     form.table_lines(table, "R18: ", unit="/s", spread=4, who="torchvision")
-    print("| recipe | train | 16 | 1,145 | 3 | 2 | 47.19 G | 2.01 GiB |\n┃ no line ┃\nmore | text")
+    print("| recipe | train | 16 | 1,145 | 267 | 3 | 2 | 47.19 G | 2.01 GiB |\n┃ no line ┃\nmore | text")
     printed = capsys.readouterr().out
     monkeypatch.setattr(
         performance.subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=0, stdout=printed, stderr="")
@@ -36,7 +36,7 @@ def test_lines_come_from_what_a_script_prints(performance, monkeypatch, capsys):
     few, many, [about] = performance.measured("startup.py")
     assert few == [["R18: training, images/s", "12.0/s", "torchvision 10.0/s", "1.20 (1.10 to 1.30)"],
                    ["R18: alone", "3.0/s", "", ""]]  # fmt: skip
-    assert many == [["recipe", "train", "16", "1,145", "3", "2", "47.19 G", "2.01 GiB"]]
+    assert many == [["recipe", "train", "16", "1,145", "267", "3", "2", "47.19 G", "2.01 GiB"]]
     assert len(about) == performance.CELLS[2]
     found = {"startup.py": (few, many, [about]), "loss_speed.py": ([["a loss", "1 ms", "", "0.5"]], [], [about])}
     assert performance.read(performance.page(found)) == found

@@ -192,6 +192,21 @@ def test_images_of_rare_classes_are_used_first() -> None:
     assert len(part["images"]) == 5 and unlabelled(document, part) == 0
 
 
+def test_a_federated_image_says_which_classes_it_now_shows_in_part() -> None:
+    document = make_document([[0, 0, 0, 1], [0, 0], [1]], 2)
+    for image in document["images"][:2]:
+        image["neg_category_ids"], image["not_exhaustive_category_ids"] = [], []
+    zero = document["categories"][0]["id"]
+    part = long_tail_subsample(document, {"class 0": 1}, keep_empty=True)
+    classes = {image["id"]: image.get("not_exhaustive_category_ids") for image in part["images"]}
+    holder = next(a["image_id"] for a in part["annotations"] if a["category_id"] == zero)
+    assert classes == {image["id"]: [zero] if image["id"] == holder else image.get("not_exhaustive_category_ids")
+                       for image in document["images"]}  # fmt: skip
+    assert all(
+        not image.get("not_exhaustive_category_ids") for image in document["images"]
+    )  # nothing is changed in place
+
+
 def test_crowds_go_with_their_images_and_do_not_count() -> None:
     document = make_document([[0, 0], [0, 0], [0, 0]], 1)
     for annotation in document["annotations"][1::2]:

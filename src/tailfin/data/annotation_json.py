@@ -21,7 +21,7 @@ _IDS = {
     "categories": ("id", "image_count", "instance_count"),
     "annotations": ("id", "image_id", "category_id"),
 }
-_LISTS = ("neg_category_ids", "not_exhaustive_category_ids")
+LISTS = ("neg_category_ids", "not_exhaustive_category_ids")  # of an image of a federated set
 _RESULTS = ("image_id", "category_id")
 
 
@@ -113,7 +113,7 @@ def whole_ids(document: Any) -> bool:
             changed |= _whole_entries(entries, ids)
             if key == "images":
                 for entry in entries:
-                    for name in _LISTS if isinstance(entry, dict) else ():
+                    for name in LISTS if isinstance(entry, dict) else ():
                         values = entry.get(name)
                         if isinstance(values, list) and any(map(_is_whole_float, values)):
                             entry[name] = [int(value) if _is_whole_float(value) else value for value in values]

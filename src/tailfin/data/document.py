@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tailfin.data import annotation_json
+from tailfin.data.annotation_json import LISTS
 from tailfin.data.columns import doubled_categories, parse
 from tailfin.data.index import open_index
 from tailfin.data.problems import unsafe_path
@@ -22,7 +23,6 @@ from tailfin.files import existing_file
 from tailfin.stats import frequency_groups
 
 Document = dict[str, Any]
-_LISTS = ("neg_category_ids", "not_exhaustive_category_ids")
 
 
 def load_document(path: str | Path, *, box_form: str | None = None, same_names: bool = False) -> Document:
@@ -59,7 +59,7 @@ def _without_doubles(document: Document) -> Document:
         return document
     images = []
     for image in document["images"]:
-        lists = {key: image[key] for key in _LISTS if image.get(key)}
+        lists = {key: image[key] for key in LISTS if image.get(key)}
         images.append({**image, **{key: [doubles.get(n, n) for n in values] for key, values in lists.items()}})
     kept = [category for category in document["categories"] if category["id"] not in doubles]
     return {**document, "images": images, "categories": kept}

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tailfin.data.annotation_json import LISTS
 from tailfin.data.document import Document, file_name, load_document, with_train_counts
 from tailfin.data.folders import Placing, leading_prefix, place_image, staged_folder
 from tailfin.data.index import image_folder, image_path
@@ -22,7 +23,6 @@ from tailfin.files import write_json
 from tailfin.joins import join_classes
 
 Mapped = Mapping[str, str | None]
-_LISTS = ("neg_category_ids", "not_exhaustive_category_ids")
 
 
 @dataclass
@@ -187,7 +187,7 @@ def _with_classes(merged: Document, other: Document, label: str, report: MergeRe
     ids = [category["id"] for category in other["categories"]]
     new = {c["id"]: ids[row] for c, row in zip(merged["categories"], join.rows.tolist(), strict=True)}
     images = [
-        {**image, **{key: sorted(new[n] for n in image[key]) for key in _LISTS if image.get(key)}}
+        {**image, **{key: sorted(new[n] for n in image[key]) for key in LISTS if image.get(key)}}
         for image in merged["images"]
     ]
     annotations = [{**a, "category_id": new[a["category_id"]]} for a in merged["annotations"]]
@@ -223,7 +223,7 @@ class _Ids:
 
 def _lists(image: dict[str, Any], present: set[int], new: dict[int, int | None], federated: bool) -> dict[str, Any]:
     """LVIS's lists of one image in the new ids; nothing for an image that has none (and need not get them)."""
-    if all(image.get(key) is None for key in _LISTS) and not federated:
+    if all(image.get(key) is None for key in LISTS) and not federated:
         return {}
     partial = set(image.get("not_exhaustive_category_ids") or ())
     given = image.get("neg_category_ids")
@@ -240,7 +240,7 @@ def _lists(image: dict[str, Any], present: set[int], new: dict[int, int | None],
             unchecked = any(old not in absent and old not in present for old in own)
             if unchecked or any(old in partial for old in own):
                 incomplete.append(joined)
-    lists = dict(zip(_LISTS, (sorted(negative), sorted(incomplete)), strict=True))
+    lists = dict(zip(LISTS, (sorted(negative), sorted(incomplete)), strict=True))
     if given is None and not federated:
         del lists["neg_category_ids"]  # the image stays exhaustively annotated
     return lists

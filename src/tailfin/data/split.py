@@ -11,10 +11,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tailfin.data.annotation_json import LISTS
 from tailfin.data.document import Document, file_name, positions, subset, with_train_counts
 from tailfin.data.index import image_path
 from tailfin.errors import UserError, nearest
@@ -94,7 +96,8 @@ def long_tail_subsample(
     classes in the order of their present counts, from `largest` (default: the largest present count) down to
     largest / imbalance. Images that lose all annotations are dropped unless `keep_empty`; images that had none stay.
     Within a class whole images are preferred, those already kept for rarer classes first, so that few objects stay
-    in the pictures without a label (`unlabelled` counts them).
+    in the pictures without a label (`unlabelled` counts them). An image of a federated set (LVIS) that keeps some
+    objects of a class and loses others lists the class as not exhaustively annotated.
     """
     if (counts is None) == (imbalance is None):
         raise UserError("a long tail needs either counts per class or an imbalance")
@@ -111,8 +114,23 @@ def long_tail_subsample(
     has = np.bincount(image_of[keep], minlength=len(document["images"])) > 0
     keep |= crowd & has[image_of]
     kept = np.ones_like(had) if keep_empty else has | ~had
-    result = subset(document, kept, keep)
+    result = subset({**document, "images": _incomplete(document, image_of, category_of, keep)}, kept, keep)
     return with_train_counts(result, result)
+
+
+def _incomplete(document: Document, image_of: Ints, category_of: Ints, keep: Bools) -> list[dict[str, Any]]:
+    """The images; one that says which classes were looked for also says which of them it now shows in part."""
+    federated = {n for n, image in enumerate(document["images"]) if any(image.get(key) is not None for key in LISTS)}
+    there = set(zip(image_of[keep].tolist(), category_of[keep].tolist(), strict=True))
+    lost = set(zip(image_of[~keep].tolist(), category_of[~keep].tolist(), strict=True)) & there
+    images = list(document["images"])
+    for number, category in sorted(lost):
+        if number in federated:
+            key, identity = "not_exhaustive_category_ids", document["categories"][category]["id"]
+            before = images[number].get(key) or []
+            if identity not in before:
+                images[number] = {**images[number], key: [*before, identity]}
+    return images
 
 
 def unlabelled(whole: Document, part: Document) -> int:
