@@ -113,11 +113,12 @@ class ClassificationLoss(ExactBuffers):
             }
         self.parts = {}
         logits = at_least_float32(logits)
-        if known is not None:
-            logits = self._without_unknown(logits, labels, known)
-        return self.loss(logits, labels, **keywords)
+        return self.loss(self.checked(logits, labels, known), labels, **keywords)
 
-    def _without_unknown(self, logits: Tensor, labels: Tensor, known: Tensor) -> Tensor:
+    def checked(self, logits: Tensor, labels: Tensor, known: Tensor | None) -> Tensor:
+        """Logits [N, K] with those of classes that nobody looked for (`known`, see `forward`) out of sight."""
+        if known is None:
+            return logits
         if not self.classes_first:
             raise ValueError(f"{type(self).__name__} has no logit per class that could be left out")
         width = logits.shape[1]

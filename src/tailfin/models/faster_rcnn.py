@@ -182,9 +182,9 @@ class FasterRCNN(Detector):
             results.append({"boxes": own[keep], "scores": value[keep]})
         return results
 
-    def sampled_rows(self, images: Sequence[Tensor], targets: Targets) -> tuple[Tensor, Tensor]:
-        """Shared features [N, D] and labels [N] of the rows that training would sample; nothing in the model changes,
-        batch norms keep their statistics."""
+    def sampled_rows(self, images: Sequence[Tensor], targets: Targets) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Shared features [N, D], labels [N] and checked classes (`known` of a loss) of the rows that training would
+        sample; nothing in the model changes, batch norms keep their statistics."""
         self.backbone.eval()
         batch = self.batch(images)
         features = self.backbone(batch.tensors)
@@ -193,7 +193,7 @@ class FasterRCNN(Detector):
         self.rpn.losses(raw, targets)  # its draws come before those of the rows, as in a training step
         heads = self.roi_heads
         rows = heads.sample(proposals, targets)
-        return heads.head(heads.pool(features, rows.boxes, batch.image_sizes, rows.places)), rows.labels
+        return heads.head(heads.pool(features, rows.boxes, batch.image_sizes, rows.places)), rows.labels, rows.known
 
     def pooler(self, images: Sequence[Tensor]) -> tuple[Callable[[list[Tensor]], Tensor], list[tuple[int, int]]]:
         """A function from boxes per image to pooled features [N, channels, size, size], and the images' sizes."""

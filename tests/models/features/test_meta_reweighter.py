@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -110,6 +112,31 @@ def test_the_classifier_is_left_alone_and_the_weights_are_no_parameters():
     assert not list(loss.parameters())
     assert loss.class_weight.abs().sum() > 0
     assert not loss.class_weight.requires_grad
+
+
+def test_what_nobody_looked_for_teaches_the_weights_nothing():
+    """A class unchecked in every row but its own is as one whose logit no row without it sees."""
+    classifier, (features, labels, balanced, balanced_labels) = episode(2)
+
+    def moved(known, weights=None):
+        loss = MetaReweighter(stats_of([5, 60, 900, 1]))
+        own = None if known is None else (known.expand(len(labels), -1), known.expand(len(balanced_labels), -1))
+        keywords = {} if own is None else {"known": own[0], "balanced_known": own[1]}
+        value = loss.learn(weights or classifier, features, labels, balanced, balanced_labels, inner_lr=0.3, **keywords)
+        return value, loss.class_weight
+
+    plain = moved(None)
+    torch.testing.assert_close(moved(torch.ones(1, 4, dtype=torch.bool)), plain)
+    some = torch.tensor([[True, True, False, True]])
+    value, weight = moved(some)
+    assert value < plain[0] and not torch.equal(weight, plain[1])
+    other = copy.deepcopy(classifier)
+    with torch.no_grad():
+        other.bias[2] += 1.0
+    keep, balanced_keep = labels != 2, balanced_labels != 2
+    features, labels = features[keep], labels[keep]
+    balanced, balanced_labels = balanced[balanced_keep], balanced_labels[balanced_keep]
+    torch.testing.assert_close(moved(some, other), moved(some))  # nothing looks at its logit any more
 
 
 def test_a_class_whose_training_rows_mislead_loses_weight():

@@ -95,6 +95,8 @@ class MetaReweighter(BalancedSigmoid):
         balanced_labels: Tensor,
         *,
         inner_lr: float,
+        known: Tensor | None = None,
+        balanced_known: Tensor | None = None,
         last: bool = True,
         every_row: bool = False,
     ) -> Tensor:
@@ -105,11 +107,14 @@ class MetaReweighter(BalancedSigmoid):
 
         `classifier` maps features [N, D] to logits [N, C]; it gets no gradient and no change. Labels are as for a loss.
         With several processes the outer gradient is the mean over them: call it on all of them. Both sets of rows may
-        be empty. `every_row`: no label is -1, so that nothing need be looked for.
+        be empty. `known` and `balanced_known`, bool [N, C], are the checked classes of their pictures as a loss takes
+        them. `every_row`: no label is -1, so that nothing need be looked for.
         """
         if not every_row:
-            features, labels = known_rows(features, labels)
-            balanced_features, balanced_labels = known_rows(balanced_features, balanced_labels)
+            features, labels, known = real_rows(features, labels, known)
+            balanced_features, balanced_labels, balanced_known = real_rows(
+                balanced_features, balanced_labels, balanced_known
+            )
         features, balanced_features = (at_least_float32(rows.detach()) for rows in (features, balanced_features))
         theta = {
             name: value.detach().requires_grad_()
@@ -118,10 +123,12 @@ class MetaReweighter(BalancedSigmoid):
         }
         class_weight = self.class_weight.detach().clone().requires_grad_()
         with torch.enable_grad(), torch.autocast(features.device.type, enabled=False):
-            inner = self.reweighted(functional_call(classifier, theta, features), labels, class_weight)
+            logits = self.checked(functional_call(classifier, theta, features), labels, known)
+            inner = self.reweighted(logits, labels, class_weight)
             slopes = torch.autograd.grad(inner, tuple(theta.values()), create_graph=True)
             moved = {name: value - inner_lr * slope for (name, value), slope in zip(theta.items(), slopes, strict=True)}
-            rows = bce_rows(functional_call(classifier, moved, balanced_features), balanced_labels)
+            logits = functional_call(classifier, moved, balanced_features)
+            rows = bce_rows(self.checked(logits, balanced_labels, balanced_known), balanced_labels)
             outer = rows.sum() / max(len(balanced_labels), 1)
             (gradient,) = torch.autograd.grad(outer, class_weight)
         gradient, ranks = sum_over_ranks(gradient, gradient.new_ones(1))
@@ -155,10 +162,10 @@ def bce_rows(logits: Tensor, labels: Tensor) -> Tensor:
     return F.binary_cross_entropy_with_logits(logits, targets, reduction="none").sum(1)
 
 
-def known_rows(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def real_rows(features: Tensor, labels: Tensor, known: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """Rows whose label is not ignored (-1)."""
     keep = torch.where(labels >= 0)[0]
-    return features[keep], labels[keep]
+    return features[keep], labels[keep], None if known is None else known[keep]
 
 
 # ---- in a box head ---------------------------------------------------------------------------------------------------
@@ -191,9 +198,10 @@ class LearntWeights(FeatureModule):
             rate = self.inner_lr if self.inner_lr is not None else self.rate(self.epoch)
             balanced = target["balanced_features"], target["balanced_labels"]
             rows = seen.shared, seen.rows.labels, *balanced
+            checked = {"known": seen.rows.known, "balanced_known": target.get("balanced_known")}
             self.calls += 1
             last = self.calls % self.accumulation == 0
-            self._loss[0].learn(seen.classifier, *rows, inner_lr=rate, last=last, every_row=True)
+            self._loss[0].learn(seen.classifier, *rows, inner_lr=rate, last=last, every_row=True, **checked)
 
     def around(self, model: Any, stage: StageFacts) -> dict[str, Any]:
         """Partners for the pictures, and a step that hands their rows on."""
@@ -232,16 +240,20 @@ class PartneredDataset(TrainingDataset):
         drawn = np.searchsorted(self.cumulative, rng.random() * self.cumulative[-1], side="right")
         partner, own = self._augmented(int(drawn), rng)
         more = {"image": partner.contiguous(), "boxes": own["boxes"], "labels": own["labels"]}
+        if self.config.unchecked_classes == "ignore":
+            more["known"] = torch.from_numpy(self.source.index.known(int(drawn)))
         return image, {**target, **{PARTNER + key: value for key, value in more.items()}}
 
 
 @torch.no_grad()
 def partner_rows(model: Any, targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Shared features [M, D] and labels [M] of the partners' sampled rows; nothing in `model` changes."""
-    own = [{key: target[PARTNER + key] for key in ("boxes", "labels")} for target in targets]
-    pictures = [target[PARTNER + "image"] for target in targets]
-    shared, labels = model.sampled_rows(pictures, own)
-    return {PARTNER + "features": shared, PARTNER + "labels": labels}
+    """Shared features [M, D], labels [M] and, where targets have them, checked classes [M, C] of the partners' sampled
+    rows; nothing in `model` changes."""
+    keys = [key for key in ("boxes", "labels", "known") if PARTNER + key in targets[0]]
+    own = [{key: target[PARTNER + key] for key in keys} for target in targets]
+    shared, labels, known = model.sampled_rows([target[PARTNER + "image"] for target in targets], own)
+    rows = {PARTNER + "features": shared, PARTNER + "labels": labels}
+    return rows if known is None else {**rows, PARTNER + "known": known}
 
 
 def build(

@@ -63,10 +63,12 @@ class SimCal(ClassificationLoss):
         self.num_logits = 2 * (self.num_classes + 1)
         self.register_buffer("replaced", torch.as_tensor(stats.instance_count) < instance_threshold, persistent=False)
 
-    def _without_unknown(self, logits: Tensor, labels: Tensor, known: Tensor) -> Tensor:
+    def checked(self, logits: Tensor, labels: Tensor, known: Tensor | None) -> Tensor:
         """Of the calibrated head: the original is not trained."""
+        if known is None:
+            return logits
         original, calibrated = logits.chunk(2, dim=1)
-        return torch.cat([original, super()._without_unknown(calibrated, labels, known)], dim=1)
+        return torch.cat([original, super().checked(calibrated, labels, known)], dim=1)
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         total = F.cross_entropy(logits[:, self.num_classes + 1 :], labels, reduction="sum")
