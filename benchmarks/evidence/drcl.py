@@ -12,8 +12,10 @@
     drcl_plain_heads                            all terms, no prediction network behind the projectors, as eq. 1 has it
     drcl_ar                                     all terms, AR at 10 in the place of 0.1
     drcl_tuned                                  both, and boxes from the 10 best proposals in the place of 100
+    tuned_hcl, tuned_lcl, tuned_ar, tuned_ar_sr these settings with one term (SR needs the generator that AR trains)
     aligndet, moco_v2                           other pre-trainings for as long, then RFS
-    detection_curve, drcl_curve                 two of these with one curve of the learning rate over both stages
+    detection_curve, drcl_curve, drcl_tuned_curve
+                                                three of these with one curve of the learning rate over both stages
     none_bacl, detection_bacl, drcl_bacl        the same followed by BACL's two stages of half the remaining epochs each
 
 All pre-trainings draw pictures by dynamic rebalancing, but for those whose preset has another sampler. Boxes come from
@@ -69,13 +71,18 @@ def arms(options: argparse.Namespace) -> list[Arm]:
     heads = {"pretraining.image.predictor": False, "pretraining.box.predictor": False}
     ar = {"pretraining.weights.ar": 10}
     found += [pretrained("drcl_plain_heads", **heads), pretrained("drcl_ar", **ar)]
-    found.append(pretrained("drcl_tuned", **heads, **ar, **{"pretraining.proposals.top": 10}))
+    tuned = {**heads, **ar, "pretraining.proposals.top": 10}
+    found.append(pretrained("drcl_tuned", **tuned))
+    for terms in (("hcl",), ("lcl",), ("ar",), ("ar", "sr")):
+        off = {} if "ar" in terms else {"pretraining.weights.ar": 0}
+        found.append(pretrained(f"tuned_{'_'.join(terms)}", terms, **{**tuned, **off}))
     for preset in ("aligndet", "moco_v2"):
         own = {"pretraining.preset": preset, **shell}
         found.append(Arm(preset, f"{base}:drcl", own, "", files if preset == "aligndet" else {}))
     milestones = schedule(options.epochs)["schedule.milestones"]  # counted from the start of the pre-training
     curve = {"pretraining.one_curve": True, "schedule.milestones": milestones}
     found += [pretrained("detection_curve", (), **curve), pretrained("drcl_curve", **curve)]
+    found.append(pretrained("drcl_tuned_curve", **tuned, **curve))
     both = {**schedule(half), **schedule(half, "second."), **fast, **second}
     found.append(Arm("none_bacl", f"{base}:bacl", both))
     for name, only in (("detection", ()), ("drcl", TERMS)):
