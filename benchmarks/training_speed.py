@@ -50,6 +50,7 @@ from tailfin.engine import detector_step
 from tailfin.models import build_detector
 from tailfin.models.backbones import pyramid_backbone, resnet_body
 from tailfin.models.faster_rcnn import FasterRCNN
+from tailfin.models.folding import for_inference
 from tailfin.models.frozen_norms import FrozenNorm, separate
 from tailfin.models.images import batch_images
 from tailfin.schema.recipe import Recipe
@@ -308,6 +309,7 @@ def inference_pair(options: argparse.Namespace, classes: int) -> tuple[Step, Ste
     model, _ = placed(detector(recipe, classes), options)
     candidates = settle(model, pictures)
     twin, _ = placed(torchvision_twin(model, recipe), options)
+    for_inference(model)  # as `tailfin predict` and exports have it; torchvision's is as it comes
 
     def step(chosen: nn.Module) -> Step:
         def run() -> object:
