@@ -35,7 +35,7 @@ class Levels(NamedTuple):
 
     sides: Tensor  # [1 + L, 2]: cells of the batch's canvas in pixels, then of every level
     level: Tensor  # int64 [S], which level a cell is of
-    index: Tensor  # [S, 2], column and row on its level
+    place: Tensor  # [S, 2], column and row on its level
     centre: Tensor  # [S, 2], in fractions of the level's map
 
 
@@ -56,16 +56,16 @@ def levels_of(shapes: Shapes, full: Sequence[int], device: torch.device) -> Leve
 
 
 def _levels_of(shapes: Sequence[Sequence[int]], device: torch.device) -> Levels:
-    every, index, centre = [], [], []
+    every, place, centre = [], [], []
     for number, (height, width) in enumerate(shapes[1:]):
         y, x = (torch.arange(side, device=device, dtype=torch.float32) for side in (height, width))
         last = torch.cat([x[-1:], y[-1:]]) + 1  # in an exported graph computed, whatever the picture's size
         rows, columns = torch.meshgrid(y, x, indexing="ij")
         own = torch.stack([columns, rows], dim=-1).flatten(0, 1)
         every.append(torch.full_like(own[:, 0], number, dtype=torch.int64))
-        index.append(own)
+        place.append(own)
         centre.append((own + 0.5) / last)
-    return Levels(sides_of(shapes, device), torch.cat(every), torch.cat(index), torch.cat(centre))
+    return Levels(sides_of(shapes, device), torch.cat(every), torch.cat(place), torch.cat(centre))
 
 
 @functools.lru_cache(KEPT_LEVELS)
@@ -88,14 +88,14 @@ def cells_of(levels: Levels, sizes: Tensor) -> Cells:
     within = (sizes[:, None, :2] * sides / full).ceil()
     ratios = within / sides
     within = within[:, levels.level]
-    return Cells(levels.index < within, within, ratios, levels.centre / ratios[:, levels.level])
+    return Cells(levels.place < within, within, ratios, levels.centre / ratios[:, levels.level])
 
 
 def position_code(levels: Levels, cells: Cells, channels: int) -> Tensor:
     """Sines of every cell's place in its picture, [B, S, 2 * channels], rows first; columns and rows that are not
     within it have those of a place far outside, as published."""
     other = cells.valid.flip(2)
-    place = (torch.minimum(levels.index + 1, cells.within) * other - 0.5) / (cells.within * other + 1e-6)
+    place = (torch.minimum(levels.place + 1, cells.within) * other - 0.5) / (cells.within * other + 1e-6)
     return _sines(place.flip(2), channels).flatten(2)
 
 

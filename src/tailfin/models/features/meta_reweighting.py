@@ -198,7 +198,7 @@ class LearntWeights(FeatureModule):
             rate = self.inner_lr if self.inner_lr is not None else self.rate(self.epoch)
             balanced = target["balanced_features"], target["balanced_labels"]
             rows = seen.shared, seen.rows.labels, *balanced
-            checked = {"known": seen.rows.known, "balanced_known": target.get("balanced_known")}
+            checked: dict[str, Any] = {"known": seen.rows.known, "balanced_known": target.get("balanced_known")}
             self.calls += 1
             last = self.calls % self.accumulation == 0
             self._loss[0].learn(seen.classifier, *rows, inner_lr=rate, last=last, every_row=True, **checked)
