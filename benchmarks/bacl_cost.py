@@ -31,8 +31,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -44,12 +43,13 @@ from training_speed import Targets, detector, peak_memory_of, settle, tailfin_st
 
 from tailfin.config import load_recipe
 from tailfin.engine import detector_step
-from tailfin.methods.decoupled import classifier_stage
+from tailfin.methods.decoupled import second_detector
 from tailfin.models import build_detector
 from tailfin.models import detections as selection
 from tailfin.models.detector import Limits
 from tailfin.models.faster_rcnn import FasterRCNN
 from tailfin.models.heads import roi_heads
+from tailfin.schema.stages import stages as recipe_stages
 from tailfin.stats import ClassStats
 
 RECIPE = "fod/bacl_r18"
@@ -158,7 +158,7 @@ def logits_of(model: FasterRCNN, pictures: list[Tensor]) -> Tensor:
 
     batch = batch_images(pictures, channels_last=True)
     features = model.backbone(batch.tensors)
-    _, proposals, _ = model.rpn(batch, features)
+    proposals, _ = model.rpn(batch, features)[1].split()
     return model.roi_heads.predict(features, proposals, batch.image_sizes)[0]
 
 
@@ -228,8 +228,8 @@ def stages(options: argparse.Namespace) -> tuple[tuple[FasterRCNN, FasterRCNN], 
     recipe, stats = load_recipe(RECIPE), stats_of(31)
     torch.manual_seed(0)
     first, _ = build_detector(recipe, stats, start=False)
-    run = cast(Any, SimpleNamespace(recipe=recipe, stats=stats))
-    second = classifier_stage(run, first)
+    own = next(stage.recipe for stage in recipe_stages(recipe) if stage.name == "classifier")
+    second = second_detector(recipe, own, stats, first)
     assert isinstance(first, FasterRCNN) and isinstance(second, FasterRCNN)
     assert second.roi_heads.extra_rows is not None
     return (first.train(), second.train()), pictures, targets
