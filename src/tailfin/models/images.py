@@ -51,7 +51,8 @@ def size_limits(image_sizes: Sequence[tuple[int, int]], device: torch.device) ->
 
 def pictures_of(counts: Sequence[int], device: torch.device) -> Tensor:
     """int64 [sum of counts]: 0 as often as the first count says, then 1, ..."""
-    return torch.from_numpy(np.repeat(np.arange(len(counts)), counts)).to(device, non_blocking=True)
+    picture = np.repeat(np.arange(len(counts)), np.asarray(counts, dtype=np.int64))  # also of no pictures
+    return torch.from_numpy(picture).to(device, non_blocking=True)
 
 
 def on_device(values: Any, device: torch.device) -> Tensor:
