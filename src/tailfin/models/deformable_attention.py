@@ -113,9 +113,8 @@ def _sampled(value: Tensor, places: Tensor, weights: Tensor, shapes: Shapes) -> 
 
 def _levels(value: Tensor, places: Tensor, weights: Tensor, shapes: Shapes) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Per level its map [B H, D, h, w], where it is read [B H, Q, P, 2] in -1..1, and the weights [B H, Q, P]."""
-    every = value.permute(0, 2, 3, 1).flatten(
-        0, 1
-    )  # of all levels at once: a few launches in the place of as many each
+    # rearranged for all levels at once, in a few launches
+    every = value.permute(0, 2, 3, 1).flatten(0, 1)
     grids = (2 * places - 1).permute(3, 0, 2, 1, 4, 5).flatten(1, 2).unbind()
     shares = weights.permute(3, 0, 2, 1, 4).flatten(1, 2).unbind()
     start = 0
