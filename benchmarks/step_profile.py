@@ -129,12 +129,17 @@ def _one_step(seen: Seen, train: Any, name: str, iterations: int) -> Step:
 @contextlib.contextmanager
 def _on_device(accelerator: Any) -> Any:
     """The accelerator's device is the pretend one."""
-    states = (accelerator.state, PartialState())
+    placing, accelerator.device_placement = (
+        accelerator.device_placement,
+        False,
+    )  # parameters moved twice are new objects,
+    states = (accelerator.state, PartialState())  # of which the optimiser would not know
     for state in states:
         state.device = DEVICE
     try:
         yield
     finally:
+        accelerator.device_placement = placing
         for state in states:
             state.device = torch.device("cpu")
 

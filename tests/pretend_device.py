@@ -204,7 +204,9 @@ def pretend_device() -> Iterator[Seen]:
     torch.__future__.set_overwrite_module_params_on_conversion(True)
     for module in (_foreach_utils, torch_optimizer):  # lists of tensors in one launch, as on accelerators
         module._get_foreach_kernels_supported_devices = lambda: [*with_lists(), DEVICE.type]
-    _foreach_utils._foreach_supported_types.append(OnDevice)
+    lists = _foreach_utils._foreach_supported_types, torch_optimizer._foreach_supported_types
+    for supported in lists:
+        supported.append(OnDevice)
     _active.append(Seen())
     try:
         with _active[-1], _Lists():
@@ -214,7 +216,8 @@ def pretend_device() -> Iterator[Seen]:
         torch.autocast, torch.inference_mode = kept[:2]  # type: ignore[misc]
         for module in (_foreach_utils, torch_optimizer):
             module._get_foreach_kernels_supported_devices = with_lists
-        _foreach_utils._foreach_supported_types.remove(OnDevice)
+        for supported in lists:
+            supported.remove(OnDevice)
         torch.__future__.set_overwrite_module_params_on_conversion(kept[2])
 
 

@@ -130,10 +130,8 @@ def test_losses_are_those_of_the_formula():
         entropy = torch.nn.functional.binary_cross_entropy_with_logits(logits, target, reduction="none")
         alpha = 0.25 * target + 0.75 * (1 - target)
         classes = 3 * (alpha * (p * (1 - target) + (1 - p) * target) ** 2 * entropy).sum() / 5
-        l1, one_minus = (
-            5 * box_losses(boxes[None], objects, pairs)[0] / 5,
-            2 * box_losses(boxes[None], objects, pairs)[1] / 5,
-        )
+        sums = box_losses(boxes[pairs.picture, pairs.query], objects, pairs, 1)
+        l1, one_minus = 5 * sums[0] / 5, 2 * sums[1] / 5
         if layer == 1:
             expected.update(loss_classifier=classes, loss_box_l1=l1, loss_giou=one_minus)
         else:
@@ -182,6 +180,24 @@ def test_every_loss_works(name):
     (gradient,) = torch.autograd.grad(found["loss_classifier"] + found["loss_auxiliary"], outputs.logits)
     assert (gradient.flatten(1).abs().sum(1) > 0).all()  # every layer's
     assert loss.training
+
+
+@pytest.mark.parametrize("name", [n for n in losses.names() if losses.LOSSES[n].additive])
+@pytest.mark.parametrize("known", [False, True])
+def test_layers_in_one_call_are_those_one_by_one(name, known, monkeypatch):
+    """What losses say of themselves (`additive`) holds: sums and gradients, also of unchecked classes."""
+    outputs, targets = batch((4, 1), layers=4)
+    loss = losses.build(name, STATS)
+    if known:
+        targets = [{**target, "known": torch.arange(loss.num_classes) % 2 == 0} for target in targets]
+    found = []
+    for additive in (True, False):
+        monkeypatch.setattr(type(loss), "additive", additive)
+        logits = outputs.logits.clone().requires_grad_()
+        value = criterion(name)(outputs._replace(logits=logits), targets)["loss_auxiliary"]
+        found.append((value, *torch.autograd.grad(value, logits)))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_statistics_move_once_by_the_last_layer():

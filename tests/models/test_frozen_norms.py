@@ -165,3 +165,41 @@ def test_apart_for_a_while() -> None:
     torch.testing.assert_close(reached[0], conv(pictures))
     assert body["bn1"].joined
     assert torch.equal(body(pictures)["0"], before)
+
+
+def test_what_is_kept_follows_its_parts() -> None:
+    """Factor and offset are made once, and anew after whatever changes a part of theirs."""
+    norm = FrozenNorm(3)
+    x = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+
+    def wanted() -> Tensor:
+        scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+        return x * scale[:, None, None] + (norm.bias - norm.running_mean * scale)[:, None, None]
+
+    with torch.inference_mode():
+        norm(x)
+    assert norm.scale_and_shift()[0] is norm.scale_and_shift()[0]
+    learnt = x.clone().requires_grad_()
+    norm(learnt).sum().backward()  # kept in evaluation, of use in training
+    changes = (
+        lambda: norm.running_mean.fill_(2.0),
+        lambda: norm.load_state_dict({**norm.state_dict(), "weight": torch.tensor([1.0, 2.0, 3.0])}),
+        lambda: setattr(norm, "bias", torch.ones(3)),
+        lambda: norm.double().float(),
+    )
+    for change in changes:
+        before = norm.scale_and_shift()[0]
+        change()
+        torch.testing.assert_close(norm(x), wanted())
+        assert norm.scale_and_shift()[0] is not before
+    other = copy.deepcopy(norm)
+    other.running_var.fill_(4.0)
+    torch.testing.assert_close(norm(x), wanted())
+    assert not torch.allclose(other(x), norm(x))
+
+
+def test_nothing_is_kept_of_what_trains() -> None:
+    norm = FixedStatistics(3)
+    norm(torch.randn(1, 3, 2, 2)).sum().backward()
+    norm(torch.randn(1, 3, 2, 2)).sum().backward()
+    assert norm.weight.grad is not None and norm.bias.grad.tolist() == [8.0] * 3

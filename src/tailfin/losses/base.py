@@ -65,6 +65,9 @@ class ClassificationLoss(ExactBuffers):
     num_logits: int
     classes_first: bool = True  # the first C logits are those of the classes, which `known` can leave out
     alone: bool = True  # False for a term that has no scores of its own and cannot be a detector's whole loss
+    # True: a sum over rows over `normalizer`, so that rows of several layers may come in one call while the module does
+    # not train (a training one may move its statistics by the rows of a call)
+    additive: bool = False
     # Keywords of `loss` that a detector fills where it knows them; others keep their default. Of each row, [N]:
     # "gt_index", its object over the batch (-1: none); "memory", whether it comes from a feature memory; "quality", the
     # IoU of its predicted box with its object (0 on background); "picture", its place in the batch, int64 (rows of no

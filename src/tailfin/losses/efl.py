@@ -36,6 +36,7 @@ class EFL(ClassificationLoss):
     """
 
     row_facts: tuple[str, ...] = ("normalizer",)
+    additive = True
     pos_grad: Tensor
     neg_grad: Tensor
     pos_neg: Tensor

@@ -17,6 +17,7 @@ class Focal(ClassificationLoss):
     """Focal loss; `focal_alpha` < 0 switches the class balance off, `focal_gamma` >= 0 is the focusing exponent."""
 
     row_facts = ("normalizer",)
+    additive = True
 
     def __init__(self, stats: ClassStats, *, focal_alpha: float = 0.25, focal_gamma: float = 2.0) -> None:
         super().__init__(stats)

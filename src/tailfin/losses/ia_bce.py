@@ -30,6 +30,7 @@ class IABCE(ClassificationLoss):
     """
 
     row_facts = ("quality", "normalizer")
+    additive = True
 
     def __init__(self, stats: ClassStats, *, quality_alpha: float = 0.25, focal_gamma: float = 2.0) -> None:
         super().__init__(stats)

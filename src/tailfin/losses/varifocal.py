@@ -28,6 +28,7 @@ class Varifocal(ClassificationLoss):
     """
 
     row_facts = ("quality", "normalizer")
+    additive = True
 
     def __init__(self, stats: ClassStats, *, varifocal_alpha: float = 0.75, focal_gamma: float = 2.0) -> None:
         super().__init__(stats)

@@ -97,32 +97,35 @@ class SetCriterion(nn.Module):
         objects = pad_objects(targets, outputs.sizes)
         first = 0 if self.auxiliary else len(outputs.logits) - 1
         logits, boxes = outputs.logits[first:], outputs.boxes[first:]
-        costs = [matching_cost(self.scores(logits), boxes, objects, self.costs)]
-        proposals = None
+        costs, found = [matching_cost(self.scores(logits), boxes, objects, self.costs)], [boxes]
+        proposals = None  # logits [1, B, S, E]
         if outputs.encoder_logits is not None and outputs.encoder_boxes is not None:
-            proposals = outputs.encoder_logits[None], outputs.encoder_boxes[None]
+            proposals = outputs.encoder_logits[None]
+            found.append(outputs.encoder_boxes[None])
             one_class = objects._replace(labels=torch.full_like(objects.labels, outputs.encoder_logits.shape[2] - 1))
-            costs.append(matching_cost(proposals[0].sigmoid(), proposals[1], one_class, self.costs))
+            costs.append(matching_cost(proposals.sigmoid(), found[1], one_class, self.costs))
         matched = assign(costs, objects.counts)
 
         normalizer = objects_per_process(boxes, objects, one_each=self.one_per_process)
-        classes = class_losses(self.loss, logits, objects, matched[0], normalizer, targets)
-        l1, giou = box_losses(boxes, objects, matched[0])
-        weights = self.weights
-        losses = last_layer(weights, classes[-1], l1[-1], giou[-1], normalizer)
-        if len(logits) > 1:
-            box_terms = weights.l1 * l1[:-1] + weights.giou * giou[:-1]
-            losses["loss_auxiliary"] = weights.classes * torch.stack(classes[:-1]).sum() + box_terms.sum() / normalizer
+        others, weights = len(logits) - 1, self.weights
+        parts = [others, 1] if others else [1]
+        classes = class_losses(self.loss, logits, objects, matched[0], normalizer, targets, parts=parts)
+        # the proposals' boxes are those of one more layer
+        chosen = [boxes[pairs.layer, pairs.picture, pairs.query] for boxes, pairs in zip(found, matched, strict=True)]
+        pairs = joined(matched, len(logits))
+        l1, giou = box_losses(torch.cat(chosen), objects, pairs, len(logits) + len(found) - 1)
+        losses = last_layer(weights, classes[-1], l1[others], giou[others], normalizer)
+        box_terms = (weights.l1 * l1 + weights.giou * giou) / normalizer
+        if others:
+            losses["loss_auxiliary"] = weights.classes * classes[0] + box_terms[:others].sum()
         if proposals is not None:
-            pairs = matched[1]
-            width = proposals[0].shape[3]
-            labels = torch.full(proposals[0].shape[1:3], width, device=logits.device)
-            labels[pairs.picture, pairs.query] = width - 1
-            rows = proposals[0].reshape(-1, width)
-            own = self.proposal_loss(rows, labels.flatten(), normalizer=normalizer, every_row=True)
-            l1, giou = box_losses(proposals[1], objects, pairs)
-            box_term = (weights.l1 * l1[0] + weights.giou * giou[0]) / normalizer
-            losses["loss_encoder"] = weights.classes * own + box_term
+            own = matched[1]
+            width = proposals.shape[3]
+            labels = torch.full(proposals.shape[1:3], width, device=logits.device)
+            labels[own.picture, own.query] = width - 1
+            rows = proposals.reshape(-1, width)
+            value = self.proposal_loss(rows, labels.flatten(), normalizer=normalizer, every_row=True)
+            losses["loss_encoder"] = weights.classes * value + box_terms[-1]
         return losses
 
     def scores(self, logits: Tensor) -> Tensor:
@@ -168,37 +171,54 @@ def class_losses(
     normalizer: Tensor,
     targets: Sequence[dict[str, Tensor]],
     *,
+    parts: Sequence[int],
     quality: Tensor | None = None,
     moves: bool = True,
 ) -> list[Tensor]:
-    """A classification loss of every layer [L, B, Q, K], each a scalar; queries without an object are background.
+    """The classification losses of layers [L, B, Q, K], summed over `parts`: the first so many layers, the next, ...
 
-    quality: [P], of the pairs, for a loss that asks for it; moves: whether the last layer moves its statistics.
+    Queries without an object are background. quality: [P], of the pairs, for a loss that asks for it; moves: whether
+    the last layer, a part of its own, moves the loss's statistics.
     """
     layers, pictures, queries = logits.shape[:3]
     at = (pairs.layer, pairs.picture, pairs.query)
     labels = torch.full((layers, pictures, queries), loss.num_classes, device=logits.device)
     labels[at] = objects.labels[pairs.picture, pairs.object]
-    keywords: dict[str, Any] = known_classes(targets, [queries] * pictures)
+    keywords: dict[str, Any] = {}
     if "normalizer" in loss.row_facts:
         keywords["normalizer"] = normalizer
-    if "picture" in loss.row_facts:
-        keywords["picture"] = torch.arange(pictures, device=logits.device).repeat_interleave(queries)
     if "pictures" in loss.row_facts:
         keywords["pictures"] = pictures
-    rows: dict[str, Tensor] = {}  # [L, B, Q]
+    rows = known_classes(targets, [queries] * pictures)  # the same in every layer
+    if "picture" in loss.row_facts:
+        rows["picture"] = torch.arange(pictures, device=logits.device).repeat_interleave(queries)
+    own: dict[str, Tensor] = {}  # [L, B, Q]
     if "gt_index" in loss.row_facts:
-        rows["gt_index"] = torch.full_like(labels, -1).index_put(at, places_of(objects, pairs))
+        own["gt_index"] = torch.full_like(labels, -1).index_put(at, places_of(objects, pairs))
     if "quality" in loss.row_facts and quality is not None:
-        rows["quality"] = logits.new_zeros(labels.shape).index_put(at, quality.detach().to(logits.dtype))
-    losses = []
+        own["quality"] = logits.new_zeros(labels.shape).index_put(at, quality.detach().to(logits.dtype))
+
+    def some(first: int, last: int) -> Tensor:
+        repeated = {name: value.repeat(last - first, *[1] * (value.ndim - 1)) for name, value in rows.items()}
+        theirs = {name: value[first:last].flatten() for name, value in own.items()}
+        given = logits[first:last].flatten(0, 2), labels[first:last].flatten()
+        return loss(*given, every_row=True, **keywords, **repeated, **theirs)
+
+    found, first = [], 0
     training = loss.training
-    for layer in range(layers):
-        own = {name: value[layer].flatten() for name, value in rows.items()}
-        loss.train(training and moves and layer == layers - 1)
-        losses.append(loss(logits[layer].flatten(0, 1), labels[layer].flatten(), every_row=True, **keywords, **own))
+    for number in parts:
+        last = first + number
+        loss.train(training and moves and last == layers)
+        at_once = number if loss.additive and not loss.training else 1
+        found.append(sum_of([some(i, i + at_once) for i in range(first, last, at_once)]))
+        first = last
     loss.train(training)
-    return losses
+    return found
+
+
+def sum_of(values: Sequence[Tensor]) -> Tensor:
+    """Of scalars."""
+    return values[0] if len(values) == 1 else torch.stack(list(values)).sum()
 
 
 @torch.no_grad()
@@ -256,13 +276,21 @@ def assign(costs: Sequence[Tensor], counts: Sequence[int]) -> list[Pairs]:
     return [Pairs(*part) for part in both.split([part.shape[1] for part in found], dim=1)]
 
 
-def box_losses(boxes: Tensor, objects: Objects, pairs: Pairs) -> tuple[Tensor, Tensor]:
-    """Sums over the matched pairs of every layer, [L] each: the L1 distance, and 1 - GIoU."""
-    own = boxes[pairs.layer, pairs.picture, pairs.query]
+def joined(matched: Sequence[Pairs], layers: int) -> Pairs:
+    """Pairs of the decoder's layers and, where there are, of the proposals, as those of a layer behind the last."""
+    if len(matched) == 1:
+        return matched[0]
+    decoder, proposals = matched
+    moved = proposals._replace(layer=proposals.layer + layers)
+    return Pairs(*(torch.cat(both) for both in zip(decoder, moved, strict=True)))
+
+
+def box_losses(boxes: Tensor, objects: Objects, pairs: Pairs, layers: int) -> tuple[Tensor, Tensor]:
+    """Sums over the matched pairs of every layer, [L] each: the L1 distance, and 1 - GIoU; boxes [P, 4] are theirs."""
     wanted = objects.boxes[pairs.picture, pairs.object]
-    nothing = boxes.new_zeros(len(boxes))
-    l1 = nothing.index_add(0, pairs.layer, (own - wanted).abs().sum(-1))
-    return l1, nothing.index_add(0, pairs.layer, 1 - giou(own, wanted))
+    nothing = boxes.new_zeros(layers)
+    l1 = nothing.index_add(0, pairs.layer, (boxes - wanted).abs().sum(-1))
+    return l1, nothing.index_add(0, pairs.layer, 1 - giou(boxes, wanted))
 
 
 def giou(boxes: Tensor, others: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -44,26 +45,48 @@ def box_masks(
             the right one are rounded down, the top and the bottom up, and boxes are scaled to the padded grid.
         wanted: bool [sum M], which boxes count, pictures one after another; None: all.
     """
-    height, width = int(size[0]), int(size[1])
-    device = boxes[0].device
-    image = pictures_of([len(own) for own in boxes], device)
-    scale = torch.full((len(boxes), 4), width, device=device)
-    scale[:, 1::2] = height
+    return level_masks(boxes, [size], None if valid is None else [valid], rounding, wanted)[0]
+
+
+def level_masks(
+    boxes: Sequence[Tensor],
+    sizes: Sequence[tuple[int, int] | torch.Size],
+    valid: Sequence[Tensor] | None = None,
+    rounding: str = "outer",
+    wanted: Tensor | None = None,
+) -> list[Tensor]:
+    """`box_masks` on the grids of several levels at once."""
+    device, pictures = boxes[0].device, len(boxes)
+    counts = [len(own) for own in boxes]
+    grid = [(int(height), int(width)) for height, width in sizes]
+    ends = constant([[width, height, width, height] for height, width in grid], device)
+    image = pictures_of(counts, device)
     if valid is not None and rounding != "released":
-        across, down = valid.any(1).sum(1), valid.any(2).sum(1)
-        scale = torch.stack([across, down, across, down], dim=1)
-    edges = torch.cat(list(boxes)) * scale[image].to(boxes[0].dtype)
+        sums = [side for own in valid for side in (own.any(1).sum(1), own.any(2).sum(1))]
+        scale = torch.stack(sums, dim=1).unflatten(1, (len(grid), 2)).repeat(1, 1, 2)[image]  # [M, levels, 4]
+    else:
+        scale = ends
+    edges = torch.cat(list(boxes))[:, None] * scale.to(boxes[0].dtype)
     up = constant([False, True] * 2 if rounding == "released" else [False, False, True, True], device, torch.bool)
     edges = torch.where(up, edges.ceil(), edges.floor())
-    sides = torch.minimum(edges.clamp(min=0), constant([width, height] * 2, device, edges.dtype)).long()
-    solid = (sides[:, 2:] > sides[:, :2]).all(1)
-    solid = (solid if wanted is None else solid & wanted).int()
-    # each box adds one inside itself: +1 and -1 at its corners, summed along both axes
-    left, top, right, bottom = sides.unbind(1)
-    at = (image.repeat(4), torch.cat([top, top, bottom, bottom]), torch.cat([left, right, left, right]))
-    corners = torch.zeros((len(boxes), height + 1, width + 1), dtype=torch.int32, device=device)
-    corners.index_put_(at, torch.cat([solid, -solid, -solid, solid]), accumulate=True)
-    return corners.cumsum(1).cumsum(2)[:, :height, :width] > 0
+    sides = torch.minimum(edges.clamp(min=0), ends.to(edges.dtype)).long()
+    solid = (sides[..., 2:] > sides[..., :2]).all(-1)
+    solid = (solid if wanted is None else solid & wanted[:, None]).int()
+    # each box adds one inside itself: +1 and -1 at its corners, summed along both axes; grids lie one after another
+    cells = [(height + 1) * (width + 1) for height, width in grid]
+    before = constant(np.cumsum([0, *(pictures * size for size in cells[:-1])]).tolist(), device, torch.int64)
+    steps = constant([[width + 1, size] for (_, width), size in zip(grid, cells, strict=True)], device, torch.int64)
+    left, top, right, bottom = sides.unbind(-1)  # [M, levels]
+    first = before + image[:, None] * steps[:, 1]
+    above, below = first + top * steps[:, 0], first + bottom * steps[:, 0]
+    at = torch.stack([above + left, above + right, below + left, below + right])
+    corners = torch.zeros(pictures * sum(cells), dtype=torch.int32, device=device)
+    corners.index_add_(0, at.flatten(), torch.stack([solid, -solid, -solid, solid]).flatten())
+    masks = []
+    for (height, width), own in zip(grid, corners.split([pictures * size for size in cells]), strict=True):
+        inside = own.view(pictures, height + 1, width + 1).cumsum(1).cumsum(2)
+        masks.append(inside[:, :height, :width] > 0)
+    return masks
 
 
 def feature_distillation(student: Sequence[Tensor], teacher: Sequence[Tensor], masks: Sequence[Tensor]) -> Tensor:

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import box_convert
-from transformers.models.d_fine.modeling_d_fine import weighting_function
 
 from tailfin.losses.base import ClassificationLoss
+from tailfin.models.constants import constant
 from tailfin.models.detr_criterion import (
     Objects,
     Pairs,
@@ -83,13 +83,14 @@ class RealTimeCriterion(nn.Module):
         groups = self.groups if self.training else 1
         pairs = self.match(logits, boxes, objects, groups)
         normalizer = objects_per_process(boxes, objects) * groups
-        classes, l1, giou = self._terms(logits, boxes, objects, pairs, normalizer, targets)
+        parts = [others, 1, 1] if others else [1, 1]
+        classes, l1, giou = self._terms(logits, boxes, objects, pairs, normalizer, targets, parts)
         weights = self.weights
-        every = weights.classes * classes + (weights.l1 * l1 + weights.giou * giou) / normalizer
+        box_terms = (weights.l1 * l1 + weights.giou * giou) / normalizer
         losses = last_layer(weights, classes[-1], l1[-1], giou[-1], normalizer)
-        losses["loss_encoder"] = every[others]
+        losses["loss_encoder"] = weights.classes * classes[-2] + box_terms[others]
         if others:
-            losses["loss_auxiliary"] = every[:others].sum()
+            losses["loss_auxiliary"] = weights.classes * classes[0] + box_terms[:others].sum()
         local = []
         if bins is not None and rows.corners is not None and others:
             each = sum(min(count, rows.logits.shape[2]) for count in objects.counts)
@@ -98,9 +99,11 @@ class RealTimeCriterion(nn.Module):
         if found.noisy is not None and found.matched is not None:
             noisy, known = self._cut(found.noisy), known_pairs(found.matched, len(found.noisy.logits), objects)
             scale = normalizer * found.groups
-            classes, l1, giou = self._terms(noisy.logits, noisy.boxes, objects, known, scale, targets, moves=False)
+            layers = [len(noisy.logits)]
+            terms = self._terms(noisy.logits, noisy.boxes, objects, known, scale, targets, layers, moves=False)
+            (noisy_classes,), l1, giou = terms
             box_terms = (weights.l1 * l1 + weights.giou * giou) / scale
-            losses["loss_denoising"] = (weights.classes * classes + box_terms).sum()
+            losses["loss_denoising"] = weights.classes * noisy_classes + box_terms.sum()
             if bins is not None and noisy.corners is not None:
                 local.append(self._local(noisy, objects, known, len(noisy.logits), scale, bins))
         if local:
@@ -129,20 +132,23 @@ class RealTimeCriterion(nn.Module):
         pairs: Pairs,
         normalizer: Tensor,
         targets: Sequence[dict[str, Tensor]],
+        parts: Sequence[int],
         *,
         moves: bool = True,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Per layer [L]: the classification loss, and the sums of L1 and 1 - GIoU over its pairs."""
-        quality = paired_iou(boxes, objects, pairs) if "quality" in self.loss.row_facts else None
-        classes = class_losses(self.loss, logits, objects, pairs, normalizer, targets, quality=quality, moves=moves)
-        return torch.stack(classes), *box_losses(boxes, objects, pairs)
+    ) -> tuple[list[Tensor], Tensor, Tensor]:
+        """The classification loss summed over `parts` of the layers; per layer [L] the sums of L1 and 1 - GIoU."""
+        own = boxes[pairs.layer, pairs.picture, pairs.query]
+        quality = paired_iou(own, objects, pairs) if "quality" in self.loss.row_facts else None
+        given = (logits, objects, pairs, normalizer, targets)
+        classes = class_losses(self.loss, *given, parts=parts, quality=quality, moves=moves)
+        return classes, *box_losses(own, objects, pairs, len(logits))
 
     def _local(self, rows: Rows, objects: Objects, pairs: Pairs, layers: int, normalizer: Tensor, bins: Bins) -> Tensor:
         """D-FINE's terms of the first `layers` layers; the last distributions are the teacher's."""
         assert rows.corners is not None and rows.references is not None and rows.teacher is not None
         assert self.local_weights is not None
         at = (pairs.layer, pairs.picture, pairs.query)
-        quality = paired_iou(rows.boxes, objects, pairs).detach()
+        quality = paired_iou(rows.boxes[at], objects, pairs)
         wanted = objects.boxes[pairs.picture, pairs.object]
         left, right = side_targets(rows.references[at].detach(), wanted, bins)
         logits = rows.corners[at].unflatten(1, (4, -1))
@@ -167,14 +173,14 @@ def known_pairs(matched: Sequence[Tensor], layers: int, objects: Objects) -> Pai
     return Pairs(layer.to(device), picture.repeat(layers), query.repeat(layers), own.repeat(layers).to(device))
 
 
+@torch.no_grad()
 def paired_iou(boxes: Tensor, objects: Objects, pairs: Pairs) -> Tensor:
-    """[P] IoU of each pair's box [L, B, Q, 4] with its object."""
-    first = box_convert(boxes[pairs.layer, pairs.picture, pairs.query].detach(), "cxcywh", "xyxy")
-    second = box_convert(objects.boxes[pairs.picture, pairs.object], "cxcywh", "xyxy")
-    low, high = torch.maximum(first[:, :2], second[:, :2]), torch.minimum(first[:, 2:], second[:, 2:])
+    """[P] IoU of each pair's box [P, 4] with its object."""
+    both = torch.stack([boxes, objects.boxes[pairs.picture, pairs.object]])
+    centre, side = both.split(2, dim=-1)
+    low, high = (centre - side / 2).amax(0), (centre + side / 2).amin(0)
     inner = (high - low).clamp(min=0).prod(1)
-    areas = [(box[:, 2:] - box[:, :2]).prod(1) for box in (first, second)]
-    return inner / (areas[0] + areas[1] - inner).clamp(min=torch.finfo(inner.dtype).tiny)
+    return inner / (side.prod(2).sum(0) - inner).clamp(min=torch.finfo(inner.dtype).tiny)
 
 
 def side_targets(references: Tensor, boxes: Tensor, bins: Bins) -> tuple[Tensor, Tensor]:
@@ -188,13 +194,22 @@ def side_targets(references: Tensor, boxes: Tensor, bins: Bins) -> tuple[Tensor,
     before = (references[:, :2] - edges[:, :2]) / unit - 0.5 * scale
     behind = (edges[:, 2:] - references[:, :2]) / unit - 0.5 * scale
     distance = torch.cat([before, behind], dim=1)
-    values = weighting_function(bins.last, bins.up, bins.scale)  # type: ignore[arg-type]
+    values = bin_values(bins)
     place = (values <= distance[..., None]).sum(-1) - 1
     low = place.clamp(0, bins.last - 1)
     to_low, to_high = (distance - values[low]).abs(), (values[low + 1] - distance).abs()
     share = to_low / (to_low + to_high)
     share = torch.where(place < 0, 0.0, torch.where(place >= bins.last, 1.0, share))
     return low, share
+
+
+def bin_values(bins: Bins) -> Tensor:
+    """[last + 1] what the bins stand for, the function W(n) of D-FINE with c = `scale` and a = `up`; `last` is even."""
+    middle = bins.last // 2 - 1
+    number = constant(range(-middle, middle + 1), bins.up.device)
+    bound = bins.up[:1].abs() * bins.scale.abs()
+    inner = number.sign() * ((bound + 1) ** (2 / (bins.last - 2) * number.abs()) - 1)
+    return torch.cat([-2 * bound, inner, 2 * bound])
 
 
 def two_bins(logits: Tensor, left: Tensor, right: Tensor) -> Tensor:

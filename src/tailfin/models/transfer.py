@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from tailfin.errors import UserError
 from tailfin.losses.base import ClassificationLoss
 from tailfin.models.detector import Compared, Detector
-from tailfin.models.distillation import box_masks, class_distillation, feature_distillation, logit_distance
+from tailfin.models.distillation import class_distillation, feature_distillation, level_masks, logit_distance
+from tailfin.models.images import pictures_of
 from tailfin.schema.stepwise import Distillation
 
 TINY = 1e-12  # below every score that matters
@@ -75,13 +76,12 @@ class Transfer(nn.Module):
 
     def _masks(self, targets: Sequence[dict[str, Tensor]], seen: Compared) -> list[Tensor]:
         """Boxes of old classes on every level's grid."""
-        boxes = [target["boxes"].float() / size for target, size in zip(targets, seen.sizes, strict=True)]
+        counts = [len(target["labels"]) for target in targets]
+        size = seen.sizes[pictures_of(counts, seen.sizes.device)]
+        boxes = (torch.cat([target["boxes"] for target in targets]).float() / size).split(counts)
         old = self.old[torch.cat([target["labels"] for target in targets])]
         rounding = self.config.mask_rounding
-        return [
-            box_masks(boxes, level.shape[-2:], own, rounding, old)
-            for level, own in zip(seen.maps, seen.valid, strict=True)
-        ]
+        return level_masks(boxes, [level.shape[-2:] for level in seen.maps], seen.valid, rounding, old)
 
 
 def class_logits(loss: ClassificationLoss, logits: Tensor) -> Tensor:
