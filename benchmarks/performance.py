@@ -38,6 +38,7 @@ COMMANDS = (  # in the order of the page
     "views_speed.py",
     "selection_speed.py",
     "sampler_speed.py",
+    "worker_memory.py",
     "scaling.py",
     "startup.py",
     "memory_estimate.py",
@@ -56,11 +57,12 @@ longer runs and what follows from them; nothing was measured on a GPU.
 |---|---|---|---|---|
 """
 STEPS = """
-What a training step would make an accelerator do, on the pretend device of `step_profile.py`: operations, and the
-views among them, which launch nothing; reads back to the host, constants uploaded, multiply-adds of matrix products and
-convolutions, bytes read and written.
+What a training step would make an accelerator do, on the pretend device of `step_profile.py`: launches (operations that
+do work; a list of tensors in one call is one), views, which launch nothing, reads back to the host, constants uploaded,
+multiply-adds of matrix products and convolutions, bytes read and written. The aims at batch 16: half of torchvision's
+launches, 8 reads back.
 
-| recipe | stage | pictures | operations | views | reads back | uploads | multiply-adds | bytes | script |
+| recipe | stage | pictures | launches | views | reads back | uploads | multiply-adds | bytes | script |
 |---|---|---|---|---|---|---|---|---|---|
 """
 RUNS = """
