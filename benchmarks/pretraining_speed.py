@@ -51,6 +51,7 @@ ROWS: dict[str, list[str] | None] = {  # row -> overrides; none is the detector 
     "+ appearance": [OFF["sr"]],
     "+ semantic = 2DRCL": ["pretraining.reconstruction.share=1"],
     "2DRCL, SR on half the pictures": ["pretraining.reconstruction.share=0.5"],
+    "2DRCL, SR on a quarter of the pictures": ["pretraining.reconstruction.share=0.25"],
     "AlignDet": ["pretraining.preset=aligndet"],
     "MoCo v2": ["pretraining.preset=moco_v2"],
 }
