@@ -201,6 +201,21 @@ def test_cells_run_once_go_on_and_fail_alone(file, out, monkeypatch):
     assert run(file, out, retry=True)[0].keys() == again.keys() and len(called) == before + 1
 
 
+def test_some_arms_take_stages_that_the_others_have_finished(file, out, monkeypatch):
+    called = pretend(monkeypatch, {})
+    study = load_study(file)
+    (margin,) = make_cells(study, out, arms=["margin"], seeds=[0])
+    others = [cell for cell in make_cells(study, out) if cell.name != margin.name]
+    two = next(cell for cell in others if cell.arm == "two" and cell.seed == margin.seed)
+    fates = {cell.name: state.fate(cell) for cell in (margin, *others)}
+    assert to_train(margin, [margin], fates, others) == 13
+    two.stage_files()[0].parent.mkdir(parents=True)
+    two.stage_files()[0].touch()
+    assert to_train(margin, [margin], fates, others) == 7 and to_train(margin, [margin], fates) == 13
+    loop.run_cells(study, [margin], out, others=others, say=lambda text: None, poll=0.001)
+    assert [arm for arm, _ in called] == ["margin"] and called[0][1][-2:] == ["--reuse", str(two.folder)]
+
+
 def test_what_was_trained_by_another_command_is_refused(file, out, monkeypatch):
     pretend(monkeypatch, {})
     monkeypatch.setattr(work, "load_model_file", lambda path: path.touch() or _Model())

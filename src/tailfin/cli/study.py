@@ -47,9 +47,12 @@ def study(
     cells = make_cells(loaded, folder, arms=_parted(arms), seeds=numbers, sets=_parted(sets))
     if not cells:
         raise UserError("no cell is left of the study: --arms, --seeds and --sets exclude all")
+    everything = make_cells(loaded, folder) if arms or seeds or sets else cells  # tables are of all that is there
+    own = {cell.name for cell in cells}
+    others = [cell for cell in everything if cell.name not in own]  # what of them is finished is taken, too
     fates = {cell.name: fate(cell) for cell in cells}
     if show:
-        for line in status_lines(cells, fates, loaded.workers):
+        for line in status_lines(cells, fates, loaded.workers, others):
             echo(line)
         return
     for note in differing(cells):
@@ -59,8 +62,10 @@ def study(
         for name in dict.fromkeys(cell.set for cell in cells) if measure else ():
             one = next(cell for cell in cells if cell.set == name and cell.calibrate is None)
             rates.setdefault((name, ""), measured_step(one, loaded.threads))
-        table_console().print(plan_table(cells, fates, rates, f"{loaded.title or words[-1]}, {len(cells)} cells"))
-        left = minutes_left(cells, fates, rates, loaded.workers)
+        table_console().print(
+            plan_table(cells, fates, rates, f"{loaded.title or words[-1]}, {len(cells)} cells", others)
+        )
+        left = minutes_left(cells, fates, rates, loaded.workers, others)
         unknown = "not known: --measure takes a few steps, and finished cells tell it too"
         echo(
             "minutes of training: " + (unknown if left is None else f"about {left:.0f} with {loaded.workers} at a time")
@@ -69,15 +74,14 @@ def study(
     if not tables:
         keep(loaded, folder)
         try:
-            fates = run_cells(loaded, cells, folder, most=most, retry=retry, say=echo)
+            fates = run_cells(loaded, cells, folder, others=others, most=most, retry=retry, say=echo)
         except (KeyboardInterrupt, Terminated) as error:
             echo("stopped; the same command goes on", err=True)
             raise typer.Exit(130 if isinstance(error, KeyboardInterrupt) else TERMINATED) from None
-    everything = make_cells(loaded, folder) if arms or seeds or sets else cells  # tables are of all that is there
     whole = {cell.name: fates[cell.name] if cell.name in fates else fate(cell) for cell in everything}
     for path in write_tables(loaded, everything, whole, folder):
         echo(f"{path}")
-    for line in status_lines(cells, fates, loaded.workers):
+    for line in status_lines(cells, fates, loaded.workers, others):
         echo(line)
     if any(fates[name].state == "failed" for name in unfinished(fates)):
         raise typer.Exit(1)

@@ -35,12 +35,17 @@ def run_cells(
     cells: Sequence[Cell],
     out: Path,
     *,
+    others: Sequence[Cell] = (),
     retry: bool = False,
     most: int | None = None,
     say: Callable[[str], None] = print,
     poll: float = POLL,
 ) -> dict[str, Fate]:
-    """Run what is not finished, at most `most` cells; returns how every cell has ended, by name."""
+    """Run what is not finished, at most `most` cells; returns how every cell has ended, by name.
+
+    `others` are cells of the study that do not run now; stages that they have finished are taken all the same.
+    """
+    every = [*cells, *others]
     fates = {cell.name: fate(cell) for cell in cells}
     waiting = [cell for cell in cells if _wanted(fates[cell.name], retry)]
     waiting = waiting if most is None else waiting[:most]
@@ -57,10 +62,10 @@ def run_cells(
                 if why := _blocked(cell, cells, fates, [*busy, *waiting]):
                     say(f"{cell.name}: left out, {why}")
                     waiting.remove(cell)
-                elif ready(cell, cells, busy, waiting):
+                elif ready(cell, every, busy, waiting):
                     waiting.remove(cell)
                     say(f"{cell.name}: begins ({len(waiting)} to come)")
-                    running[cell.name] = (cell, submit(job_of(cell, cells, study)), fates[cell.name].done)
+                    running[cell.name] = (cell, submit(job_of(cell, every, study)), fates[cell.name].done)
             ended = [name for name, (_, pending, _) in running.items() if pending.done()]
             if not ended:
                 time.sleep(poll)

@@ -39,24 +39,31 @@ def seconds_per_step(cells: Sequence[Cell], fates: Mapping[str, Fate]) -> dict[t
     return found
 
 
-def to_train(cell: Cell, cells: Sequence[Cell], fates: Mapping[str, Fate]) -> int:
-    """Steps that a cell still has to take: not those that it has taken, nor those of stages that an earlier one has."""
+def to_train(cell: Cell, cells: Sequence[Cell], fates: Mapping[str, Fate], others: Sequence[Cell] = ()) -> int:
+    """Steps that a cell still has to take: not those that it has taken, nor those of stages that an earlier one has, or
+    one of `others`, which do not run now."""
     own = fates[cell.name]
     if own.state == FINISHED or cell.calibrate is not None:
         return 0
     before = cells[: next(number for number, other in enumerate(cells) if other.folder == cell.folder)]
-    common = max([donor(cell, cells)[1], *(shared(cell, other) for other in before if other.calibrate is None)])
+    common = max(
+        [donor(cell, [*cells, *others])[1], *(shared(cell, other) for other in before if other.calibrate is None)]
+    )
     taken = sum(list(cell.steps.values())[:common])
     return max(0, cell.total_steps - max(taken, own.done))
 
 
 def minutes_left(
-    cells: Sequence[Cell], fates: Mapping[str, Fate], rates: Mapping[tuple[str, str], float], workers: int
+    cells: Sequence[Cell],
+    fates: Mapping[str, Fate],
+    rates: Mapping[tuple[str, str], float],
+    workers: int,
+    others: Sequence[Cell] = (),
 ) -> float | None:
     """Minutes of training to come; none where nothing is known of a step."""
     total = 0.0
     for cell in cells:
-        steps = to_train(cell, cells, fates)
+        steps = to_train(cell, cells, fates, others)
         rate = rates.get((cell.set, cell.arm), rates.get((cell.set, "")))
         if steps and rate is None:
             return None
@@ -65,12 +72,16 @@ def minutes_left(
 
 
 def plan_table(
-    cells: Sequence[Cell], fates: Mapping[str, Fate], rates: Mapping[tuple[str, str], float], title: str
+    cells: Sequence[Cell],
+    fates: Mapping[str, Fate],
+    rates: Mapping[tuple[str, str], float],
+    title: str,
+    others: Sequence[Cell] = (),
 ) -> Table:
     """One line per cell: steps by stage, those that are taken from other cells, and minutes."""
     table = Table("cell", "method", "steps", "to train", "minutes", "state", title=title, title_justify="left")
     for cell in cells:
-        steps = to_train(cell, cells, fates)
+        steps = to_train(cell, cells, fates, others)
         rate = rates.get((cell.set, cell.arm), rates.get((cell.set, "")))
         minutes = "" if rate is None and steps else f"{steps * (rate or 0) / 60:.1f}"
         later = ["?"] * (cell.recipe.stepwise is not None)  # steps of step-wise learning are known when they begin
@@ -80,7 +91,9 @@ def plan_table(
     return table
 
 
-def status_lines(cells: Sequence[Cell], fates: Mapping[str, Fate], workers: int) -> list[str]:
+def status_lines(
+    cells: Sequence[Cell], fates: Mapping[str, Fate], workers: int, others: Sequence[Cell] = ()
+) -> list[str]:
     """What `tailfin study show` says."""
     by_state: dict[str, list[Cell]] = {}
     for cell in cells:
@@ -93,7 +106,7 @@ def status_lines(cells: Sequence[Cell], fates: Mapping[str, Fate], workers: int)
             lines.append(f"  {state} {cell.name}: step {fates[cell.name].done} of {cell.total_steps} {now}".rstrip())
     for cell in by_state.get("failed", ()):
         lines.append(f"  failed {cell.name}: {fates[cell.name].line[:SHOWN]} (see {cell.log})")
-    left = minutes_left(cells, fates, seconds_per_step(cells, fates), workers)
+    left = minutes_left(cells, fates, seconds_per_step(cells, fates), workers, others)
     if len(by_state.get(FINISHED, ())) < len(cells):
         lines.append("minutes left: not known yet" if left is None else f"minutes of training left: about {left:.0f}")
     return lines
