@@ -36,7 +36,6 @@ class FrozenNorm(FrozenBatchNorm2d):
     float32, and every activation behind it would be kept in that."""
 
     joined = False  # the convolution before it does its work
-    _made: tuple[tuple[Tensor, ...], tuple[int, ...], tuple[Tensor, Tensor]] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         return x if self.joined else self.normed(x)
@@ -47,23 +46,7 @@ class FrozenNorm(FrozenBatchNorm2d):
         return torch.addcmul(shift, x, scale)
 
     def scale_and_shift(self) -> tuple[Tensor, Tensor]:
-        """Factor and offset [C] of the channels, in the buffers' type. Kept while nothing that they are made of trains
-        or changes: five operations of every norm, in every step."""
-        parts = (self.weight, self.bias, self.running_mean, self.running_var)
-        if (
-            torch.compiler.is_compiling()
-            or torch.jit.is_tracing()
-            or any(part.requires_grad or part.is_inference() for part in parts)
-        ):
-            return self._scale_and_shift()
-        versions = tuple(part._version for part in parts)
-        made = self._made
-        if made is None or made[1] != versions or any(a is not b for a, b in zip(made[0], parts, strict=True)):
-            with torch.inference_mode(False), torch.no_grad():  # what evaluation has made serves training too
-                self._made = made = (parts, versions, self._scale_and_shift())
-        return made[2]
-
-    def _scale_and_shift(self) -> tuple[Tensor, Tensor]:
+        """Factor and offset [C] of the channels, in the buffers' type."""
         scale = self.weight * (self.running_var + self.eps).rsqrt()
         return scale, self.bias - self.running_mean * scale
 
