@@ -131,11 +131,10 @@ def _one_step(seen: Seen, train: Any, name: str, iterations: int) -> Step:
 @contextlib.contextmanager
 def _on_device(accelerator: Any) -> Any:
     """The accelerator's device is the pretend one."""
-    placing, accelerator.device_placement = (
-        accelerator.device_placement,
-        False,
-    )  # parameters moved twice are new objects,
-    states = (accelerator.state, PartialState())  # of which the optimiser would not know
+    # parameters that are moved twice are new objects, of which the optimiser would not know
+    placing = accelerator.device_placement
+    accelerator.device_placement = False
+    states = (accelerator.state, PartialState())
     for state in states:
         state.device = DEVICE
     try:
